@@ -1,0 +1,59 @@
+"""Ask the model that train_lora.py made: its adapter, merged in memory into the base model that the adapter names.
+
+    python inference_lora.py                            # as inference.py, with the same flags
+    python inference_lora.py --merge_to output/merged   # write a plain model, then: python inference.py --model_path …
+
+The replies are a language model's and may be wrong. They are not medical advice.
+"""
+
+from pathlib import Path
+
+import peft
+
+import inference
+from data import LORA_OUTPUT_DIR
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_adapter(name: str):
+    """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py."""
+    path = str(inference.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
+    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise SystemExit(
+            f"错误：{path} 的适配器需要基础模型 {base}，但它不在那里；请放回，或改 {ADAPTER_CONFIG} 里的路径。"
+        )
+    base_path = inference.resolve_model(base, f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹")
+    model = inference.load_weights(base_path, inference.pick_device())
+    try:
+        model = peft.PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(
+            f"错误：{path} 的适配器无法装到 {base} 上（{inference.first_line(error)}）；请重新运行 python train_lora.py"
+        ) from None
+    return model.merge_and_unload().eval(), inference.load_tokenizer(path)
+
+
+def merge_to(folder: str, model, tokenizer) -> None:
+    """Save the merged model, so that inference.py and any other tool can load it. Never over another model."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise SystemExit(f"错误：{folder} 不是空文件夹；请用 --merge_to 指定一个新文件夹。")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {folder}")
+
+
+def main() -> None:
+    parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
+    parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
+    args = parser.parse_args()
+    model, tokenizer = load_adapter(args.model_path)
+    if args.merge_to:
+        merge_to(args.merge_to, model, tokenizer)
+    else:
+        inference.converse(model, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()

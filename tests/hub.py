@@ -1,0 +1,123 @@
+"""A local server that answers the ModelScope hub's requests, so that tests can run the real client without a network.
+
+It serves what snapshot_download, dataset_snapshot_download and the single file downloads ask for. The shapes are those
+that the modelscope 1.40.2 client accepts; they are not a recording of the live service. Revisions are not told apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
+
+ROUTE = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
+
+
+def entries(folder: Path, root: str) -> list[dict]:
+    """List the folder as the hub does: one entry a file or sub-folder, only those below root where it is given."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        entry = {"Name": path.name, "Path": path.relative_to(folder).as_posix(), "Type": "tree", "Size": 0}
+        if path.is_file():
+            data = path.read_bytes()
+            entry.update(Type="blob", Size=len(data), Sha256=hashlib.sha256(data).hexdigest())
+        if not root or entry["Path"].startswith(root + "/"):
+            found.append(entry)
+    return found
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request. HTTP/1.0, the base's default, on purpose: no open connection outlives the server's stop."""
+
+    def answer(self) -> None:
+        """Note the request and route it; what is not known, including every POST, is missing."""
+        hub = self.server.hub
+        hub.requests.append((self.command, self.path))
+        url = urlsplit(self.path)
+        query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        route = ROUTE.fullmatch(unquote(url.path))
+        folder = hub.folders[route[1]].get(route[2]) if route else None
+        if folder is None or self.command == "POST":
+            self.missing("no such repository")
+        elif route[3]:
+            self.listing(folder, query)
+        else:
+            self.file(folder, query.get("FilePath", ""))
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def listing(self, folder: Path, query: dict[str, str]) -> None:
+        """Send the listing, or one page of it: only data sets are asked for page by page."""
+        files = entries(folder, query.get("Root", "").strip("/"))
+        size = int(query.get("PageSize", len(files)))
+        start = (int(query.get("PageNumber", 1)) - 1) * size
+        self.reply(200, {"Code": 200, "Success": True, "Data": {"Files": files[start : start + size]}})
+
+    def file(self, folder: Path, name: str) -> None:
+        """Send a file, or the part of it that Range asks for."""
+        # Looked up among the names that are there, so that no ../ leaves the folder.
+        if name not in {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}:
+            return self.missing("no such file")
+        data = (folder / name).read_bytes()
+        head = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not part:
+            return self.send(200, data, head)
+        start, end = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+        if start > end:
+            return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        self.send(206, data[start : end + 1], head | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
+
+    def missing(self, message: str) -> None:
+        self.reply(404, {"Code": 10010205001, "Message": message, "Success": False})
+
+    def reply(self, status: int, value: dict) -> None:
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, body: bytes, head: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in (head | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        with contextlib.suppress(ConnectionError):  # a client killed half-way is a test's business, not an error here
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def log_message(self, *args) -> None:
+        """Stay silent: Hub.requests has what came in."""
+
+
+class Hub:
+    """A hub on 127.0.0.1: 'owner/name' -> folder, read anew at each request.
+
+    requests holds (method, path) as sent, query included. url stays after the stop, when connections are refused.
+    """
+
+    def __init__(self, models: dict[str, Path] | None = None, datasets: dict[str, Path] | None = None):
+        self.folders = {"models": models or {}, "datasets": datasets or {}}
+        self.requests: list[tuple[str, str]] = []
+
+    def env(self, home: Path) -> dict[str, str]:
+        """The environment for a client's process; no proxy and no client setting of the caller's leaks in."""
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.lower().endswith("_proxy") and not key.startswith("MODELSCOPE_")
+        }
+        return kept | {"HOME": str(home), "MODELSCOPE_CACHE": str(home / "cache"), "MODELSCOPE_ENDPOINT": self.url}
+
+    def __enter__(self) -> Hub:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.hub = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,0 +1,428 @@
+"""Full-parameter fine-tuning of Qwen3-1.7B into a Chinese medical chat model that thinks before it answers.
+
+    python train.py                                   # fetches what is missing; run again, it continues
+    python train.py --model_name Qwen/Qwen3-0.6B      # a small card
+    python train.py --learning_rate 5e-5 --output_dir output/lr5e-5       # any flag of transformers' Trainer
+    torchrun --nproc_per_node 2 train.py --gradient_accumulation_steps 2  # two GPUs, still 4 examples a step
+
+The best weights end up in the output folder itself; `python inference.py` finds them there.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+
+import data
+import inference
+
+# ---- the recipe: the published one, and what keeps its best weights -----------------------------------------------
+
+LEARNING_RATE = 1e-4  # linear to 0, no warm-up
+NUM_EPOCHS = 2
+BATCH_SIZE = 1  # examples at once on a device
+ACCUMULATION_STEPS = 4  # x BATCH_SIZE x devices = 4 examples a step, about 3,150 tokens
+EVAL_STEPS = 100  # optimizer steps between evaluations; a checkpoint is written at each
+EVAL_BATCH_SIZE = 1  # the published eval_loss is the mean over examples: batches of 1
+PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
+KEPT_CHECKPOINTS = 2  # the best and the newest
+LOGGING_STEPS = 10
+SAMPLES = 3  # validation questions answered at the end
+SAMPLE_TOKENS = 1024  # at most, for each of these replies
+PROJECT = "qwen3-sft-medical"  # in SwanLab
+
+OUT_OF_MEMORY = (
+    "错误：显存（内存）不足。请依次尝试：--per_device_train_batch_size 1；--max_length 1024；python train_lora.py；"
+    "--model_name Qwen/Qwen3-0.6B。同一命令会从最近的检查点继续。"
+)
+
+MODEL_CARD = """\
+---
+base_model: {base}
+language: zh
+license: apache-2.0
+pipeline_tag: text-generation
+---
+
+# {name}
+
+由 {base} 微调的中文医学对话模型：先在 `<think>…</think>` 里思考，再回答。
+
+**它不是医生。** 回复可能有错，不能用于诊断和治疗；身体不适请就医，紧急情况请拨打 120。
+
+| 训练 | |
+| --- | --- |
+{rows}
+
+![损失曲线](loss.png)
+
+对话模板在分词器里（apply_chat_template）；训练用的系统提示词：
+
+> {system_prompt}
+"""
+
+
+@dataclass
+class TrainArguments(transformers.TrainingArguments):
+    """transformers.TrainingArguments with this recipe's defaults, and what it does not have."""
+
+    model_name: str = field(default=data.MODEL_NAME, metadata={"help": "ModelScope id or local folder"})
+    train_file: str = field(default=data.TRAIN_FILE, metadata={"help": "written by data.py"})
+    val_file: str = field(default=data.VAL_FILE, metadata={"help": "written by data.py"})
+    max_length: int = field(default=data.MAX_LENGTH, metadata={"help": "tokens; longer examples are left out"})
+    early_stopping_patience: int = field(default=PATIENCE, metadata={"help": "evaluations; 0: never stop early"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the finished run that is there"})
+    sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each reply at the end"})
+
+    output_dir: str | None = data.OUTPUT_DIR
+    learning_rate: float = LEARNING_RATE
+    num_train_epochs: float = NUM_EPOCHS
+    per_device_train_batch_size: int = BATCH_SIZE
+    per_device_eval_batch_size: int = EVAL_BATCH_SIZE
+    gradient_accumulation_steps: int = ACCUMULATION_STEPS
+    gradient_checkpointing: bool | None = True
+    eval_strategy: str = "steps"
+    eval_steps: float | None = EVAL_STEPS
+    save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
+    save_total_limit: int | None = KEPT_CHECKPOINTS
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "eval_loss"
+    greater_is_better: bool | None = False
+    restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
+    logging_steps: float = LOGGING_STEPS
+    report_to: None | str | list[str] = "swanlab"
+    seed: int = data.SEED
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self):
+        self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
+        self.run_name = self.run_name or Path(self.output_dir).name
+        if getattr(self, "activation_checkpointing", True) is None:  # its name from transformers 5.23 on
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it is written."""
+
+
+def parse_args(arguments_class: type[TrainArguments], description: str) -> TrainArguments:
+    """The command line as `arguments_class`. An unknown flag or a value that does not fit ends with one sentence."""
+    gc.freeze()  # the imported libraries stay: no collection, and not the exit (0.8 s), has to visit them again
+    parser = transformers.HfArgumentParser(
+        arguments_class,
+        description=description,
+        usage="%(prog)s [--flag value ...]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    values = vars(parser.parse_args())
+    try:
+        return arguments_class(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_files(args: TrainArguments) -> None:
+    """Make the default data files when neither is there; other files have to be there."""
+    files = (args.train_file, args.val_file)
+    missing = [file for file in files if not Path(file).is_file()]
+    if len(missing) == 2 and files == (data.TRAIN_FILE, data.VAL_FILE):
+        data.prepare()
+    elif missing:
+        raise SystemExit(
+            f"错误：找不到 {'、'.join(missing)}；请先运行 python data.py --dataset <数据> "
+            f"--train_file {args.train_file} --val_file {args.val_file}"
+        )
+
+
+def load_dataset(path: str, tokenizer, max_length: int):
+    """(datasets.Dataset with input_ids and labels, lengths in tokens of all examples). Too long ones are left out
+    rather than cut: a cut would lose the answer, which comes last."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list(data.read_examples(path))
+    encoded = rows.map(lambda row: data.encode_example(tokenizer, row), remove_columns=rows.column_names)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    fitting = encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
+    if not len(fitting):
+        raise SystemExit(
+            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {min(lengths)}）；请加大 --max_length。"
+        )
+    return fitting, lengths
+
+
+def describe_tokens(path: str, lengths: list[int], max_length: int) -> str:
+    """Lengths in tokens, and how many examples were left out for theirs."""
+    mean, p50, p95 = sum(lengths) / len(lengths), *(sorted(lengths)[int(len(lengths) * q)] for q in (0.5, 0.95))
+    over = sum(length > max_length for length in lengths)
+    return (
+        f"{path}：{len(lengths)} 条，token 数平均 {mean:.0f}，p50 {p50}，p95 {p95}，最长 {max(lengths)}；"
+        f"超过 --max_length {max_length} 而未采用的 {over} 条"
+    )
+
+
+def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
+    """One example as the model sees it: the prompt, and the supervised part."""
+    prompt = sum(label == data.IGNORE_INDEX for label in example["labels"])
+    parts = example["input_ids"][:prompt], example["input_ids"][prompt:]
+    texts = (data.shorten(tokenizer.decode(part).replace("\n", "⏎"), 300) for part in parts)
+    return "示例（⏎ 为换行）\n  提示（不计损失）：{}\n  监督部分：{}".format(*texts)
+
+
+# ---- tracking -----------------------------------------------------------------------------------------------------
+
+
+def library_versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope", "swanlab")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def start_tracking(args: TrainArguments) -> None:
+    """Begin the SwanLab run that Trainer's own callback then writes to. Only rank 0 does.
+
+    SWANLAB_MODE is obeyed. Without it: online with a key or an earlier login, else local. No prompt blocks a run.
+    """
+    if "swanlab" not in args.report_to or args.process_index:
+        return
+    # SwanLab >= 0.8 reads SWANLAB_PROJECT as JSON settings and raises; older tutorials set it to a name.
+    project = os.environ.pop("SWANLAB_PROJECT", None) or PROJECT
+    import swanlab
+
+    settings = swanlab.Settings()
+    mode = os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "local")
+    if mode in ("online", "cloud") and not settings.api_key and not sys.stdin.isatty():
+        raise SystemExit("错误：SWANLAB_MODE=online 需要登录；请运行 swanlab login，或设 SWANLAB_MODE=local。")
+    config = {"model_name": args.model_name, "max_length": args.max_length, "versions": library_versions()}
+    swanlab.init(project=project, name=args.run_name, mode=mode, config=config)
+    if mode == "local":
+        print("SwanLab：只记录在本地。查看：swanlab watch swanlog；要在网上查看：先运行 swanlab login，再训练。")
+
+
+def log_samples(args: TrainArguments, samples: list[str]) -> None:
+    """The replies as text in the SwanLab run, and the end of that run."""
+    if "swanlab" in args.report_to and not args.process_index:
+        import swanlab
+
+        swanlab.log({"Prediction": [swanlab.Text(sample) for sample in samples]})
+        swanlab.finish()
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+class MedicalTrainer(transformers.Trainer):
+    """Trainer that logs tokens per second and peak memory beside the training loss."""
+
+    window_start: float | None = None  # of the steps since the last log; evaluations and saving come after a log
+    window_tokens = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.window_start is None:
+            self.window_start = time.perf_counter()
+        self.window_tokens += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self.window_start is not None:
+            tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
+            logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)
+            logs["peak_memory_gb"] = round(peak_memory(self.args.device) / 1e9, 2)
+            self.window_start, self.window_tokens = None, 0
+        super().log(logs, *args, **kwargs)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most the device's allocator has reserved; elsewhere what the process holds now."""
+    backend = getattr(torch, device.type, None)  # torch.cuda, torch.npu
+    if hasattr(backend, "max_memory_reserved"):
+        return backend.max_memory_reserved()
+    return psutil.Process().memory_info().rss
+
+
+def claim_output_dir(args: TrainArguments) -> str | None:
+    """The checkpoint to continue from, or None. Raises SystemExit for a finished run or a folder without permission."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(
+            f"错误：无法写入 {folder}（{error.strerror}）；请检查权限，或用 --output_dir 换位置。"
+        ) from None
+    finished = folder / inference.FINISHED_MARK
+    if finished.exists() and args.overwrite_output_dir and not args.process_index:
+        finished.unlink()
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    if finished.exists():
+        raise SystemExit(
+            f"错误：{folder} 里已有训练完的模型。"
+            "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"
+        )
+    if args.resume_from_checkpoint:
+        return args.resume_from_checkpoint
+    # trainer_state.json is the last file of a checkpoint: a folder without it was cut off while it was written.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+@contextlib.contextmanager
+def explain_out_of_memory():
+    """Turn any device's out-of-memory error into what to lower, in order."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
+        text = str(error).lower()
+        if "out of memory" in text or "allocate memory" in text:
+            raise SystemExit(OUT_OF_MEMORY) from None
+        raise
+
+
+def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:
+    """The Trainer over padding-free batches: a batch is its examples one after another, [1, T], with position ids
+    that restart at each example, by which attention keeps them apart."""
+    stopping = transformers.EarlyStoppingCallback(args.early_stopping_patience)
+    return MedicalTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorWithFlattening(),
+        callbacks=[stopping] if args.early_stopping_patience else [],
+    )
+
+
+# ---- results ------------------------------------------------------------------------------------------------------
+
+
+def save_results(trainer: MedicalTrainer, tokenizer) -> None:
+    """Write the best weights, complete, into the output folder; the mark of a finished run comes last."""
+    args = trainer.args
+    trainer.model.config.use_cache = True  # Trainer switched it off for training
+    if not args.process_index:
+        trainer.model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        draw_losses(trainer.state.log_history, Path(args.output_dir, "loss.png"))
+        Path(args.output_dir, "README.md").write_text(model_card(trainer), encoding="utf-8")
+        trainer.save_state()
+
+
+def draw_losses(log_history: list[dict], path: Path) -> None:
+    """Training and evaluation loss over the steps, the best evaluation marked."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for key in ("loss", "eval_loss"):
+        points = [(log["step"], log[key]) for log in log_history if key in log]
+        axes.plot(
+            *zip(*points), marker="o" if key == "eval_loss" else None, markersize=4, label=key
+        ) if points else None
+    if evaluations := [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]:
+        loss, step = min(evaluations)
+        axes.plot(step, loss, "*", markersize=14, label=f"best: {loss:.3f} at step {step}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def model_card(trainer: MedicalTrainer) -> str:
+    """README.md of the output folder: what the model was trained from and how, and what it is not."""
+    args, state = trainer.args, trainer.state
+    base = args.model_name if data.HUB_ID.fullmatch(args.model_name) else Path(args.model_name).name
+    evaluations = [(log["eval_loss"], log["step"]) for log in state.log_history if "eval_loss" in log]
+    best = "{:.4f}（第 {} 步）".format(*min(evaluations)) if evaluations else "未评估"
+    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    settings = {
+        "learning_rate": f"{args.learning_rate:g}（{scheduler}）",
+        "每步样本数": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
+        "max_length": args.max_length,
+        "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
+        "最好的 eval_loss": best,
+        "精度": str(trainer.model.dtype).removeprefix("torch."),
+        "库": "，".join(f"{name} {version}" for name, version in library_versions().items()),
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    return MODEL_CARD.format(base=base, name=args.run_name, rows=rows, system_prompt=data.SYSTEM_PROMPT)
+
+
+def answer_samples(trainer: MedicalTrainer, tokenizer, questions: list[str]) -> list[str]:
+    """Replies of the trained model to `questions`, printed and as one text each."""
+    conversations = [data.to_messages(question) for question in questions]
+    replies = inference.generate(
+        trainer.model.eval(), tokenizer, conversations, max_new_tokens=trainer.args.sample_tokens
+    )
+    samples = []
+    for question, reply in zip(questions, replies):
+        end = "" if reply.complete else f"……（到 {trainer.args.sample_tokens} 个 token 为止）"
+        samples.append(f"【问题】{question}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
+        print(f"\n{samples[-1]}")
+    return samples
+
+
+def run(args: TrainArguments, wrap_model=lambda model, args: model) -> MedicalTrainer:
+    """The whole path from files to a finished output folder. `wrap_model(model, args)` may add an adapter."""
+    with args.main_process_first(local=False):  # rank 0 downloads and writes, the others then find it there
+        checkpoint = claim_output_dir(args)
+        prepare_files(args)
+        model_path = inference.resolve_model(args.model_name)
+    tokenizer = inference.load_tokenizer(model_path)
+    train_dataset, train_lengths = load_dataset(args.train_file, tokenizer, args.max_length)
+    eval_dataset, eval_lengths = load_dataset(args.val_file, tokenizer, args.max_length)
+    if not args.process_index:
+        print(describe_tokens(args.train_file, train_lengths, args.max_length))
+        print(describe_tokens(args.val_file, eval_lengths, args.max_length))
+        print(describe_example(tokenizer, train_dataset[0]))
+    with explain_out_of_memory():
+        model = wrap_model(inference.load_weights(model_path, args.device), args)
+        trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
+        start_tracking(args)
+        if checkpoint and not args.process_index:
+            print(f"resumed from step {Path(checkpoint).name.split('-')[-1]}", flush=True)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    save_results(trainer, tokenizer)
+    if not args.process_index:
+        questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
+        log_samples(args, answer_samples(trainer, tokenizer, questions))
+    return trainer
+
+
+def report(args: TrainArguments, script: str) -> None:
+    """Last on the screen: where the model is and how to ask it."""
+    if not args.process_index:
+        state = json.loads(Path(args.output_dir, inference.FINISHED_MARK).read_text(encoding="utf-8"))
+        best = f"，最好的 eval_loss {state['best_metric']:.4f}" if state["best_metric"] is not None else ""
+        where = "" if args.output_dir in (data.OUTPUT_DIR, data.LORA_OUTPUT_DIR) else f" --model_path {args.output_dir}"
+        print(f"\n训练完成：{state['global_step']} 步{best}。模型在 {args.output_dir}，提问：python {script}{where}")
+
+
+def main() -> None:
+    args = parse_args(TrainArguments, __doc__)
+    run(args)
+    report(args, "inference.py")
+
+
+if __name__ == "__main__":
+    main()
