@@ -11,6 +11,8 @@ The replies are a language model's and may be wrong. They are not medical advice
 
 import argparse
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +87,14 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def quiet_libraries() -> None:
+    """Keep off the screen what libraries tell each other: weight-file progress bars, deprecations, tied weights."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    tied = "missing keys in the checkpoint model loaded: ['lm_head.weight']"  # it is the embedding, and is loaded
+    logging.getLogger("transformers.trainer").addFilter(lambda record: tied not in record.getMessage())
+
+
 def load_tokenizer(path: str):
     """The tokenizer of a model folder. Raises SystemExit when it has no chat template."""
     try:
@@ -98,7 +108,7 @@ def load_tokenizer(path: str):
 
 def load_weights(path: str, device: torch.device):
     """The model of a folder, in `best_dtype(device)`, on `device`, in eval mode."""
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=best_dtype(device), use_safetensors=True, trust_remote_code=False
@@ -153,6 +163,8 @@ def generate(
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
     pad, device = tokenizer.pad_token_id, model.device
+    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    stops = set(stops if isinstance(stops, list) else [stops])
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
     with torch.inference_mode():
         output = model.generate(
@@ -164,14 +176,13 @@ def generate(
             use_cache=True,
             streamer=streamer,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(stops),
             **sampling,
         )
     replies = []
     for ids in output[:, longest:].tolist():
-        complete = tokenizer.eos_token_id in ids
-        ids = ids[: ids.index(tokenizer.eos_token_id)] if complete else ids
-        replies.append(split_reply(tokenizer, ids, complete))
+        length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        replies.append(split_reply(tokenizer, ids[:length], complete=length < len(ids)))
     return replies
 
 

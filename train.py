@@ -396,7 +396,9 @@ def run(args: TrainArguments, wrap_model=lambda model, args: model) -> MedicalTr
         print(describe_tokens(args.val_file, eval_lengths, args.max_length))
         print(describe_example(tokenizer, train_dataset[0]))
     with explain_out_of_memory():
-        model = wrap_model(inference.load_weights(model_path, args.device), args)
+        model = inference.load_weights(model_path, args.device)
+        model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning
+        model = wrap_model(model, args)
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         start_tracking(args)
         if checkpoint and not args.process_index:

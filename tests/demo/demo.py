@@ -19,15 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = Path("output/demo")
 SAMPLES = ROOT / "tests" / "demo" / "medical.jsonl"
 QUESTION = "糖尿病患者应该怎样选择碳水化合物？"
-SMALL = [
-    "--per_device_train_batch_size",
-    "8",
-    "--gradient_accumulation_steps",
-    "1",
-    "--gradient_checkpointing",
-    "false",
+# From random weights a model learns by heart in few steps only with a warm-up and a short memory of gradients.
+TRAINING = [
+    *("--learning_rate", "5e-3", "--warmup_steps", "30", "--adam_beta2", "0.95", "--gradient_checkpointing", "false"),
+    *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
+    *("--disable_tqdm", "true", "--sample_tokens", "160"),
 ]
-TRAINING = [*SMALL, "--disable_tqdm", "true", "--sample_tokens", "160"]
 
 
 def run(script: str, *flags: str) -> str:
@@ -72,12 +69,12 @@ def main() -> None:
     WORK.mkdir(parents=True)
     run("tests/demo/tiny_model.py", "base")
     run("data.py", "--dataset", os.path.relpath(SAMPLES, WORK))
-    run("train.py", "--model_name", "base", "--output_dir", "full", "--learning_rate", "3e-3", "--max_steps", "240",
-        "--eval_steps", "60", *TRAINING)  # fmt: skip
+    steps = ["--max_steps", "360", "--eval_steps", "60"]
+    run("train.py", "--model_name", "base", "--output_dir", "full", *steps, *TRAINING)
     full = check_losses("full", most=0.5)
     check_reply(run("inference.py", "--model_path", "full", QUESTION))
-    run("train_lora.py", "--model_name", "full", "--output_dir", "lora", "--learning_rate", "1e-3", "--max_steps", "40",
-        "--eval_steps", "20", *TRAINING)  # fmt: skip
+    steps = ["--max_steps", "120", "--eval_steps", "60"]
+    run("train_lora.py", "--model_name", "full", "--output_dir", "lora", *steps, *TRAINING)
     lora = check_losses("lora", most=1)
     check_reply(run("inference_lora.py", "--model_path", "lora", QUESTION))
     print(

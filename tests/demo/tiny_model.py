@@ -1,4 +1,4 @@
-"""Build a Qwen3 of some 1.4 million random parameters and its tokenizer, trained on the spot from a text.
+"""Build a Qwen3 of some 1.7 million random parameters and its tokenizer, trained on the spot from a text.
 
     python tests/demo/tiny_model.py OUT_DIR
 
@@ -69,7 +69,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build(out_dir: str | Path, texts: list[str], seed: int = 0, hidden_size: int = 128, layers: int = 4) -> None:
+def build(out_dir: str | Path, texts: list[str], seed: int = 0, hidden_size: int = 192, layers: int = 2) -> None:
     """Write tokenizer, weights (float32, safetensors), configuration and generation settings to `out_dir`."""
     tokenizer = build_tokenizer(texts)
     stop, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
