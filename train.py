@@ -111,6 +111,8 @@ class TrainArguments(transformers.TrainingArguments):
         self.run_name = self.run_name or Path(self.output_dir).name
         if getattr(self, "activation_checkpointing", True) is None:  # its name from transformers 5.23 on
             self.activation_checkpointing = self.gradient_checkpointing
+        # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
@@ -395,6 +397,7 @@ def run(args: TrainArguments, wrap_model=lambda model, args: model) -> MedicalTr
         print(describe_tokens(args.train_file, train_lengths, args.max_length))
         print(describe_tokens(args.val_file, eval_lengths, args.max_length))
         print(describe_example(tokenizer, train_dataset[0]))
+    transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
     with explain_out_of_memory():
         model = inference.load_weights(model_path, args.device)
         model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning

@@ -1,0 +1,256 @@
+"""Training with the real Trainer and peft on a tiny model: what moves, what is saved, what is logged, what resumes."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+import data
+import inference
+import inference_lora
+import train
+import train_lora
+
+CURVE = ROOT / "tests" / "loss_curve.json"
+
+
+def arguments(model: Path, cls=train.TrainArguments, **changes):
+    """Arguments for a few steps on the CPU; all else is the recipe."""
+    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "sample_tokens": 4} | changes
+    return cls(model_name=str(model), report_to=values.pop("report_to", "none"), disable_tqdm=True, **values)
+
+
+def weights(folder: str | Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder, file))
+
+
+def losses(trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_full_training_moves_every_parameter(workspace, tiny_model):
+    train.run(arguments(tiny_model, max_steps=2, learning_rate=1e-3))
+    before, after = weights(tiny_model), weights(data.OUTPUT_DIR)
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
+    args = arguments(tiny_model, train_lora.LoraArguments, max_steps=2, learning_rate=1e-2)
+    trainer = train.run(args, train_lora.add_adapter)
+    train_lora.name_base(args)
+    before = weights(tiny_model)
+    base = {name.replace(".base_layer", ""): value for name, value in trainer.model.get_base_model().named_parameters()}
+    assert all(torch.equal(before[name], base[name]) for name in before)
+    adapter = weights(data.LORA_OUTPUT_DIR, "adapter_model.safetensors")
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(adapter) == 2 * 2 * len(linear)  # A and B, two layers
+    assert all(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)  # B begins at 0
+    assert not Path(data.LORA_OUTPUT_DIR, "model.safetensors").exists()
+    config = json.loads(Path(data.LORA_OUTPUT_DIR, "adapter_config.json").read_text(encoding="utf-8"))
+    settings = [config[key] for key in ("r", "lora_alpha", "lora_dropout", "base_model_name_or_path")]
+    assert settings == [8, 32, 0.1, str(tiny_model)]
+
+
+def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
+    args = arguments(tiny_model, train_lora.LoraArguments, max_steps=2, learning_rate=1e-1)
+    trainer = train.run(args, train_lora.add_adapter)
+    model, tokenizer = inference_lora.load_adapter(data.LORA_OUTPUT_DIR)
+    inference_lora.merge_to("merged", model, tokenizer)
+    ids = torch.tensor([data.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
+    plain, _ = inference.load_trained("merged")
+    with torch.no_grad():
+        logits = [m.eval()(input_ids=ids).logits for m in (trainer.model, model, plain)]
+        untuned = inference.load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], logits[2], rtol=0, atol=0)
+    assert (logits[0] - untuned).abs().max() > 1e-2
+
+
+def test_output_folder_is_complete_and_holds_the_best_weights(workspace, tiny_model):
+    # A learning rate that grows until the loss rises again: the best weights are not the last.
+    trainer = train.run(arguments(tiny_model, max_steps=16, eval_steps=4, learning_rate=0.3, warmup_steps=16))
+    folder = Path(data.OUTPUT_DIR)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert names == {
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "README.md", "loss.png", "trainer_state.json"),
+    }
+    evaluations = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    best = min(evaluations, key=evaluations.get)
+    assert best != max(evaluations)
+    assert len(list(folder.glob("checkpoint-*"))) <= 2
+    best_weights, saved = weights(folder / f"checkpoint-{best}"), weights(folder)
+    assert all(torch.equal(saved[name], best_weights[name]) for name in saved)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["use_cache"] is True
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for part in (
+        "它不是医生",
+        f"{evaluations[best]:.4f}（第 {best} 步）",
+        "108 / 12",
+        transformers.__version__,
+        "base_model: base",
+    ):
+        assert part in card
+    assert str(tiny_model.parent) not in card  # no path of this machine
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_stops_when_the_evaluation_loss_no_longer_improves(workspace, tiny_model):
+    args = arguments(tiny_model, max_steps=40, eval_steps=1, learning_rate=1.0, early_stopping_patience=3)
+    trainer = train.run(args)
+    evaluations = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.state.global_step == evaluations.index(min(evaluations)) + 1 + 3 < 40
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "flattened"])
+def test_padded_accumulated_and_flattened_batches_give_the_same_loss(workspace, tiny_model, padded, monkeypatch):
+    """Four examples a step: four batches of one, against one batch of four."""
+    reference = train.run(arguments(tiny_model, output_dir="accumulated"))
+    if padded:
+        tokenizer = inference.load_tokenizer(str(tiny_model))
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer)
+        monkeypatch.setattr(transformers, "DataCollatorWithFlattening", lambda: collator)
+    four = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "output_dir": "four"}
+    trainer = train.run(arguments(tiny_model, **four))
+    assert losses(trainer) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_examples_of_one_batch_do_not_see_each_other(workspace, tiny_model, tokenizer):
+    dataset, _ = train.load_dataset("train.jsonl", tokenizer, 2048)
+    trainer = train.build_trainer(
+        arguments(tiny_model), inference.load_weights(str(tiny_model), torch.device("cpu")), tokenizer, dataset, dataset
+    )
+    first, second = dataset[0], dataset[1]
+    with torch.no_grad():
+        both = trainer.model(**trainer.data_collator([first, second])).logits[0]
+        alone = trainer.model(**trainer.data_collator([second])).logits[0]
+    torch.testing.assert_close(both[len(first["input_ids"]) :], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_loss_is_the_mean_over_examples_of_their_mean_token_loss(workspace, tiny_model):
+    trainer = train.run(arguments(tiny_model))
+    per_example = []
+    with torch.no_grad():
+        for example in trainer.eval_dataset:
+            logits = trainer.model.eval()(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
+            per_example.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example["labels"][1:])).item())
+    best = min(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+    assert sum(per_example) / len(per_example) == pytest.approx(best, rel=1e-5)
+
+
+def test_twenty_steps_follow_the_committed_curve(workspace, tiny_model):
+    """The recipe as it is, on the demo's data. When it changes on purpose, the failure shows the new curve."""
+    trainer = train.run(arguments(tiny_model, max_steps=20, eval_steps=20))
+    curve = [[round(log["loss"], 4), round(log["grad_norm"], 4)] for log in trainer.state.log_history if "loss" in log]
+    expected = json.loads(CURVE.read_text(encoding="utf-8"))
+    assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], abs=2e-3), json.dumps(curve)
+    assert [norm for _, norm in curve] == pytest.approx([norm for _, norm in expected], rel=1e-2), json.dumps(curve)
+
+
+@pytest.mark.parametrize("cls", [train.TrainArguments, train_lora.LoraArguments], ids=["full", "lora"])
+def test_resuming_gives_the_same_weights_as_not_stopping(workspace, tiny_model, cls, monkeypatch, capfd):
+    file = "adapter_model.safetensors" if cls is train_lora.LoraArguments else "model.safetensors"
+    wrap = [train_lora.add_adapter] if cls is train_lora.LoraArguments else []
+    changes = {"max_steps": 30, "eval_steps": 10, "learning_rate": 1e-3}  # into the second epoch
+    train.run(arguments(tiny_model, cls, output_dir="straight", **changes), *wrap)
+
+    class Killed(train.MedicalTrainer):
+        """Dies at the end of step 24, four steps after a checkpoint."""
+
+        def log(self, logs, *args, **kwargs):
+            super().log(logs, *args, **kwargs)
+            if self.state.global_step == 24:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "MedicalTrainer", Killed)
+        train.run(arguments(tiny_model, cls, output_dir="resumed", **changes), *wrap)
+    assert not Path("resumed", file).exists()
+    # What a kill in the middle of a save leaves: a newer folder without its last file.
+    shutil.copytree("resumed/checkpoint-20", "resumed/checkpoint-24")
+    Path("resumed/checkpoint-24/trainer_state.json").unlink()
+
+    trainer = train.run(arguments(tiny_model, cls, output_dir="resumed", **changes), *wrap)
+    assert "resumed from step 20" in capfd.readouterr().out.splitlines()
+    assert trainer.state.global_step == 30
+    straight, resumed = weights("straight", file), weights("resumed", file)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_finished_run_is_not_overwritten_without_being_told(workspace, tiny_model):
+    train.run(arguments(tiny_model, max_steps=2))
+    before = {path: path.stat().st_mtime_ns for path in Path(data.OUTPUT_DIR).rglob("*")}
+    with pytest.raises(SystemExit, match="已有训练完的模型.*--output_dir.*--overwrite_output_dir"):
+        train.run(arguments(tiny_model, max_steps=2))
+    assert before == {path: path.stat().st_mtime_ns for path in Path(data.OUTPUT_DIR).rglob("*")}
+    trainer = train.run(arguments(tiny_model, max_steps=4, overwrite_output_dir=True))
+    assert trainer.state.global_step == 4 and len(losses(trainer)) == 4  # anew, not continued
+
+
+def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(workspace, tiny_model, monkeypatch):
+    seen = []
+    forward = transformers.Qwen3ForCausalLM.forward
+
+    @functools.wraps(forward)  # Trainer reads the names of its parameters
+    def watched(self, *args, **kwargs):
+        seen.append((self.training, kwargs.get("use_cache"), kwargs["input_ids"].shape))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", watched)
+    train.run(arguments(tiny_model, sample_tokens=5))
+    samples = [(training, shape[1]) for training, use_cache, shape in seen if use_cache and shape[0] == train.SAMPLES]
+    # Three questions in one batch; after the prompt one new token at a time, which only a cache allows.
+    assert samples[0][1] > 1 and samples[1:] == [(False, 1)] * 4
+
+
+def test_swanlab_run_on_disk_holds_losses_speed_memory_configuration_and_samples(workspace, tiny_model, monkeypatch):
+    monkeypatch.setenv("SWANLAB_PROJECT", "an-older-tutorial")  # crashes swanlab >= 0.8 when left in place
+    trainer = train.run(arguments(tiny_model, report_to="swanlab"))
+    [run] = Path("swanlog").glob("run-*")
+    series = [
+        [json.loads(line)["data"] for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in run.glob("logs/*/1000.log")
+    ]
+    for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"):
+        logged = [log[key] for log in trainer.state.log_history if key in log]
+        assert any(values == pytest.approx(logged) for values in series), key
+    samples = [text.read_text(encoding="utf-8") for text in run.glob("media/text/*.txt")]
+    assert len(samples) == 3 and all("【问题】" in text and "【回答】" in text for text in samples)
+    config = (run / "files" / "config.yaml").read_text(encoding="utf-8")
+    for part in ("model_name", "max_length", f"transformers: {transformers.__version__}", "learning_rate"):
+        assert part in config
+
+
+def test_swanlab_online_without_key_and_terminal_is_refused_before_training(workspace, tiny_model, monkeypatch):
+    monkeypatch.setenv("SWANLAB_MODE", "online")
+    monkeypatch.setenv("HOME", str(workspace))
+    with pytest.raises(SystemExit, match="swanlab login"):
+        train.start_tracking(arguments(tiny_model, report_to="swanlab"))
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "MPS backend out of memory"])
+def test_out_of_memory_says_what_to_lower_in_order(message):
+    with pytest.raises(SystemExit) as error, train.explain_out_of_memory():
+        raise RuntimeError(message)
+    steps = ("--per_device_train_batch_size 1", "--max_length 1024", "train_lora.py", "Qwen/Qwen3-0.6B")
+    places = [str(error.value).index(step) for step in steps]
+    assert places == sorted(places)
+
+
+def test_real_out_of_memory_of_the_cpu_is_recognised():
+    with pytest.raises(SystemExit, match="显存（内存）不足"), train.explain_out_of_memory():
+        torch.empty(2**60)
+
+
+def test_other_runtime_errors_pass():
+    with pytest.raises(RuntimeError, match="shape"), train.explain_out_of_memory():
+        raise RuntimeError("shape mismatch")
