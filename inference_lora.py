@@ -35,10 +35,14 @@ def load_adapter(name: str):
     return model.merge_and_unload().eval(), inference.load_tokenizer(path)
 
 
-def merge_to(folder: str, model, tokenizer) -> None:
-    """Save the merged model, so that inference.py and any other tool can load it. Never over another model."""
-    if Path(folder).exists() and any(Path(folder).iterdir()):
+def check_free(folder: str) -> None:
+    """Raises SystemExit unless `folder` is new or empty: merging never writes over another model."""
+    if Path(folder).is_file() or Path(folder).is_dir() and any(Path(folder).iterdir()):
         raise SystemExit(f"错误：{folder} 不是空文件夹；请用 --merge_to 指定一个新文件夹。")
+
+
+def merge_to(folder: str, model, tokenizer) -> None:
+    """Save the merged model, so that inference.py and any other tool can load it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {folder}")
@@ -48,6 +52,8 @@ def main() -> None:
     parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
     args = parser.parse_args()
+    if args.merge_to:
+        check_free(args.merge_to)
     model, tokenizer = load_adapter(args.model_path)
     if args.merge_to:
         merge_to(args.merge_to, model, tokenizer)
