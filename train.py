@@ -50,7 +50,6 @@ MODEL_CARD = """\
 ---
 base_model: {base}
 language: zh
-license: apache-2.0
 pipeline_tag: text-generation
 ---
 
@@ -284,9 +283,9 @@ def claim_output_dir(args: TrainArguments) -> str | None:
         ) from None
     finished = folder / inference.FINISHED_MARK
     if finished.exists() and args.overwrite_output_dir and not args.process_index:
-        finished.unlink()
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        finished.unlink()
     if finished.exists():
         raise SystemExit(
             f"错误：{folder} 里已有训练完的模型。"
