@@ -33,7 +33,8 @@ NUM_EPOCHS = 2
 BATCH_SIZE = 1  # examples at once on a device
 ACCUMULATION_STEPS = 4  # x BATCH_SIZE x devices = 4 examples a step, about 3,150 tokens
 EVAL_STEPS = 100  # optimizer steps between evaluations; a checkpoint is written at each
-EVAL_BATCH_SIZE = 1  # the published eval_loss is the mean over examples: batches of 1
+EVAL_TOKENS = 8192  # of whole examples in one evaluation batch, which keeps neither activations nor logits
+LOSS_BYTES = 500_000_000  # of logits and their gradient at any time; all at once are 14 bytes x vocabulary a token
 PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
 KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
@@ -87,7 +88,6 @@ class TrainArguments(transformers.TrainingArguments):
     learning_rate: float = LEARNING_RATE
     num_train_epochs: float = NUM_EPOCHS
     per_device_train_batch_size: int = BATCH_SIZE
-    per_device_eval_batch_size: int = EVAL_BATCH_SIZE
     gradient_accumulation_steps: int = ACCUMULATION_STEPS
     gradient_checkpointing: bool | None = True
     eval_strategy: str = "steps"
@@ -109,6 +109,9 @@ class TrainArguments(transformers.TrainingArguments):
         self.run_name = self.run_name or Path(self.output_dir).name
         if getattr(self, "activation_checkpointing", True) is None:  # its name from transformers 5.23 on
             self.activation_checkpointing = self.gradient_checkpointing
+        # Without torchrun Trainer would spread one process over all GPUs with DataParallel, slower than one of them.
+        if "LOCAL_RANK" not in os.environ:
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -237,14 +240,103 @@ def log_samples(args: TrainArguments, samples: list[str]) -> None:
         swanlab.finish()
 
 
+# ---- loss ---------------------------------------------------------------------------------------------------------
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of an output layer that never holds all its logits, with their gradients made on the way.
+
+    hidden [N, H], weight [V, H], labels [N] -> (sum of the losses, the losses [N]), both float32. Only the sum can be
+    differentiated. Row chunks of LOSS_BYTES: full logits would take 6.8 GB at 3,200 tokens and Qwen3's vocabulary,
+    and working them out once more in the backward pass would cost 6 % of a training step's FLOPs.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        losses = torch.empty(len(labels), device=hidden.device, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
+        rows = max(1, LOSS_BYTES // (len(weight) * (4 + weight.element_size())))
+        for part in (slice(start, start + rows) for start in range(0, len(labels), rows)):
+            logits = (hidden[part] @ weight.T).float()
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            losses[part] = (log_total - logits.gather(1, labels[part, None])).squeeze(1)
+            if grad_hidden is None:
+                continue
+            grad = logits.sub_(log_total).exp_()  # the softmax, in the logits' place
+            grad.scatter_add_(1, labels[part, None], -torch.ones_like(log_total))
+            grad = grad.to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, hidden[part])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_sum, _):
+        return *(grad if grad is None else grad.mul_(grad_sum) for grad in ctx.saved_tensors), None
+
+
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
 class MedicalTrainer(transformers.Trainer):
-    """Trainer that logs tokens per second and peak memory beside the training loss."""
+    """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs tokens
+    per second and peak memory beside the training loss."""
 
     window_start: float | None = None  # of the steps since the last log; evaluations and saving come after a log
     window_tokens = 0
+    last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model.get_decoder().register_forward_hook(self.keep_hidden)
+
+    def keep_hidden(self, module, args, output) -> None:
+        self.last_hidden = output.last_hidden_state
+
+    def supervised_losses(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sum, losses [N], where [B, T-1] the N supervised tokens stand). `model` is asked for no logits at all, but
+        is called as a whole, so that DistributedDataParallel sees the pass."""
+        inputs = dict(inputs)
+        targets = inputs.pop("labels")[:, 1:]
+        model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
+        hidden, self.last_hidden = self.last_hidden, None
+        where = targets != data.IGNORE_INDEX
+        weight = self.model.get_output_embeddings().weight
+        return *LinearCrossEntropy.apply(hidden[:, :-1][where], weight, targets[where]), where
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the supervised tokens of the whole optimizer step, on all devices, as Trainer's own."""
+        total, losses, _ = self.supervised_losses(model, inputs)
+        if num_items_in_batch is None:
+            return total / len(losses)
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * scale / num_items_in_batch
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """{eval_loss: the mean over examples of each example's mean token loss, as published; eval_token_loss: the mean
+        over tokens; eval_runtime in seconds}. Neither loss depends on batch size or number of processes."""
+        started = time.perf_counter()
+        dataset = eval_dataset or self.eval_dataset
+        self.model.eval()
+        sums = torch.zeros(4, dtype=torch.float64)  # example means, examples, token losses, tokens
+        for batch in token_batches(dataset, self.args.process_index, self.args.world_size):
+            inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in batch]))
+            with self.compute_loss_context_manager():
+                total, losses, where = self.supervised_losses(self.model, inputs)
+            example = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[:, 1:][where]
+            means = torch.zeros(len(batch), device=losses.device).index_add_(0, example, losses)
+            means /= torch.bincount(example, minlength=len(batch))
+            sums += torch.tensor([means.sum().item(), len(batch), total.item(), len(losses)], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
+        metrics = {"loss": sums[0] / sums[1], "token_loss": sums[2] / sums[3], "runtime": time.perf_counter() - started}
+        metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def training_step(self, model, inputs, *args, **kwargs):
         if self.window_start is None:
@@ -259,6 +351,19 @@ class MedicalTrainer(transformers.Trainer):
             logs["peak_memory_gb"] = round(peak_memory(self.args.device) / 1e9, 2)
             self.window_start, self.window_tokens = None, 0
         super().log(logs, *args, **kwargs)
+
+
+def token_batches(dataset, rank: int, world_size: int) -> list[list[int]]:
+    """This rank's share of the examples, by length, in batches of EVAL_TOKENS tokens at most (or of one example)."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    batches, tokens = [], EVAL_TOKENS
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size]:
+        if tokens + lengths[i] > EVAL_TOKENS:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches
 
 
 def peak_memory(device: torch.device) -> int:

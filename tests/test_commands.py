@@ -41,7 +41,8 @@ def fails(result, *parts: str) -> str:
 
 def loss_curve(folder: Path) -> list[tuple[float, float]]:
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [(log["loss"], log["grad_norm"]) for log in history if "loss" in log]
+    curve = [(log["loss"], log["grad_norm"]) for log in history if "loss" in log]
+    return curve + [(log["eval_loss"], log["eval_token_loss"]) for log in history if "eval_loss" in log]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_two_processes_follow_the_curve_of_one(workspace, tiny_model, launcher, 
     assert two.returncode == 0, two.stdout
     assert two.stdout.count("训练完成") == 1 and two.stdout.count("【问题】") == 3  # rank 0 alone speaks
     one, both = loss_curve(workspace / "one"), loss_curve(workspace / "two")
-    assert len(one) == 6
+    assert len(one) == 6 + 2
     for expected, found in zip(one, both):
         assert found == pytest.approx(expected, rel=2e-4)
 

@@ -1,0 +1,107 @@
+"""The loss without logits against transformers' own, and an evaluation loss that no batch changes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import data
+import inference
+import train
+
+HIDDEN, VOCAB, TOKENS = 64, 1000, 300
+
+
+def layer(dtype: torch.dtype, seed: int = 0):
+    """hidden [1, T, H], weight [V, H], labels [1, T] of which a third is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 0.3).to(dtype).requires_grad_()
+    labels = torch.randint(VOCAB, (1, TOKENS), generator=generator)
+    return hidden, weight, labels.masked_fill(torch.rand(1, TOKENS, generator=generator) < 0.3, data.IGNORE_INDEX)
+
+
+def chunked(hidden, weight, labels):
+    where = labels[:, 1:] != data.IGNORE_INDEX
+    total, losses = train.LinearCrossEntropy.apply(hidden[:, :-1][where], weight, labels[:, 1:][where])
+    assert losses.dtype == total.dtype == torch.float32
+    return total / len(losses)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100_000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)], ids=["fp32", "bf16"])
+def test_loss_and_gradients_are_those_of_transformers(monkeypatch, dtype, tolerance, rows):
+    """In bf16 against the reference in fp32 on the same numbers; its gradients are rounded once, hence the 1 %."""
+    monkeypatch.setattr(train, "LOSS_BYTES", rows * VOCAB * (4 + dtype.itemsize))
+    hidden, weight, labels = layer(dtype)
+    exact_hidden, exact_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
+    expected = ForCausalLMLoss(exact_hidden @ exact_weight.T, labels, VOCAB)
+    found = chunked(hidden, weight, labels)
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    expected.backward()
+    found.backward()
+    for mine, exact in ((hidden, exact_hidden), (weight, exact_weight)):
+        error = (mine.grad.float() - exact.grad).norm() / exact.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_frozen_output_layer_gets_no_gradient():
+    hidden, weight, labels = layer(torch.float32)
+    chunked(hidden, weight.requires_grad_(False), labels).backward()
+    assert weight.grad is None and hidden.grad is not None
+
+
+def test_loss_in_float64_is_exact_but_for_its_float32_sums():
+    hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    labels, grads = torch.randint(11, (5,)), []
+    for loss in (
+        lambda h, w: train.LinearCrossEntropy.apply(h, w, labels)[0],
+        lambda h, w: F.cross_entropy(h @ w.T, labels, reduction="sum"),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        loss(*leaves).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+
+
+def trainer_on(tiny_model, tokenizer) -> train.MedicalTrainer:
+    dataset, _ = train.load_dataset("val.jsonl", tokenizer, 2048)
+    args = train.TrainArguments(report_to="none", disable_tqdm=True)
+    model = inference.load_weights(str(tiny_model), torch.device("cpu"))
+    return train.build_trainer(args, model, tokenizer, dataset, dataset)
+
+
+def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, tokenizer):
+    trainer, shapes = trainer_on(tiny_model, tokenizer), []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    batch = trainer.data_collator([trainer.eval_dataset[0], trainer.eval_dataset[1]])
+    trainer.compute_loss(trainer.model, batch).backward()
+    trainer.evaluate()
+    assert shapes and set(shapes) == {0}
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 100_000])
+def test_evaluation_losses_do_not_depend_on_the_batch(workspace, tiny_model, tokenizer, monkeypatch, tokens):
+    trainer = trainer_on(tiny_model, tokenizer)
+    per_example, all_tokens = [], []
+    with torch.no_grad():
+        for example in trainer.eval_dataset:
+            logits = trainer.model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
+            losses = F.cross_entropy(logits, torch.tensor(example["labels"][1:]), reduction="none")
+            supervised = [label != data.IGNORE_INDEX for label in example["labels"][1:]]
+            all_tokens += losses[supervised].tolist()
+            per_example.append(losses[supervised].mean().item())
+    monkeypatch.setattr(train, "EVAL_TOKENS", tokens)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(sum(per_example) / len(per_example), rel=1e-5)
+    assert metrics["eval_token_loss"] == pytest.approx(sum(all_tokens) / len(all_tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_example_is_evaluated_once(world_size):
+    dataset = {"input_ids": [[0] * length for length in (9000, 10, 4000, 4200, 4100, 8192, 1)]}
+    shares = [train.token_batches(dataset, rank, world_size) for rank in range(world_size)]
+    batches = [batch for share in shares for batch in share]
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    totals = [sum(len(dataset["input_ids"][i]) for i in batch) for batch in batches]
+    assert all(total <= train.EVAL_TOKENS or len(batch) == 1 for total, batch in zip(totals, batches))
