@@ -9,12 +9,15 @@ Every row needs three texts: question, think, answer. The split is the published
 """
 
 import argparse
+import codecs
+import contextlib
 import io
 import json
 import os
 import random
 import re
 import statistics
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,12 +54,12 @@ def read_rows(path: str | Path) -> list[tuple[int, object]]:
         raise SystemExit(
             f"错误：不认识 {path} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for a file
         raise SystemExit(
             f"错误：找不到数据文件 {path}；请检查路径，或不带 --dataset 运行 python data.py 下载公开数据集。"
         )
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise SystemExit(f"错误：无法读取 {path}（{error.strerror}）；请检查文件权限。") from None
     if not content.strip():
@@ -68,13 +71,14 @@ def read_rows(path: str | Path) -> list[tuple[int, object]]:
 
 
 def decode(path: Path, line_number: int, line: bytes) -> str:
-    """One line as text, without a byte order mark."""
+    """One line as text."""
     try:
-        return line.decode("utf-8-sig" if line_number == 1 else "utf-8")
+        return line.decode()
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "GB18030"
         raise SystemExit(
             f"错误：{path} 第 {line_number} 行不是 UTF-8 编码（该行第 {error.start + 1} 字节）；"
-            f"请另存为 UTF-8，例如：iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}"
+            f"请另存为 UTF-8，例如：iconv -f {encoding} -t UTF-8 {path} > utf8{path.suffix}"
         ) from None
 
 
@@ -86,7 +90,7 @@ def decode_all(path: Path, content: bytes) -> str:
 
 def parse_json(path: Path, text: str, first_line: int = 1) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=float)  # int() refuses long numbers; no number is used anyway
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise SystemExit(
@@ -114,7 +118,10 @@ def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
 
     decode_all(path, content)
     try:
-        table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8-sig")
+        table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8")
+        # Where the first row has more fields than the header, pandas makes its first ones the index: all would shift.
+        if not isinstance(table.index, pandas.RangeIndex):
+            raise ValueError("第 1 行数据比表头多出字段")
     except ValueError as error:  # pandas' ParserError and EmptyDataError among them
         raise SystemExit(
             f"错误：{path} 不是合法的 CSV（{str(error).strip()}）；含逗号或换行的文字请用双引号括起。"
@@ -123,14 +130,16 @@ def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
 
 
 def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
-    import pyarrow
+    import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{error}）；请重新导出。") from None
-    columns = [name for name in FIELDS if name in table.column_names] or table.column_names
-    return list(enumerate(table.select(columns).to_pylist(), 1))
+        # Only what is needed; all when something is missing, so that the message can name what is there.
+        rows = table.select(FIELDS if set(FIELDS) <= set(table.column_names) else table.column_names).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
+        cause = str(error).strip().splitlines()[0]
+        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{cause}）；请重新导出。") from None
+    return list(enumerate(rows, 1))
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -151,19 +160,25 @@ def from_hub(download, name: str, kind: str, remedy: str, **options) -> Path:
         ) from None
 
 
-def download_dataset(name: str) -> list[Path]:
-    """The data files of a ModelScope data set, by name; when it has several formats, those of one format."""
+def download_dataset(name: str, folder: str) -> list[Path]:
+    """Download the data files of a ModelScope data set into `folder`; when it has several formats, those of one.
+
+    Not into the client's cache: there it keeps, and would hand out, files that the hub has renamed or dropped since.
+    """
     from modelscope.hub.snapshot_download import dataset_snapshot_download
 
-    folder = from_hub(
+    from_hub(
         dataset_snapshot_download,
         name,
         "数据集",
         "用 --dataset 指定本地文件",
+        local_dir=folder,
         allow_patterns=[f"*{suffix}" for suffix in SUFFIXES],
     )
     # Metadata that the hub keeps beside the data has these names.
-    files = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(("dataset_info", "configuration"))]
+    files = [
+        path for path in sorted(Path(folder).rglob("*")) if not path.name.startswith(("dataset_info", "configuration"))
+    ]
     for suffix in SUFFIXES:
         if found := [path for path in files if path.suffix.lower() == suffix]:
             return found
@@ -172,14 +187,15 @@ def download_dataset(name: str) -> list[Path]:
 
 def load_rows(dataset: str) -> tuple[list[tuple[int, object]], str]:
     """Rows of a local file or of a ModelScope data set as (number, row), and where they came from."""
-    if Path(dataset).exists() or Path(dataset).suffix.lower() in SUFFIXES:
+    if os.path.exists(dataset) or Path(dataset).suffix.lower() in SUFFIXES:
         return read_rows(dataset), dataset
     if not HUB_ID.fullmatch(dataset):
         raise SystemExit(
             f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 {DATASET_NAME}）。"
         )
-    files = download_dataset(dataset)
-    rows = [row for path in files for row in read_rows(path)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = download_dataset(dataset, folder)
+        rows = [row for path in files for row in read_rows(path)]
     return rows, f"{dataset}（{'、'.join(path.name for path in files)}）"
 
 
@@ -291,7 +307,8 @@ def write_files(parts: dict[str, list[Row]]) -> None:
         ) from None
     finally:
         for draft in drafts.values():
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
 
 
 def summary(source: str, total: int, parts: dict[str, list[Row]], problems: dict[str, list[int]]) -> str:
@@ -319,8 +336,11 @@ def shorten(text: str, most: int = 120) -> str:
 
 def prepare(dataset: str = DATASET_NAME, train_file: str = TRAIN_FILE, val_file: str = VAL_FILE) -> None:
     """Load, check, clean and split `dataset`, write the two files, and print the summary."""
-    if Path(train_file).absolute() == Path(val_file).absolute():
+    train_path, val_path, source_path = map(os.path.realpath, (train_file, val_file, dataset))
+    if train_path == val_path:
         raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
+    if source_path in (train_path, val_path):
+        raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
     rows, source = load_rows(dataset)
     train, val, problems = split_rows(rows)
     parts = {train_file: train, val_file: val}

@@ -141,8 +141,8 @@ def test_repeated_rows_and_questions_of_both_parts_are_left_out(first, second, c
     original, copy = parts[first][1], parts[second][2]
     rows = make_rows(40, first=0)  # row 0 is not saved: numbers count from 1
     rows[copy] = make_row(original, **change)
-    spaced = rows[copy] | {"think": f" {rows[copy]['think']}\\n"}  # white space makes no difference
-    data.prepare(save([*rows[1:copy], spaced, *rows[copy + 1 :]], "rows.jsonl"))
+    spaced = [row | {"think": row["think"] + " " * i} for i, row in enumerate(rows)]  # white space is no difference
+    data.prepare(save(spaced[1:], "rows.jsonl"))
     # Two answers to one question are two examples, as long as both are in one part.
     problem = "验证集的问题也在训练集里" if first != second else None if change else "与前面的行重复"
     assert f"\n未采用    {f'{problem}：1 行（第 {copy} 行）' if problem else '0 行'}\n" in capsys.readouterr().out
@@ -359,12 +359,13 @@ def download(hub: Hub, folder: Path, *flags: str):
 META = {"dataset_infos.json": [{}], "configuration.json": [{}]}
 SETS = [  # the name that is asked for, the files of the set, those that are taken
     ("", META | {"medical_r1.jsonl": make_rows(2407)}, "medical_r1.jsonl"),
-    ("owner/name", META | {"all.csv": make_rows(20), "all.jsonl": make_rows(20)}, "all.jsonl"),
+    ("owner/name", META | {"rows.json": make_rows(20)}, "rows.json"),
+    ("owner/name", {"all.csv": make_rows(20), "all.jsonl": make_rows(20)}, "all.jsonl"),
     ("owner/name", {"b.jsonl": make_rows(20, first=11), "a.jsonl": make_rows(10)}, "a.jsonl、b.jsonl"),
 ]
 
 
-@pytest.mark.parametrize("name, files, taken", SETS, ids=["published set by default", "one format of two", "two parts"])
+@pytest.mark.parametrize("name, files, taken", SETS, ids=["default", "no metadata", "one format", "two parts"])
 def test_set_is_downloaded_with_its_data_files_in_the_order_of_their_names(hub, folder, name, files, taken):
     for file, rows in files.items():
         save(rows, hub.set / file)
@@ -373,6 +374,13 @@ def test_set_is_downloaded_with_its_data_files_in_the_order_of_their_names(hub, 
     rows = make_rows(20 if name else 2407)
     assert f"\n数据来源  {name or 'krisfu/delicate_medical_r1_data'}（{taken}）：共 {len(rows)} 行\n" in result.stdout
     assert written(folder / "work") == published(rows)
+
+
+def test_file_that_the_hub_has_renamed_is_not_read_twice(hub, folder):
+    save(make_rows(20), hub.set / "old.jsonl")
+    assert download(hub, folder, "--dataset", "owner/name").returncode == 0
+    (hub.set / "old.jsonl").rename(hub.set / "new.jsonl")
+    assert "owner/name（new.jsonl）：共 20 行" in download(hub, folder, "--dataset", "owner/name").stdout
 
 
 LOADING = "无法从 {url} 下载数据集 {name}（~）；请检查名称和网络后重试同一命令，或用 --dataset 指定本地文件。"
@@ -398,6 +406,8 @@ def test_failed_download_ends_with_one_sentence_and_leaves_old_files(hub, folder
 def test_examples_are_the_rows_that_were_written():
     data.prepare(save(ROWS[-5:] + make_rows(20), "rows.csv"))
     assert (data.read_examples("train.jsonl"), data.read_examples("val.jsonl")) == written()
+    by_hand = save([make_row(1, think=" 思考1。\\n")], "val.jsonl")
+    assert data.read_examples(by_hand) == [make_row(1)]  # cleaned like the others
 
 
 @pytest.mark.parametrize("line, problem", BAD.items(), ids=lambda value: value[:60])
