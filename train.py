@@ -82,6 +82,7 @@ class TrainArguments(transformers.TrainingArguments):
     max_length: int = field(default=data.MAX_LENGTH, metadata={"help": "tokens; longer examples are left out"})
     early_stopping_patience: int = field(default=PATIENCE, metadata={"help": "evaluations; 0: never stop early"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the finished run that is there"})
+    kahan: bool = field(default=True, metadata={"help": "AdamW that keeps small updates; with bfloat16 weights only"})
     sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each reply at the end"})
 
     output_dir: str | None = data.OUTPUT_DIR
@@ -415,6 +416,21 @@ def explain_out_of_memory():
         raise
 
 
+def kahan_adamw(args: TrainArguments, model):
+    """(optimizer class, its arguments) for bfloat16 weights, or None: what --optim says.
+
+    A bfloat16 weight has 8 significant bits: added to it, an update smaller than 1/512 of it is rounded away, and at a
+    learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter, for later steps.
+    """
+    if not args.kahan or not any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+        return None
+    import optimi
+
+    betas = (args.adam_beta1, args.adam_beta2)
+    # One tensor at a time: foreach would hold copies of all weights and states at once.
+    return optimi.AdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, foreach=False, triton=False)
+
+
 def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:
     """The Trainer over padding-free batches: a batch is its examples one after another, [1, T], with position ids
     that restart at each example, by which attention keeps them apart."""
@@ -427,6 +443,7 @@ def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_da
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithFlattening(),
         callbacks=[stopping] if args.early_stopping_patience else [],
+        optimizer_cls_and_kwargs=kahan_adamw(args, model),
     )
 
 
