@@ -83,6 +83,7 @@ class TrainArguments(transformers.TrainingArguments):
     early_stopping_patience: int = field(default=PATIENCE, metadata={"help": "evaluations; 0: never stop early"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the finished run that is there"})
     kahan: bool = field(default=True, metadata={"help": "AdamW that keeps small updates; with bfloat16 weights only"})
+    full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
     sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each reply at the end"})
 
     output_dir: str | None = data.OUTPUT_DIR
@@ -310,6 +311,8 @@ class MedicalTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the supervised tokens of the whole optimizer step, on all devices, as Trainer's own."""
+        if self.args.full_logits:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total, losses, _ = self.supervised_losses(model, inputs)
         if num_items_in_batch is None:
             return total / len(losses)
