@@ -13,10 +13,12 @@ import codecs
 import contextlib
 import io
 import json
+import logging
 import os
 import random
 import re
 import statistics
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -150,10 +152,11 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet
 
 def from_hub(download, name: str, kind: str, remedy: str, **options) -> Path:
     """The folder into which modelscope's `download` put the repository `name`; one clear sentence when it cannot."""
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         return Path(download(name, **options))
     except Exception as error:  # the client raises its own, requests', urllib3's and OS errors alike
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = shorten(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 200)
         address = os.environ.get("MODELSCOPE_ENDPOINT", "ModelScope")
         raise SystemExit(
             f"错误：无法从 {address} 下载{kind} {name}（{cause}）；请检查名称和网络后重试同一命令，或{remedy}。"
@@ -400,7 +403,7 @@ def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, 
     texts: list[str] = []
 
     def placeholder(text: str) -> str:
-        texts.append(text)
+        texts.append(text.encode("utf-8", "replace").decode())  # a terminal may hand over half a character
         return f"\ue000{len(texts) - 1}\ue001"
 
     shells = [{k: v if k == "role" else placeholder(v) for k, v in message.items()} for message in messages]
@@ -432,6 +435,20 @@ def encode_example(tokenizer, row: Row) -> dict[str, list[int]]:
     return {"input_ids": ids[:end], "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) : end]}
 
 
+def run_main(main) -> None:
+    """Run a script's `main`: on terminals of any encoding, and without a traceback after Ctrl-C or `| head`."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\n已中断。", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still to be flushed
+        raise SystemExit(141) from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -444,4 +461,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,20 +12,25 @@ The replies are a language model's and may be wrong. They are not medical advice
 import argparse
 import json
 import logging
+import shlex
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 
-from data import HUB_ID, MODEL_NAME, OUTPUT_DIR, SEED, encode_messages, from_hub, to_messages
+from data import HUB_ID, MODEL_NAME, OUTPUT_DIR, SEED, encode_messages, from_hub, run_main, to_messages
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
+END_OF_TURN = "<|im_end|>"  # generation stops here
 # What Qwen advises without thinking; while thinking the model's own generation settings hold.
 NO_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+ADAPTER_CONFIG = "adapter_config.json"
 FINISHED_MARK = "trainer_state.json"  # train.py writes it into the output folder last
 NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
 
@@ -41,16 +46,26 @@ class Reply(NamedTuple):
 # ---- finding and loading the model --------------------------------------------------------------------------------
 
 
+def find_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Their last file is trainer_state.json: one without it was cut off."""
+    found = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return sorted((path for path in found if path.name[11:].isdecimal()), key=lambda path: int(path.name[11:]))
+
+
 def find_trained(folder: str | Path, config: str = "config.json", train_script: str = "train.py") -> Path:
     """The best weights below `folder`: the folder itself once training is finished (or when it is any saved model),
     else the checkpoint with the best evaluation loss so far, else the newest one. Raises SystemExit without any."""
     folder = Path(folder)
-    checkpoints = sorted(
-        (path.parent for path in folder.glob(f"checkpoint-*/{config}")), key=lambda path: int(path.name.split("-")[1])
-    )
+    checkpoints = [path for path in find_checkpoints(folder) if (path / config).is_file()]
     if (folder / config).is_file() and ((folder / FINISHED_MARK).is_file() or not checkpoints):
         return folder
     if not checkpoints:
+        other = {"config.json": ADAPTER_CONFIG, ADAPTER_CONFIG: "config.json"}[config]
+        if (folder / other).is_file():
+            script = "inference_lora.py" if other == ADAPTER_CONFIG else "inference.py"
+            raise SystemExit(
+                f"错误：{folder} 要用另一个脚本来问：python {script} --model_path {shlex.quote(str(folder))}"
+            )
         raise SystemExit(
             f"错误：{folder} 里没有训练好的模型；请先运行 python {train_script}，或用 --model_path 指定模型的文件夹。"
         )
@@ -65,8 +80,13 @@ def find_trained(folder: str | Path, config: str = "config.json", train_script: 
 def resolve_model(name: str, remedy: str = "用 --model_name 指定本地模型文件夹") -> str:
     """A folder as it is; else the folder into which ModelScope's client downloads the model `name`."""
     if Path(name).is_dir():
-        return name
-    if not HUB_ID.fullmatch(name):
+        if Path(name, ADAPTER_CONFIG).is_file():
+            raise SystemExit(
+                f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
+                f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+            )
+        return str(Path(name).resolve())
+    if not HUB_ID.fullmatch(name) or name.startswith("output/"):
         raise SystemExit(
             f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 {MODEL_NAME}）。"
         )
@@ -101,8 +121,11 @@ def load_tokenizer(path: str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
-    if not tokenizer.chat_template:
-        raise SystemExit(f"错误：{path} 的分词器没有对话模板（chat template）；请换一个对话模型，例如 {MODEL_NAME}。")
+    if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
+        raise SystemExit(
+            f"错误：{path} 的分词器没有 {END_OF_TURN} 或对话模板；请换一个 Qwen3 模型，例如 {MODEL_NAME}。"
+        )
+    tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
     return tokenizer
 
 
@@ -113,7 +136,7 @@ def load_weights(path: str, device: torch.device):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=best_dtype(device), use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, cut off, or of another shape
         raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
     return model.to(device).eval()
 
@@ -163,8 +186,8 @@ def generate(
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
     pad, device = tokenizer.pad_token_id, model.device
-    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
+    stops = model.generation_config.eos_token_id or []
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
     with torch.inference_mode():
         output = model.generate(
@@ -237,31 +260,55 @@ def chat(model, tokenizer, args: argparse.Namespace, console: Console) -> None:
             break
         messages = to_messages(question)
         messages[1:1] = history
-        reply = ask(model, tokenizer, messages, args, console)
+        try:
+            reply = ask(model, tokenizer, messages, args, console)
+        except KeyboardInterrupt:
+            console.print("\n（已停止这次回复。）", style="yellow")
+            continue
         history += [{"role": "user", "content": question}, {"role": "assistant", "content": reply.answer}]
 
 
 def converse(model, tokenizer, args: argparse.Namespace) -> None:
     """What the command line asks for: the conversation, or the one question."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     transformers.set_seed(args.seed)
-    console.print(NOT_A_DOCTOR, style="yellow")
+    console.print(NOT_A_DOCTOR, style="yellow", soft_wrap=True)
     if args.chat:
         return chat(model, tokenizer, args, console)
-    console.print(f"\n【问题】{args.question}\n", markup=False)
+    console.print(f"\n【问题】{args.question}\n", markup=False, soft_wrap=True)
     ask(model, tokenizer, to_messages(args.question), args, console)
+
+
+def whole_number(least: int, text: str) -> int:
+    """A whole number from `least` on, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"要一个不小于 {least} 的整数，不是 {text!r}")
+    return int(text)
+
+
+def some_text(text: str) -> str:
+    """A text that is not empty, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("问题是空的")
+    return text.strip()
 
 
 def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("question", nargs="?", default=QUESTION, help="the question (default: the published one)")
+    parser.add_argument(
+        "question", nargs="?", type=some_text, default=QUESTION, help="the question (default: the published one)"
+    )
     parser.add_argument("--chat", action="store_true", help="hold a conversation")
     parser.add_argument("--model_path", default=output_dir, help="folder or ModelScope id (default: %(default)s)")
     parser.add_argument("--no_thinking", action="store_true", help="answer without thinking first")
-    parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--max_new_tokens", type=partial(whole_number, 1), default=MAX_NEW_TOKENS, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=partial(whole_number, 0), default=SEED, help="of the sampling (default: %(default)s)"
+    )
     return parser
 
 
@@ -272,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,29 +6,45 @@
 The replies are a language model's and may be wrong. They are not medical advice.
 """
 
+import json
+import shlex
 from pathlib import Path
 
 import peft
+from safetensors import SafetensorError
 
 import inference
-from data import LORA_OUTPUT_DIR
+from data import LORA_OUTPUT_DIR, run_main
+from inference import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
+
+def read_base(path: str) -> str:
+    """The name or folder of the base model that the adapter in `path` was made for."""
+    config = Path(path, ADAPTER_CONFIG)
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"错误：{config} 无法读取（{inference.first_line(error)}）；请重新运行 python train_lora.py"
+        ) from None
+    if not base or Path(base).is_absolute() and not Path(base).is_dir():
+        raise SystemExit(
+            f"错误：{path} 的适配器需要基础模型 {base}，但它不在那里；请放回，或改 {ADAPTER_CONFIG} 里的路径。"
+        )
+    return base
 
 
 def load_adapter(name: str):
     """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py."""
     path = str(inference.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
-    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise SystemExit(
-            f"错误：{path} 的适配器需要基础模型 {base}，但它不在那里；请放回，或改 {ADAPTER_CONFIG} 里的路径。"
-        )
+    base = read_base(path)
     base_path = inference.resolve_model(base, f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹")
     model = inference.load_weights(base_path, inference.pick_device())
     try:
+        if not Path(path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
+            raise FileNotFoundError("缺少 adapter_model.safetensors")
         model = peft.PeftModel.from_pretrained(model, path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(
             f"错误：{path} 的适配器无法装到 {base} 上（{inference.first_line(error)}）；请重新运行 python train_lora.py"
         ) from None
@@ -36,23 +52,28 @@ def load_adapter(name: str):
 
 
 def check_free(folder: str) -> None:
-    """Raises SystemExit unless `folder` is new or empty: merging never writes over another model."""
-    if Path(folder).is_file() or Path(folder).is_dir() and any(Path(folder).iterdir()):
-        raise SystemExit(f"错误：{folder} 不是空文件夹；请用 --merge_to 指定一个新文件夹。")
+    """Raises SystemExit unless `folder` is new or empty and can be written: merging never writes over a model."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        free = not any(Path(folder).iterdir())
+    except OSError:
+        free = False
+    if not folder or not free:
+        raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。")
 
 
 def merge_to(folder: str, model, tokenizer) -> None:
     """Save the merged model, so that inference.py and any other tool can load it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {folder}")
+    print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
 
 
 def main() -> None:
     parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
     args = parser.parse_args()
-    if args.merge_to:
+    if args.merge_to is not None:
         check_free(args.merge_to)
     model, tokenizer = load_adapter(args.model_path)
     if args.merge_to:
@@ -62,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,10 +13,12 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -94,6 +96,7 @@ class TrainArguments(transformers.TrainingArguments):
     gradient_checkpointing: bool | None = True
     eval_strategy: str = "steps"
     eval_steps: float | None = EVAL_STEPS
+    save_strategy: str | None = None  # as eval_strategy, and
     save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
     save_total_limit: int | None = KEPT_CHECKPOINTS
     load_best_model_at_end: bool = True
@@ -105,9 +108,14 @@ class TrainArguments(transformers.TrainingArguments):
     seed: int = data.SEED
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     ddp_find_unused_parameters: bool | None = False
+    ddp_timeout: int = 7200  # seconds; the other processes wait while rank 0 downloads
 
     def __post_init__(self):
-        self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
+        self.check_numbers()
+        if self.eval_strategy == "no":  # then there is no best
+            self.load_best_model_at_end, self.early_stopping_patience = False, 0
+        self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
+        self.save_steps = (self.eval_steps or EVAL_STEPS) if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
         if getattr(self, "activation_checkpointing", True) is None:  # its name from transformers 5.23 on
             self.activation_checkpointing = self.gradient_checkpointing
@@ -118,6 +126,20 @@ class TrainArguments(transformers.TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def check_numbers(self):
+        """Raises ValueError for numbers with which training would fail late, or do nothing."""
+        above_0 = ("max_length", "sample_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
+        above_0 += ("num_train_epochs", "learning_rate", "max_steps", "lora_rank", "lora_alpha")
+        for name in (*above_0, "early_stopping_patience", "seed"):
+            value = getattr(self, name, 1)
+            if value < 0 or value == 0 and name in above_0:
+                if (name, value) != ("max_steps", -1):  # Trainer's "not set"
+                    raise ValueError(
+                        f"--{name} {value}：要一个{'大于 0 的数' if name in above_0 else '不小于 0 的整数'}"
+                    )
+        if not self.output_dir:
+            raise ValueError("--output_dir 是空的")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -142,6 +164,9 @@ def parse_args(arguments_class: type[TrainArguments], description: str) -> Train
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    inherited = {field.name: field.metadata.get("help") for field in fields(transformers.TrainingArguments)}
+    for action in parser._actions:  # a field that is declared again has lost its help
+        action.help = action.help or inherited.get(action.dest)
     values = vars(parser.parse_args())
     try:
         return arguments_class(**values)
@@ -223,12 +248,18 @@ def start_tracking(args: TrainArguments) -> None:
     project = os.environ.pop("SWANLAB_PROJECT", None) or PROJECT
     import swanlab
 
-    settings = swanlab.Settings()
-    mode = os.environ.get("SWANLAB_MODE") or ("online" if settings.api_key else "local")
-    if mode in ("online", "cloud") and not settings.api_key and not sys.stdin.isatty():
-        raise SystemExit("错误：SWANLAB_MODE=online 需要登录；请运行 swanlab login，或设 SWANLAB_MODE=local。")
     config = {"model_name": args.model_name, "max_length": args.max_length, "versions": library_versions()}
-    swanlab.init(project=project, name=args.run_name, mode=mode, config=config)
+    try:
+        logged_in = swanlab.Settings().api_key
+        mode = os.environ.get("SWANLAB_MODE") or ("online" if logged_in else "local")
+        if mode in ("online", "cloud") and not logged_in and not sys.stdin.isatty():
+            raise ValueError("SWANLAB_MODE=online 需要先登录：swanlab login")
+        swanlab.init(project=project, name=args.run_name, mode=mode, config=config)
+    except Exception as error:  # a wrong key, mode or project name, a folder without permission, no network
+        cause = data.shorten(str(error), 200)
+        raise SystemExit(
+            f"错误：SwanLab 无法开始（{cause}）；请改正，或设 SWANLAB_MODE=local，或加 --report_to none。"
+        ) from None
     if mode == "local":
         print("SwanLab：只记录在本地。查看：swanlab watch swanlog；要在网上查看：先运行 swanlab login，再训练。")
 
@@ -379,7 +410,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def claim_output_dir(args: TrainArguments) -> str | None:
-    """The checkpoint to continue from, or None. Raises SystemExit for a finished run or a folder without permission."""
+    """The checkpoint to continue from, or None. Raises SystemExit for a finished run, for a folder that holds anything
+    else, such as a model, and for one without permission."""
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -390,21 +422,39 @@ def claim_output_dir(args: TrainArguments) -> str | None:
         raise SystemExit(
             f"错误：无法写入 {folder}（{error.strerror}）；请检查权限，或用 --output_dir 换位置。"
         ) from None
+    checkpoints = inference.find_checkpoints(folder)
     finished = folder / inference.FINISHED_MARK
-    if finished.exists() and args.overwrite_output_dir and not args.process_index:
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        finished.unlink()
-    if finished.exists():
+    ours = finished.exists() or any(re.fullmatch(r"checkpoint-\d+", path.name) for path in folder.iterdir())
+    if not ours and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
+        raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
+    if finished.exists() and not args.overwrite_output_dir:
         raise SystemExit(
             f"错误：{folder} 里已有训练完的模型。"
             "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"
         )
+    if finished.exists():
+        return None
     if args.resume_from_checkpoint:
+        if not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
+            raise SystemExit(
+                f"错误：--resume_from_checkpoint {args.resume_from_checkpoint} 不是完整的检查点；"
+                "不写这个参数，就会从最近的检查点继续。"
+            )
         return args.resume_from_checkpoint
-    # trainer_state.json is the last file of a checkpoint: a folder without it was cut off while it was written.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    return str(checkpoints[-1]) if checkpoints else None
+
+
+def discard_finished_run(args: TrainArguments) -> None:
+    """Delete the checkpoints of the finished run that --overwrite_output_dir gives up, then its mark.
+
+    Late, when all that can go wrong before training has gone right. An unfinished run is continued even with the
+    flag: it may be this command's own, interrupted.
+    """
+    finished = Path(args.output_dir, inference.FINISHED_MARK)
+    if finished.exists() and not args.process_index:
+        for checkpoint in inference.find_checkpoints(args.output_dir):
+            shutil.rmtree(checkpoint)
+        finished.unlink()
 
 
 @contextlib.contextmanager
@@ -417,6 +467,17 @@ def explain_out_of_memory():
         if "out of memory" in text or "allocate memory" in text:
             raise SystemExit(OUT_OF_MEMORY) from None
         raise
+
+
+class BestCheckpoint(transformers.EarlyStoppingCallback):
+    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
+    is looked for where the output folder is now, not where it was then."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.early_stopping_patience = args.early_stopping_patience or sys.maxsize
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 def kahan_adamw(args: TrainArguments, model):
@@ -437,7 +498,6 @@ def kahan_adamw(args: TrainArguments, model):
 def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:
     """The Trainer over padding-free batches: a batch is its examples one after another, [1, T], with position ids
     that restart at each example, by which attention keeps them apart."""
-    stopping = transformers.EarlyStoppingCallback(args.early_stopping_patience)
     return MedicalTrainer(
         model=model,
         args=args,
@@ -445,7 +505,7 @@ def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_da
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithFlattening(),
-        callbacks=[stopping] if args.early_stopping_patience else [],
+        callbacks=[BestCheckpoint()] if args.load_best_model_at_end else [],
         optimizer_cls_and_kwargs=kahan_adamw(args, model),
     )
 
@@ -471,10 +531,8 @@ def draw_losses(log_history: list[dict], path: Path) -> None:
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for key in ("loss", "eval_loss"):
-        points = [(log["step"], log[key]) for log in log_history if key in log]
-        axes.plot(
-            *zip(*points), marker="o" if key == "eval_loss" else None, markersize=4, label=key
-        ) if points else None
+        if points := [(log["step"], log[key]) for log in log_history if key in log]:
+            axes.plot(*zip(*points), marker="o" if key == "eval_loss" else None, markersize=4, label=key)
     if evaluations := [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]:
         loss, step = min(evaluations)
         axes.plot(step, loss, "*", markersize=14, label=f"best: {loss:.3f} at step {step}")
@@ -532,6 +590,8 @@ def run(args: TrainArguments, wrap_model=lambda model, args: model) -> MedicalTr
         print(describe_tokens(args.train_file, train_lengths, args.max_length))
         print(describe_tokens(args.val_file, eval_lengths, args.max_length))
         print(describe_example(tokenizer, train_dataset[0]))
+    if tokenizer.convert_tokens_to_ids("</think>") not in train_dataset[0]["labels"]:
+        raise SystemExit(f"错误：{args.model_name} 的对话模板不写思考；请换一个会思考的模型，例如 {data.MODEL_NAME}。")
     transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
     with explain_out_of_memory():
         model = inference.load_weights(model_path, args.device)
@@ -539,6 +599,7 @@ def run(args: TrainArguments, wrap_model=lambda model, args: model) -> MedicalTr
         model = wrap_model(model, args)
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         start_tracking(args)
+        discard_finished_run(args)
         if checkpoint and not args.process_index:
             print(f"resumed from step {Path(checkpoint).name.split('-')[-1]}", flush=True)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -553,8 +614,9 @@ def report(args: TrainArguments, script: str) -> None:
     """Last on the screen: where the model is and how to ask it."""
     if not args.process_index:
         state = json.loads(Path(args.output_dir, inference.FINISHED_MARK).read_text(encoding="utf-8"))
-        best = f"，最好的 eval_loss {state['best_metric']:.4f}" if state["best_metric"] is not None else ""
-        where = "" if args.output_dir in (data.OUTPUT_DIR, data.LORA_OUTPUT_DIR) else f" --model_path {args.output_dir}"
+        best = f"，最好的 eval_loss {state['best_metric']:.4f}" if args.load_best_model_at_end else "，保存的是最后一步"
+        default = args.output_dir in (data.OUTPUT_DIR, data.LORA_OUTPUT_DIR)
+        where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
         print(f"\n训练完成：{state['global_step']} 步{best}。模型在 {args.output_dir}，提问：python {script}{where}")
 
 
@@ -565,4 +627,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    data.run_main(main)

@@ -163,12 +163,14 @@ def test_adapter_is_asked_and_merged(trained):
     assert result.returncode == 0 and "python inference.py --model_path merged" in result.stdout
     result = run_script("inference.py", "--model_path", "merged", "--max_new_tokens", 5, cwd=trained)
     assert result.returncode == 0, result.stdout
-    fails(run_script("inference_lora.py", "--merge_to", "merged", cwd=trained), "merged 不是空文件夹")
+    fails(run_script("inference_lora.py", "--merge_to", "merged", cwd=trained), "merged 不是可写的空文件夹")
 
 
 def test_merge_to_a_file_is_an_error(trained):
     (trained / "a_file").write_text("x")
-    fails(run_script("inference_lora.py", "--merge_to", "a_file", cwd=trained), "a_file 不是空文件夹", "--merge_to")
+    fails(
+        run_script("inference_lora.py", "--merge_to", "a_file", cwd=trained), "a_file 不是可写的空文件夹", "--merge_to"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A tiny Qwen3 with random weights learns 60 short medical questions, each in two 
 scripts, called as a person would call them, in output/demo. It shows that the path works. It is no medical model.
 """
 
+import argparse
 import json
 import os
 import re
@@ -64,6 +65,7 @@ def check_reply(output: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -80,7 +82,8 @@ def main() -> None:
     print(
         f"\n演示完成，用时 {time.monotonic() - started:.0f} 秒。损失：全参数 {full}，LoRA {lora}。\n"
         f"文件在 {WORK}；看训练曲线：swanlab watch {WORK / 'swanlog'}\n"
-        "这个小模型只是背下了样例，不能用来看病。真正的训练：python data.py，然后 python train.py"
+        "这个小模型只是背下了训练样例，没训练过的验证问题大多答错，这是正常的；它不能用来看病。\n"
+        "真正的训练：python data.py，然后 python train.py"
     )
 
 

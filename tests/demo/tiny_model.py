@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, utils
 
 SAMPLES = Path(__file__).parent / "medical.jsonl"
 VOCAB_SIZE = 4096
@@ -91,6 +91,7 @@ def build(out_dir: str | Path, texts: list[str], seed: int = 0, hidden_size: int
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=[stop, pad], pad_token_id=pad
     )
+    utils.logging.disable_progress_bar()
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
 
@@ -103,4 +104,4 @@ def sample_texts() -> list[str]:
 
 if __name__ == "__main__":
     build(sys.argv[1], sample_texts())
-    print(f"{sys.argv[1]}: a Qwen3 with random weights")
+    print(f"{sys.argv[1]}：一个随机权重的小 Qwen3")
