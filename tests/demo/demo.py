@@ -1,4 +1,4 @@
-"""See the whole path run on a CPU, without a network, in about two minutes.
+"""See the whole path run on a CPU, without a network, in one to two minutes.
 
     python tests/demo/demo.py
 
