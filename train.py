@@ -301,7 +301,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(weight.dtype)
             grad_hidden[part] = grad @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[part])
+                grad_weight.addmm_(grad.T, hidden[part].to(grad.dtype))  # under autocast they differ
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses

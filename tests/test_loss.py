@@ -45,6 +45,21 @@ def test_loss_and_gradients_are_those_of_transformers(monkeypatch, dtype, tolera
         assert error < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+def test_loss_works_under_autocast_with_float32_weights():
+    """As with --bf16 or --fp16: the layers before hand over half precision, the output layer is float32."""
+    exact = layer(torch.float32)
+    hidden, weight, labels = layer(torch.float32)
+    half = hidden.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chunked(half, weight, labels)
+    found.backward()
+    expected = chunked(*exact)
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert half.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    assert (weight.grad - exact[1].grad).norm() / exact[1].grad.norm() < 2e-2
+
+
 def test_frozen_output_layer_gets_no_gradient():
     hidden, weight, labels = layer(torch.float32)
     chunked(hidden, weight.requires_grad_(False), labels).backward()
