@@ -1,7 +1,12 @@
 """Messages to ids and labels: what the model is trained on is what it is asked with, and text is never control."""
 
+import json
+import unicodedata
+
 import pytest
 from conftest import REAL, SAMPLES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data
 import inference
@@ -113,3 +118,33 @@ def test_example_is_shown_with_its_supervised_part(tokenizer, rows):
     prompt, supervised = text.split("监督部分：")
     assert rows[0]["question"] in prompt and rows[0]["think"] not in prompt
     assert supervised.startswith(f"<think>⏎{rows[0]['think']}⏎</think>⏎⏎{rows[0]['answer'][:20]}")
+
+
+TEXTS = st.text(min_size=1, max_size=60).map(data.clean).filter(bool)  # any Unicode text but lone surrogates
+ROWS = st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=12, max_size=24, unique_by=lambda row: row[0])
+ANY_ROW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@ANY_ROW
+@given(ROWS)
+def test_no_row_of_any_text_is_lost_doubled_or_changed(tmp_path, rows):
+    source = tmp_path / "rows.jsonl"
+    objects = [dict(zip(data.FIELDS, row)) for row in rows]
+    source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in objects), encoding="utf-8", newline="\n")
+    files = [str(tmp_path / "train.jsonl"), str(tmp_path / "val.jsonl")]
+    data.prepare(str(source), *files)
+    found = [row for file in files for row in data.read_examples(file)]
+    assert sorted(found, key=str) == sorted(objects, key=str)
+
+
+@ANY_ROW
+@given(st.tuples(TEXTS, TEXTS, TEXTS))
+def test_any_text_is_supervised_as_it_is(tokenizer, row):
+    question, think, answer = row
+    example = data.encode_example(tokenizer, dict(zip(data.FIELDS, row)))
+    prompt = data.encode_messages(tokenizer, data.to_messages(question), prompt_only=True)
+    assert example["input_ids"][: len(prompt)] == prompt
+    assert set(example["labels"][: len(prompt)]) == {data.IGNORE_INDEX}
+    reply = f"<think>\n{think}\n</think>\n\n{answer}<|im_end|>"
+    # Qwen's tokenizers bring text into Unicode's composed form.
+    assert tokenizer.decode(example["labels"][len(prompt) :]) == unicodedata.normalize("NFC", reply)
