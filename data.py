@@ -358,7 +358,7 @@ def read_examples(path: str) -> list[Row]:
         row, problem = check_row(raw)
         if problem:
             raise SystemExit(
-                f"错误：{path} 第 {number} 行{problem}；请用 python data.py --dataset <原始数据> 重新生成。"
+                f"错误：{path} 第 {number} 行 {problem}；请用 python data.py --dataset <原始数据> 重新生成。"
             )
         rows.append(row)
     return rows

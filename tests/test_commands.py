@@ -11,6 +11,10 @@ import pytest
 from conftest import REAL, ROOT, run_script
 from hub import Hub
 
+import inference
+import inference_lora
+import train
+
 SCRIPTS = ("data.py", "train.py", "train_lora.py", "inference.py", "inference_lora.py")
 FEW_STEPS = (
     *(
@@ -132,20 +136,19 @@ def test_inference_finds_the_trained_model_and_asks_the_published_question(train
     assert "医生，我最近被诊断为糖尿病" in result.stdout
 
 
-def test_inference_is_repeatable_with_a_seed(trained):
-    first, again, other = (
-        run_script("inference.py", "头痛怎么办？", "--seed", seed, "--max_new_tokens", 30, cwd=trained).stdout
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
+def test_inference_is_repeatable_with_a_seed(trained, capsys):
+    loaded, outputs = inference.load_trained(str(trained / "base")), []
+    for seed in ("1", "1", "2"):
+        flags = ["头痛怎么办？", "--seed", seed, "--max_new_tokens", "30"]
+        inference.converse(*loaded, inference.build_parser("", "").parse_args(flags))
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_inference_asks_any_model_with_and_without_thinking(trained):
-    for flags in ((), ("--no_thinking",)):
-        result = run_script(
-            "inference.py", "--model_path", "base", "头痛？", "--max_new_tokens", 5, *flags, cwd=trained
-        )
-        assert result.returncode == 0 and "【问题】头痛？" in result.stdout
+def test_inference_asks_any_model_without_thinking(trained):
+    flags = ("--model_path", "base", "头痛？", "--max_new_tokens", 5, "--no_thinking")
+    result = run_script("inference.py", *flags, cwd=trained)
+    assert result.returncode == 0 and "【问题】头痛？" in result.stdout
 
 
 def test_chat_holds_a_conversation_until_an_empty_line(trained):
@@ -166,11 +169,14 @@ def test_adapter_is_asked_and_merged(trained):
     fails(run_script("inference_lora.py", "--merge_to", "merged", cwd=trained), "merged 不是可写的空文件夹")
 
 
-def test_merge_to_a_file_is_an_error(trained):
-    (trained / "a_file").write_text("x")
-    fails(
-        run_script("inference_lora.py", "--merge_to", "a_file", cwd=trained), "a_file 不是可写的空文件夹", "--merge_to"
-    )
+@pytest.mark.parametrize("folder", ["a_file", "full", "/proc/merged", ""])
+def test_merging_is_refused_into_anything_but_a_new_folder(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("x")
+    Path("full").mkdir()
+    Path("full", "model.safetensors").touch()
+    with pytest.raises(SystemExit, match=f"{folder} 不是可写的空文件夹；请用 --merge_to"):
+        inference_lora.check_free(folder)
 
 
 @pytest.mark.parametrize(
@@ -197,37 +203,38 @@ def test_adapter_of_another_base(trained, tmp_path):
     config = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(tmp_path / "wide")}
     config.write_text(json.dumps(settings), encoding="utf-8")
-    fails(run_script("inference_lora.py", "--model_path", "adapter", cwd=tmp_path), "的适配器无法装到", "train_lora.py")
+    with pytest.raises(SystemExit, match="的适配器无法装到.*train_lora.py"):
+        inference_lora.load_adapter(str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "parts"),
+    ("changes", "parts"),
     [
-        (("--train_file", "my.jsonl"), ("找不到 my.jsonl", "python data.py --dataset", "--train_file my.jsonl")),
-        (("--model_name", "no model"), ("找不到模型 no model",)),
-        (("--model_name", "empty"), ("empty 里的分词器无法读取",)),
-        (("--output_dir", "val.jsonl/out"), ("无法写入 val.jsonl/out", "--output_dir")),
-        (("--max_length", "5"), ("train.jsonl 的样本都超过 5 个 token", "--max_length")),
+        ({"train_file": "my.jsonl"}, "找不到 my.jsonl.*python data.py --dataset.*--train_file my.jsonl"),
+        ({"model_name": "no model"}, "找不到模型 no model"),
+        ({"model_name": "empty"}, "empty 里的分词器无法读取"),
+        ({"output_dir": "val.jsonl/out"}, "无法写入 val.jsonl/out.*--output_dir"),
     ],
 )
-def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model, flags, parts):
+def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model, changes, parts):
     (workspace / "empty").mkdir()
     before = {path.name: path.read_bytes() for path in workspace.glob("*.jsonl")}
-    flags = flags if "--model_name" in flags else ("--model_name", tiny_model, *flags)
-    fails(run_script("train.py", *flags, *FEW_STEPS, cwd=workspace), "错误：", *parts)
+    args = train.TrainArguments(**{"model_name": str(tiny_model), "report_to": "none"} | changes)
+    with pytest.raises(SystemExit, match=f"^错误：.*{parts}"):
+        train.run(args)
     assert before == {path.name: path.read_bytes() for path in workspace.glob("*.jsonl")}
+
+
+def test_a_mistake_ends_the_command_without_a_traceback(workspace, tiny_model):
+    result = run_script("train.py", "--model_name", tiny_model, "--max_length", "5", *FEW_STEPS, cwd=workspace)
+    fails(result, "错误：train.jsonl 的样本都超过 5 个 token", "--max_length")
 
 
 def test_bad_row_in_the_training_file_is_named(workspace, tiny_model):
     with open("train.jsonl", "a", encoding="utf-8") as file:
         file.write('{"question": "头痛？", "think": "", "answer": "休息。"}\n')
-    result = run_script("train.py", "--model_name", tiny_model, *FEW_STEPS, cwd=workspace)
-    fails(result, "train.jsonl 第 109 行think 为空", "python data.py")
-
-
-def test_finished_run_is_kept(trained):
-    result = run_script("train.py", "--model_name", "base", *FEW_STEPS, cwd=trained)
-    fails(result, "已有训练完的模型", "--overwrite_output_dir")
+    with pytest.raises(SystemExit, match="train.jsonl 第 109 行 think 为空.*python data.py"):
+        train.run(train.TrainArguments(model_name=str(tiny_model), report_to="none"))
 
 
 def test_missing_data_and_model_come_from_the_hub(tmp_path, tiny_model):

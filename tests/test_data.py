@@ -415,4 +415,4 @@ def test_unusable_example_is_named_with_file_and_line(line, problem):
     Path("val.jsonl").write_text(f"{as_jsonl(make_rows(2))}\n{line}\n", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         data.read_examples("val.jsonl")
-    assert says(str(ended.value), f"val.jsonl 第 4 行{problem}；请用 python data.py --dataset <原始数据> 重新生成。")
+    assert says(str(ended.value), f"val.jsonl 第 4 行 {problem}；请用 python data.py --dataset <原始数据> 重新生成。")
