@@ -614,7 +614,8 @@ def report(args: TrainArguments, script: str) -> None:
     """Last on the screen: where the model is and how to ask it."""
     if not args.process_index:
         state = json.loads(Path(args.output_dir, inference.FINISHED_MARK).read_text(encoding="utf-8"))
-        best = f"，最好的 eval_loss {state['best_metric']:.4f}" if args.load_best_model_at_end else "，保存的是最后一步"
+        kept_best = args.load_best_model_at_end and state["best_metric"] is not None
+        best = f"，最好的 eval_loss {state['best_metric']:.4f}" if kept_best else "，保存的是最后一步"
         default = args.output_dir in (data.OUTPUT_DIR, data.LORA_OUTPUT_DIR)
         where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
         print(f"\n训练完成：{state['global_step']} 步{best}。模型在 {args.output_dir}，提问：python {script}{where}")
