@@ -90,6 +90,11 @@ def decode_all(path: Path, content: bytes) -> str:
     return "\n".join(decode(path, number, line) for number, line in enumerate(lines, 1))
 
 
+def first_line(error: Exception) -> str:
+    """What an error says in one line; its class when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def parse_json(path: Path, text: str, first_line: int = 1) -> object:
     try:
         return json.loads(text, parse_int=float)  # int() refuses long numbers; no number is used anyway
@@ -139,8 +144,7 @@ def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
         # Only what is needed; all when something is missing, so that the message can name what is there.
         rows = table.select(FIELDS if set(FIELDS) <= set(table.column_names) else table.column_names).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
-        cause = str(error).strip().splitlines()[0]
-        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{cause}）；请重新导出。") from None
+        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。") from None
     return list(enumerate(rows, 1))
 
 
@@ -156,7 +160,7 @@ def from_hub(download, name: str, kind: str, remedy: str, **options) -> Path:
     try:
         return Path(download(name, **options))
     except Exception as error:  # the client raises its own, requests', urllib3's and OS errors alike
-        cause = shorten(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 200)
+        cause = shorten(first_line(error), 200)
         address = os.environ.get("MODELSCOPE_ENDPOINT", "ModelScope")
         raise SystemExit(
             f"错误：无法从 {address} 下载{kind} {name}（{cause}）；请检查名称和网络后重试同一命令，或{remedy}。"

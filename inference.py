@@ -23,7 +23,7 @@ import transformers
 from rich.console import Console
 from safetensors import SafetensorError
 
-from data import HUB_ID, MODEL_NAME, OUTPUT_DIR, SEED, encode_messages, from_hub, run_main, to_messages
+from data import HUB_ID, MODEL_NAME, OUTPUT_DIR, SEED, encode_messages, first_line, from_hub, run_main, to_messages
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
@@ -139,10 +139,6 @@ def load_weights(path: str, device: torch.device):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, cut off, or of another shape
         raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
     return model.to(device).eval()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pick_device() -> torch.device:
