@@ -3,6 +3,7 @@
     python data.py                              # the published set, from ModelScope
     python data.py --dataset my.jsonl           # your own .jsonl, .json, .csv or .parquet
     python data.py --dataset owner/name         # another ModelScope data set
+    python data.py --revision REV --sha256 HEX  # exactly this data, or none
 
 Every row needs three texts: question, think, answer. The split is the published one: seed 42, shuffle, the first
 90 % train. A row that cannot be used is left out after the split, so it moves no other row, and is reported.
@@ -11,6 +12,7 @@ Every row needs three texts: question, think, answer. The split is the published
 import argparse
 import codecs
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -20,7 +22,7 @@ import re
 import statistics
 import sys
 import tempfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
@@ -37,9 +39,35 @@ IGNORE_INDEX = -100  # a label that the loss skips
 
 FIELDS = ("question", "think", "answer")
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")  # the first kind that a data set on the hub has is taken
+REPEATED = object()  # instead of a row that has a field twice
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+TAG = re.compile(r"</?think>")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+# Names that the client would write outside its folder, on one system or another.
+OUTSIDE = re.compile(r"[/\\].*|[A-Za-z]:.*|(.*[/\\])?\.\.([/\\].*)?", re.DOTALL)
+# Limits of the ModelScope client, which reads them at its import; the environment's go first. A hub that is silent or
+# drips is given up after 50 s for its list of files (3 x 15 s), after 150 s for the files (6 x 20 s), pauses included.
+HUB_LIMITS = {
+    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "5",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "20",  # seconds without a byte
+    "MODELSCOPE_DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "20",
+    "MODELSCOPE_DOWNLOAD_MIN_BYTES_PER_SECOND": "10240",
+    "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "21600",  # seconds a file; an hour is short for 3.4 GB
+}
+HUB_CAUSES = {  # what the client's errors mean, the first that fits
+    "FileIntegrityError": "内容与文件列表不符",
+    "NotExistError": "没有这个名称、版本或文件",
+    "PermissionDeniedError": "没有权限",
+    "AuthenticationError": "没有权限",
+    "JSONDecodeError": "回应不是文件列表",
+    "TimeoutError": "超时",
+    "ConnectionError": "连接失败",
+    "ServerError": "服务器出错",
+}
 
 Row = dict[str, str]
+Place = int | tuple[str, int]  # of a row: its number, with the file's name where there are several
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -51,7 +79,11 @@ def read_rows(path: str | Path) -> list[tuple[int, object]]:
     Text stays as typed: nothing is turned into numbers, dates or NaN. Raises SystemExit with the line and the remedy
     for a file that is missing, unreadable, empty, not UTF-8 or not of its format.
     """
-    path = Path(path)
+    return parse_rows(Path(path), read_content(Path(path)))
+
+
+def read_content(path: Path) -> bytes:
+    """A data file's bytes."""
     if path.suffix.lower() not in SUFFIXES:
         raise SystemExit(
             f"错误：不认识 {path} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
@@ -61,9 +93,14 @@ def read_rows(path: str | Path) -> list[tuple[int, object]]:
             f"错误：找不到数据文件 {path}；请检查路径，或不带 --dataset 运行 python data.py 下载公开数据集。"
         )
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return path.read_bytes()
     except OSError as error:
         raise SystemExit(f"错误：无法读取 {path}（{error.strerror}）；请检查文件权限。") from None
+
+
+def parse_rows(path: Path, content: bytes) -> list[tuple[int, object]]:
+    """The rows in a file's content; `path` tells the format, and the file in messages."""
+    content = content.removeprefix(codecs.BOM_UTF8)
     if not content.strip():
         raise SystemExit(f"错误：{path} 是空文件；请换一个有内容的文件。")
     rows = READERS[path.suffix.lower()](path, content)
@@ -74,10 +111,13 @@ def read_rows(path: str | Path) -> list[tuple[int, object]]:
 
 def decode(path: Path, line_number: int, line: bytes) -> str:
     """One line as text."""
+    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)]
+    if b"\0" in line and not marked:
+        raise SystemExit(f"错误：{path} 第 {line_number} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        encoding = "UTF-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "GB18030"
+        encoding = marked[0] if marked else "GB18030"
         raise SystemExit(
             f"错误：{path} 第 {line_number} 行不是 UTF-8 编码（该行第 {error.start + 1} 字节）；"
             f"请另存为 UTF-8，例如：iconv -f {encoding} -t UTF-8 {path} > utf8{path.suffix}"
@@ -95,9 +135,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def to_object(pairs: list[tuple[str, object]]) -> object:
+    """A JSON object as dict. Of a field's two values json alone would keep the last without a word."""
+    return row if len(row := dict(pairs)) == len(pairs) else REPEATED
+
+
 def parse_json(path: Path, text: str, first_line: int = 1) -> object:
     try:
-        return json.loads(text, parse_int=float)  # int() refuses long numbers; no number is used anyway
+        # int() refuses long numbers; no number is used anyway
+        return json.loads(text, parse_int=float, object_pairs_hook=to_object)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise SystemExit(
@@ -154,56 +200,103 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet
 # ---- downloading --------------------------------------------------------------------------------------------------
 
 
-def from_hub(download, name: str, kind: str, remedy: str, **options) -> Path:
-    """The folder into which modelscope's `download` put the repository `name`; one clear sentence when it cannot."""
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # it tells of every retry
+class HubUnreachable(SystemExit):
+    """The hub gave no list of files, and nothing was written: what an earlier command downloaded is as it was."""
+
+
+def hub_cause(error: Exception) -> str:
+    """What went wrong, in a few words and in the client's. It raises its own, requests' and OS errors alike."""
+    file = ""
+    if failed := getattr(error, "failed_files", None):
+        file, error = next(iter(failed.items()))
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    words = [file, *[cause for kind, cause in HUB_CAUSES.items() if kind in kinds][:1]]
+    return "：".join([*filter(None, words), shorten(first_line(error).rpartition("Caused by ")[2], 160)])
+
+
+def list_files(api, name: str, kind: str, revision: str | None) -> dict[str, dict]:
+    """{name: entry} of the files in a repository. Raises ValueError when one would be written outside its folder."""
+    files = {file.path: file for file in api.list_repo_files(name, kind, revision=revision) if not file.is_dir}
+    if not files:
+        raise ValueError("文件列表是空的")
+    if outside := [path for path in (revision or "", *files) if OUTSIDE.fullmatch(path)]:
+        raise ValueError(f"{outside[0]} 会写到文件夹之外，已拒绝")
+    # The client takes a size of 0 at its word, but here it may also be one that the list does not tell.
+    return {path: {"Path": path, "Size": file.size or None, "Sha256": file.sha256} for path, file in files.items()}
+
+
+def from_hub(name: str, kind: str, remedy: str, choose, folder: str | None = None, revision: str | None = None):
+    """(folder, names) of those files of a ModelScope repository that `choose` takes from all names.
+
+    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. Raises SystemExit with one
+    sentence, HubUnreachable when it failed before anything was written.
+    """
+    for limit, value in HUB_LIMITS.items():
+        os.environ.setdefault(limit, value)
+    from modelscope_hub import HubApi
+
+    logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # it tells of every retry
+    api, files = HubApi(), None
     try:
-        return Path(download(name, **options))
-    except Exception as error:  # the client raises its own, requests', urllib3's and OS errors alike
-        cause = shorten(first_line(error), 200)
-        address = os.environ.get("MODELSCOPE_ENDPOINT", "ModelScope")
-        raise SystemExit(
-            f"错误：无法从 {address} 下载{kind} {name}（{cause}）；请检查名称和网络后重试同一命令，或{remedy}。"
+        files = list_files(api, name, kind, revision)
+        names = choose(list(files))
+        entries = [files[path] for path in names]  # its own list, asked for anew, would not be the one checked here
+        path = api.download_repo(name, kind, revision=revision, local_dir=folder, file_list=entries, max_workers=16)
+        return Path(path), names
+    except Exception as error:
+        unreachable = files is None and (isinstance(error, OSError) or getattr(error, "retryable", False))
+        raise (HubUnreachable if unreachable else SystemExit)(
+            f"错误：无法从 {api.legacy.endpoint} 下载{'数据集' if kind == 'dataset' else '模型'} {name}"
+            f"（{hub_cause(error)}）；请检查名称和网络后重试同一命令，"
+            f"或用环境变量 MODELSCOPE_ENDPOINT 换一个镜像，或{remedy}。"
         ) from None
 
 
-def download_dataset(name: str, folder: str) -> list[Path]:
-    """Download the data files of a ModelScope data set into `folder`; when it has several formats, those of one.
-
-    Not into the client's cache: there it keeps, and would hand out, files that the hub has renamed or dropped since.
-    """
-    from modelscope.hub.snapshot_download import dataset_snapshot_download
-
-    from_hub(
-        dataset_snapshot_download,
-        name,
-        "数据集",
-        "用 --dataset 指定本地文件",
-        local_dir=folder,
-        allow_patterns=[f"*{suffix}" for suffix in SUFFIXES],
-    )
+def choose_data(dataset: str, names: list[str]) -> list[str]:
+    """The data files among `names`; when there are several formats, those of one."""
     # Metadata that the hub keeps beside the data has these names.
-    files = [
-        path for path in sorted(Path(folder).rglob("*")) if not path.name.startswith(("dataset_info", "configuration"))
-    ]
+    names = [name for name in sorted(names) if not Path(name).name.startswith(("dataset_info", "configuration"))]
     for suffix in SUFFIXES:
-        if found := [path for path in files if path.suffix.lower() == suffix]:
+        if found := [name for name in names if name.lower().endswith(suffix)]:
             return found
-    raise SystemExit(f"错误：数据集 {name} 里没有 .jsonl、.json、.csv 或 .parquet 文件；请用 --dataset 换一个。")
+    raise SystemExit(f"错误：数据集 {dataset} 里没有 .jsonl、.json、.csv 或 .parquet 文件；请用 --dataset 换一个。")
 
 
-def load_rows(dataset: str) -> tuple[list[tuple[int, object]], str]:
-    """Rows of a local file or of a ModelScope data set as (number, row), and where they came from."""
-    if os.path.exists(dataset) or Path(dataset).suffix.lower() in SUFFIXES:
-        return read_rows(dataset), dataset
-    if not HUB_ID.fullmatch(dataset):
+def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:
+    """{name: content} of the data files of a ModelScope data set, by name.
+
+    Not through the client's cache: there it keeps, and would hand out, files that the hub has renamed or dropped since.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        choose = partial(choose_data, dataset)
+        path, names = from_hub(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
+        return {name: (path / name).read_bytes() for name in names}
+
+
+def load_rows(dataset: str, revision: str | None, sha256: str | None) -> tuple[list[tuple[Place, object]], str, str]:
+    """Rows of a local file or of a ModelScope data set as (place, row), where they came from, and their SHA-256.
+
+    `sha256` is the checksum that the file must have; of several files, that of their contents in order of their names.
+    """
+    local = os.path.exists(dataset) or Path(dataset).suffix.lower() in SUFFIXES
+    if not local and not HUB_ID.fullmatch(dataset):
         raise SystemExit(
             f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 {DATASET_NAME}）。"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        files = download_dataset(dataset, folder)
-        rows = [row for path in files for row in read_rows(path)]
-    return rows, f"{dataset}（{'、'.join(path.name for path in files)}）"
+    if local and revision:
+        raise SystemExit(f"错误：--revision {revision} 只用于 ModelScope 上的数据集，而 {dataset} 是本地文件。")
+    contents = {"": read_content(Path(dataset))} if local else download_dataset(dataset, revision)
+    found = hashlib.sha256(b"".join(contents.values())).hexdigest()
+    if sha256 and sha256.lower() != found:
+        raise SystemExit(
+            f"错误：{dataset} 的 SHA-256 是 {found}，不是 --sha256 {sha256}；数据已变，请核对来源，或去掉 --sha256。"
+        )
+    rows = [
+        ((name, number) if len(contents) > 1 else number, row)
+        for name, content in contents.items()
+        for number, row in parse_rows(Path(dataset, name), content)
+    ]
+    return rows, dataset if local else f"{dataset}（{'、'.join(contents)}）", found
 
 
 # ---- checking, cleaning, splitting --------------------------------------------------------------------------------
@@ -220,7 +313,7 @@ def clean(text: str) -> str:
 def check_row(row: object) -> tuple[Row | None, str | None]:
     """(clean row, None), or (None, what is wrong with it)."""
     if not isinstance(row, dict):
-        return None, "不是对象"
+        return None, "同一字段出现多次" if row is REPEATED else "不是对象"
     cleaned = {}
     for field in FIELDS:
         if field not in row:
@@ -232,6 +325,8 @@ def check_row(row: object) -> tuple[Row | None, str | None]:
             return None, f"{field} 不是文本"
         if not (text := clean(text)):
             return None, f"{field} 为空"
+        if field != "question" and TAG.search(text):  # the template writes them; these would be learnt as text
+            return None, f"{field} 含 <think> 或 </think> 标签"
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -240,8 +335,8 @@ def check_row(row: object) -> tuple[Row | None, str | None]:
     return cleaned, None
 
 
-def keep_usable(part: list[tuple[int, object]], problems: dict[str, list[int]], taken: set[str]) -> list[Row]:
-    """The clean, distinct rows of one part, in order; `problems` gathers what is left out: reason -> row numbers.
+def keep_usable(part: list[tuple[Place, object]], problems: dict[str, list[Place]], taken: set[str]) -> list[Row]:
+    """The clean, distinct rows of one part, in order; `problems` gathers what is left out: reason -> places.
 
     `taken` holds the questions of the other part, which must not appear here.
     """
@@ -260,7 +355,7 @@ def keep_usable(part: list[tuple[int, object]], problems: dict[str, list[int]], 
     return kept
 
 
-def split_rows(rows: list[tuple[int, object]]) -> tuple[list[Row], list[Row], dict[str, list[int]]]:
+def split_rows(rows: list[tuple[Place, object]]) -> tuple[list[Row], list[Row], dict[str, list[Place]]]:
     """(train, val, problems): the published split, then the check. Raises SystemExit when a part would be empty."""
     columns = {name for _, row in rows if isinstance(row, dict) for name in row}
     if missing := [field for field in FIELDS if field not in columns]:
@@ -271,7 +366,7 @@ def split_rows(rows: list[tuple[int, object]]) -> tuple[list[Row], list[Row], di
     shuffled = list(rows)
     random.Random(SEED).shuffle(shuffled)
     cut = int(len(shuffled) * TRAIN_SHARE)
-    problems: dict[str, list[int]] = {}
+    problems: dict[str, list[Place]] = {}
     train = keep_usable(shuffled[:cut], problems, taken=set())
     val = keep_usable(shuffled[cut:], problems, taken={row["question"] for row in train})
     if not train or not val:
@@ -283,12 +378,15 @@ def split_rows(rows: list[tuple[int, object]]) -> tuple[list[Row], list[Row], di
     return train, val, problems
 
 
-def describe(problems: dict[str, list[int]], most: int = 5) -> list[str]:
-    """One line per kind of problem: how many rows, and the first row numbers."""
+def describe(problems: dict[str, list[Place]], most: int = 5) -> list[str]:
+    """One line per kind of problem: how many rows, and where the first ones are."""
     lines = []
-    for problem, numbers in problems.items():
-        first = "、".join(map(str, sorted(numbers)[:most]))
-        lines.append(f"{problem}：{len(numbers)} 行（第 {first}{' 等' if len(numbers) > most else ''} 行）")
+    for problem, places in problems.items():
+        first, more = sorted(places)[:most], " 等" if len(places) > most else ""
+        where = f"第 {'、'.join(map(str, first))}{more} 行"
+        if isinstance(first[0], tuple):
+            where = "、".join(f"{file} 第 {number} 行" for file, number in first) + more
+        lines.append(f"{problem}：{len(places)} 行（{where}）")
     return lines
 
 
@@ -318,10 +416,10 @@ def write_files(parts: dict[str, list[Row]]) -> None:
                 draft.unlink()
 
 
-def summary(source: str, total: int, parts: dict[str, list[Row]], problems: dict[str, list[int]]) -> str:
+def summary(source: str, sha256: str, total: int, parts: dict[str, list[Row]], problems: dict) -> str:
     """What a person wants to know about the data, as text."""
     rows = [row for part in parts.values() for row in part]
-    lines = [f"数据来源  {source}：共 {total} 行"]
+    lines = [f"数据来源  {source}：共 {total} 行", f"SHA-256   {sha256}"]
     lines += [f"已写入    {path}：{len(part)} 行" for path, part in parts.items()]
     lines += [f"未采用    {line}" for line in describe(problems)] or ["未采用    0 行"]
     for field in FIELDS:
@@ -341,18 +439,18 @@ def shorten(text: str, most: int = 120) -> str:
     return text if len(text) <= most else text[:most] + "……"
 
 
-def prepare(dataset: str = DATASET_NAME, train_file: str = TRAIN_FILE, val_file: str = VAL_FILE) -> None:
+def prepare(dataset=DATASET_NAME, train_file=TRAIN_FILE, val_file=VAL_FILE, revision=None, sha256=None) -> None:
     """Load, check, clean and split `dataset`, write the two files, and print the summary."""
     train_path, val_path, source_path = map(os.path.realpath, (train_file, val_file, dataset))
     if train_path == val_path:
         raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
     if source_path in (train_path, val_path):
         raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
-    rows, source = load_rows(dataset)
+    rows, source, found = load_rows(dataset, revision, sha256)
     train, val, problems = split_rows(rows)
     parts = {train_file: train, val_file: val}
     write_files(parts)
-    print(summary(source, len(rows), parts, problems))
+    print(summary(source, found, len(rows), parts, problems))
 
 
 def read_examples(path: str) -> list[Row]:
@@ -439,6 +537,45 @@ def encode_example(tokenizer, row: Row) -> dict[str, list[int]]:
     return {"input_ids": ids[:end], "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) : end]}
 
 
+def load_dataset(path: str, tokenizer, max_length: int):
+    """(datasets.Dataset with input_ids and labels, lengths in tokens of all examples). Too long ones are left out
+    rather than cut: a cut would lose the answer, which comes last."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list(read_examples(path))
+    encoded = rows.map(
+        lambda row: encode_example(tokenizer, row),
+        remove_columns=rows.column_names,
+        new_fingerprint="encoded",  # else datasets hashes the whole tokenizer: 4 s, for a cache that is not used here
+    )
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    fitting = encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
+    if not len(fitting):
+        raise SystemExit(
+            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {min(lengths)}）；请加大 --max_length。"
+        )
+    return fitting, lengths
+
+
+def describe_tokens(path: str, lengths: list[int], max_length: int) -> str:
+    """Lengths in tokens, and how many examples were left out for theirs."""
+    mean, p50, p95 = sum(lengths) / len(lengths), *(sorted(lengths)[int(len(lengths) * q)] for q in (0.5, 0.95))
+    over = sum(length > max_length for length in lengths)
+    return (
+        f"{path}：{len(lengths)} 条，token 数平均 {mean:.0f}，p50 {p50}，p95 {p95}，最长 {max(lengths)}；"
+        f"超过 --max_length {max_length} 而未采用的 {over} 条"
+    )
+
+
+def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
+    """One example as the model sees it: the prompt, and the supervised part."""
+    prompt = sum(label == IGNORE_INDEX for label in example["labels"])
+    parts = example["input_ids"][:prompt], example["input_ids"][prompt:]
+    texts = (shorten(tokenizer.decode(part).replace("\n", "⏎"), 300) for part in parts)
+    return "示例（⏎ 为换行）\n  提示（不计损失）：{}\n  监督部分：{}".format(*texts)
+
+
 def run_main(main) -> None:
     """Run a script's `main`: on terminals of any encoding, and without a traceback after Ctrl-C or `| head`."""
     for stream in (sys.stdout, sys.stderr):
@@ -460,8 +597,9 @@ def main() -> None:
     parser.add_argument("--dataset", default=DATASET_NAME, help="local file or ModelScope id (default: %(default)s)")
     parser.add_argument("--train_file", default=TRAIN_FILE, help="where the training part goes (default: %(default)s)")
     parser.add_argument("--val_file", default=VAL_FILE, help="where the validation part goes (default: %(default)s)")
-    args = parser.parse_args()
-    prepare(args.dataset, args.train_file, args.val_file)
+    parser.add_argument("--revision", help="branch, tag or commit of the ModelScope data set (default: master)")
+    parser.add_argument("--sha256", help="checksum that the data must have (default: not checked)")
+    prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """A local server that answers the ModelScope hub's requests, so that tests can run the real client without a network.
 
 It serves what snapshot_download, dataset_snapshot_download and the single file downloads ask for. The shapes are those
-that the modelscope 1.40.2 client accepts; they are not a recording of the live service. Revisions are not told apart.
+that the modelscope client (modelscope_hub 0.5.1) accepts; they are not a recording of the live service. Revisions are
+not told apart.
+
+A fault is put in with `hub.fault = on(FILE, cut, times=1)`: the first request for a file gets half of its bytes.
 """
 
 from __future__ import annotations
@@ -11,11 +14,24 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
+LISTING, FILE = r"/repo/(files|tree)\?", r"/repo\?"  # what a fault is put on
+LIMITS = {  # of the client, so that a test of a fault takes seconds
+    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
+    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "1",
+    "MODELSCOPE_REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS": "1",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
+    "MODELSCOPE_DOWNLOAD_RETRY_MAX_DELAY_SECONDS": "1",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "1",
+    "MODELSCOPE_DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "1",
+    "MODELSCOPE_DOWNLOAD_MIN_BYTES_PER_SECOND": "10240",
+}
 ROUTE = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
 
 
@@ -32,13 +48,59 @@ def entries(folder: Path, root: str) -> list[dict]:
     return found
 
 
+def on(pattern: str, fault: Callable[[Handler], bool | None], times: int = 1000) -> Callable[[Handler], bool | None]:
+    """The fault, for the first requests whose address matches. It returns True where it has answered by itself."""
+    matching = iter(range(times))
+
+    def act(handler: Handler) -> bool | None:
+        if re.search(pattern, handler.path) and next(matching, None) is not None:
+            return fault(handler)
+
+    return act
+
+
+def status(code: int, handler: Handler) -> bool:
+    handler.reply(code, {"Code": code, "Message": "no", "Success": False})
+    return True
+
+
+def page(handler: Handler) -> bool:
+    """What a proxy or a log-in page in between may answer to anything."""
+    handler.send(200, b"<html><body>please log in</body></html>", {"Content-Type": "text/html"})
+    return True
+
+
+def silence(handler: Handler) -> bool:
+    handler.server.hub.stopped.wait(60)
+    return True
+
+
+def change(function: Callable[[bytes], bytes], handler: Handler) -> None:
+    """Send another body than the one announced."""
+    handler.change = function
+
+
+def drip(handler: Handler) -> None:
+    handler.pause = 0.2  # seconds after every 10 bytes
+
+
+cut = partial(change, lambda body: body[: len(body) // 2])
+wrong = partial(change, lambda body: body[::-1])
+without_sizes = partial(change, lambda body: body.replace(b'"Size"', b'"Siz_"').replace(b'"Sha256"', b'"Sha_56"'))
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers one request. HTTP/1.0, the base's default, on purpose: no open connection outlives the server's stop."""
+
+    pause = 0.0
+    change = staticmethod(lambda body: body)
 
     def answer(self) -> None:
         """Note the request and route it; what is not known, including every POST, is missing."""
         hub = self.server.hub
         hub.requests.append((self.command, self.path))
+        if hub.fault and hub.fault(self):
+            return
         url = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         route = ROUTE.fullmatch(unquote(url.path))
@@ -55,12 +117,15 @@ class Handler(BaseHTTPRequestHandler):
     def listing(self, folder: Path, query: dict[str, str]) -> None:
         """Send the listing, or one page of it: only data sets are asked for page by page."""
         files = entries(folder, query.get("Root", "").strip("/"))
+        files += [{"Path": path, "Type": "blob", "Size": len(data)} for path, data in self.server.hub.outside.items()]
         size = int(query.get("PageSize", len(files)))
         start = (int(query.get("PageNumber", 1)) - 1) * size
         self.reply(200, {"Code": 200, "Success": True, "Data": {"Files": files[start : start + size]}})
 
     def file(self, folder: Path, name: str) -> None:
         """Send a file, or the part of it that Range asks for."""
+        if data := self.server.hub.outside.get(name):
+            return self.send(200, data, {})
         # Looked up among the names that are there, so that no ../ leaves the folder.
         if name not in {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}:
             return self.missing("no such file")
@@ -86,7 +151,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         with contextlib.suppress(ConnectionError):  # a client killed half-way is a test's business, not an error here
             self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else body)
+            body = b"" if self.command == "HEAD" else self.change(body)
+            step = 10 if self.pause else len(body) or 1
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start : start + step])
+                if self.server.hub.stopped.wait(self.pause):
+                    break
 
     def log_message(self, *args) -> None:
         """Stay silent: Hub.requests has what came in."""
@@ -96,11 +166,16 @@ class Hub:
     """A hub on 127.0.0.1: 'owner/name' -> folder, read anew at each request.
 
     requests holds (method, path) as sent, query included. url stays after the stop, when connections are refused.
+    outside holds files, {path: content}, that are listed and served with any path, also one that leaves the folder.
     """
+
+    fault: Callable[[Handler], bool | None] | None = None
 
     def __init__(self, models: dict[str, Path] | None = None, datasets: dict[str, Path] | None = None):
         self.folders = {"models": models or {}, "datasets": datasets or {}}
         self.requests: list[tuple[str, str]] = []
+        self.outside: dict[str, bytes] = {}
+        self.stopped = Event()
 
     def env(self, home: Path) -> dict[str, str]:
         """The environment for a client's process; no proxy and no client setting of the caller's leaks in."""
@@ -109,7 +184,8 @@ class Hub:
             for key, value in os.environ.items()
             if not key.lower().endswith("_proxy") and not key.startswith("MODELSCOPE_")
         }
-        return kept | {"HOME": str(home), "MODELSCOPE_CACHE": str(home / "cache"), "MODELSCOPE_ENDPOINT": self.url}
+        own = {"HOME": str(home), "MODELSCOPE_CACHE": str(home / "cache"), "MODELSCOPE_ENDPOINT": self.url}
+        return kept | LIMITS | own
 
     def __enter__(self) -> Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -119,5 +195,6 @@ class Hub:
         return self
 
     def __exit__(self, *error) -> None:
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()

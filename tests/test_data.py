@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import random
@@ -69,7 +70,11 @@ def written(folder: Path = Path()) -> tuple[list[dict], list[dict]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder, byte for byte."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        for path in files
+    }
 
 
 def says(text: str, expected: str) -> bool:
@@ -121,6 +126,12 @@ BAD = {
     '{"question": "问", "think": "思", "answer": "\\ud83d"}': "answer 含无效字符（不成对的代理码点）",
     '["问", "思", "答"]': "不是对象",
     "null": "不是对象",
+    '{"question": "问", "think": "思", "answer": {"text": "答"}}': "answer 不是文本",
+    '{"question": "问", "think": "思", "answer": -Infinity}': "answer 不是文本",
+    '{"question": "问", "think": "思", "answer": true}': "answer 不是文本",
+    '{"question": "问", "question": "另问", "think": "思", "answer": "答"}': "同一字段出现多次",
+    '{"question": "问", "think": "<think>思</think>", "answer": "答"}': "think 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "思", "answer": "思</think>答"}': "answer 含 <think> 或 </think> 标签",
 }
 
 
@@ -165,8 +176,10 @@ def test_many_problems_are_counted_by_kind_with_the_first_five_lines(capsys):
 
 def test_summary_tells_counts_lengths_and_an_example(capsys):
     data.prepare(save([make_row(i, think="思" * i) for i in (2, 150, 4)], "rows.csv"), "new/a.jsonl", "b.jsonl")
+    checksum = hashlib.sha256(Path("rows.csv").read_bytes()).hexdigest()
     assert capsys.readouterr().out == (
-        "数据来源  rows.csv：共 3 行\n已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n未采用    0 行\n"
+        f"数据来源  rows.csv：共 3 行\nSHA-256   {checksum}\n"
+        "已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n未采用    0 行\n"
         "字符数    question：平均 5，中位数 4，最长 6\n字符数    think：平均 52，中位数 4，最长 150\n"
         "字符数    answer：平均 5，中位数 4，最长 6\n\n"
         f"示例（训练集第 1 行）\n  问题：问题150？\n  思考：{'思' * 120}……\n  回答：回答150。\n"
@@ -250,16 +263,20 @@ MISSING = "找不到数据文件 {}；请检查路径，或不带 --dataset 运�
 EMPTY = "{} 是空文件；请换一个有内容的文件。"
 FORMAT = "不认识 {} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
 JSON = "{} 第 %s 行不是合法的 JSON（%s 列）；请修正这一行。"
-CODING = "{} 第 %s 行不是 UTF-8 编码（该行第 %s 字节）；请另存为 UTF-8，例如：iconv -f %s -t UTF-8 {} > utf8~"
+CODING = "{} 第 %s 行不是 UTF-8 编码（该行第 %s 字节）；请另存为 UTF-8，例如：iconv -f %s -t UTF-8 {} > utf8[]"
+NUL = "{} 第 %s 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。"
 DEEP = "{} 第 %s 行的 JSON 嵌套过深；每行只要一个简单的对象。"
 COLUMNS = "数据缺少列 %s（现有的列：%s）；请改列名为 question、think、answer。"
 CSV = "{} 不是合法的 CSV（%s）；含逗号或换行的文字请用双引号括起。"
 PARQUET = "{} 不是完整的 Parquet 文件（~）；请重新导出。"
 NO_ROWS = "{} 里没有一行数据；每行需要 question、think、answer 三个字段。"
 TOO_FEW = "%s 行中可用的有 %s 行，划分后%s为空；请提供更多不同的行。"
-EQUAL = "\n  与前面的行重复：8 行（第 ~ 等 行）\n  验证集的问题也在训练集里：1 行（第 ~ 行）"
+EQUAL = "\n  与前面的行重复：8 行（第 1、3、4、5、6 等 行）\n  验证集的问题也在训练集里：1 行（第 2 行）"
 NEITHER = "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 krisfu/delicate_medical_r1_data）。"
-ERRORS = [  # name, content (None: nothing, ...: a folder), message with {} for the name
+OBJECT = "{} 应是对象的数组 [{…}, …]；每行一个对象的文件请命名为 .jsonl。"
+ALL = "question、think、answer"
+VAL_PLACES = sorted(published(range(1, 21))[1])
+ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), message with {} for the name, [] its ending
     ("missing.jsonl", None, MISSING),
     ("folder.jsonl", ..., MISSING),
     ("n" * 300 + ".jsonl", None, MISSING),
@@ -272,13 +289,64 @@ ERRORS = [  # name, content (None: nothing, ...: a folder), message with {} for 
     ("gbk.json", '[\n"我"]'.encode("gbk"), CODING % (2, 2, "GB18030")),
     ("gbk.csv", f"{HEAD}q,t,a\n问,思,答\n".encode("gbk"), CODING % (3, 1, "GB18030")),
     ("utf-16.jsonl", GOOD.encode("utf-16"), CODING % (1, 1, "UTF-16")),
+    ("utf-16.json", json.dumps(make_rows(2)).encode("utf-16"), CODING % (1, 1, "UTF-16")),
+    ("utf-16-unmarked.csv", HEAD.encode("utf-16-be"), NUL % 1),
+    ("utf-16-unmarked.jsonl", GOOD.encode("utf-16-le"), NUL % 1),
+    ("utf-32.jsonl", GOOD.encode("utf-32"), CODING % (1, 1, "UTF-32")),
+    ("half-a-pair.jsonl", GOOD.encode().replace("思考7".encode(), b"\xed\xa0\xbd"), CODING % (7, 38, "GB18030")),
+    ("latin-1.csv", f"{HEAD}caf\xe9,t,a\n".encode("latin-1"), CODING % (2, 4, "GB18030")),
+    ("nul.jsonl", GOOD.replace("思考7", "思\0考7"), NUL % 7),
+    ("nul.csv", f"{HEAD}q,t\0,a\n", NUL % 2),
+    ("zeros-at-the-end.jsonl", GOOD + "\0" * 512, NUL % 21),
+    ("old-mac.jsonl", GOOD.replace("\n", "\r"), JSON % (1, "Extra data，第 57")),
+    (
+        "two-marks.jsonl",
+        f"{GOOD}\ufeff{GOOD}",
+        JSON % (21, "Unexpected UTF-8 BOM (decode using utf-8-sig)，第 1"),
+    ),
+    (
+        "50-MB-line-cut.jsonl",
+        f'{GOOD}{{"think": "' + "思" * 17_000_000,
+        JSON % (21, "Unterminated string starting at，第 11"),
+    ),
+    (
+        "single-quotes.jsonl",
+        GOOD.replace('"', "'"),
+        JSON % (1, "Expecting property name enclosed in double quotes，第 2"),
+    ),
+    ("comma-at-the-end.json", "[{},\n]", JSON % ("~", "~")),
+    ("half-an-array.json", json.dumps(make_rows(2), indent=1)[:-2], JSON % (11, "Expecting ',' delimiter，第 3")),
+    ("rows-in-data.json", json.dumps({"data": make_rows(20)}), OBJECT),
+    ("capitals.jsonl", GOOD.replace("question", "Question"), COLUMNS % ("question", "Question、answer、think")),
+    ("semicolons.csv", "question;think;answer\nq;t;a\n", COLUMNS % (ALL, "question;think;answer")),
+    ("spaces.csv", "question, think, answer\nq,t,a\n", COLUMNS % ("think、answer", " answer、 think、question")),
+    ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % (ALL, "a1、q1、t1")),
+    (
+        "numbers.parquet",
+        as_parquet({"question": ["q"], "think": ["t"]} | {"answer": [None]}),
+        TOO_FEW % (1, 0, "训练集") + "\n  answer 为 null：1 行（第 1 行）",
+    ),
+    (
+        "tags-in-all.jsonl",
+        GOOD.replace("思考", "<think>思考"),
+        TOO_FEW % (20, 0, "训练集") + "\n  think 含 <think> 或 </think> 标签：20 行（第 1、2、3、4、5 等 行）",
+    ),
+    (
+        "validation-empty.jsonl",
+        as_jsonl([row | {"answer": ""} if row in published(make_rows(20))[1] else row for row in make_rows(20)]),
+        TOO_FEW % (20, 18, "验证集") + "\n  answer 为空：2 行（第 {}、{} 行）".format(*VAL_PLACES),
+    ),
+    ("link-to-itself.jsonl", Path("link-to-itself.jsonl"), MISSING),
+    ("link-to-nothing.jsonl", Path("nothing"), MISSING),
+    ("link-to-a-folder.jsonl", Path(), MISSING),
+    ("unreadable.jsonl", Path("/proc/self/mem"), "无法读取 {}（Input/output error）；请检查文件权限。"),
     ("words.jsonl", f"{GOOD}\n头痛\n", JSON % (22, "Expecting value，第 1")),
     ("cut.jsonl", GOOD[:-5], JSON % (20, "Unterminated string starting at，第 51")),
     ("lines.json", GOOD, JSON % (2, "Extra data，第 1")),
     ("deep.jsonl", GOOD + "[" * 100000, DEEP % 21),
     ("deep.json", "[" * 100000, DEEP % 1),
-    ("array.jsonl", json.dumps(make_rows(20)), COLUMNS % ("question、think、answer", "无")),
-    ("object.json", "{}", "{} 应是对象的数组 [{…}, …]；每行一个对象的文件请命名为 .jsonl。"),
+    ("array.jsonl", json.dumps(make_rows(20)), COLUMNS % (ALL, "无")),
+    ("object.json", "{}", OBJECT),
     ("none.json", "[]", NO_ROWS),
     ("none.csv", HEAD, NO_ROWS),
     ("none.parquet", as_parquet({field: [] for field in data.FIELDS}), NO_ROWS),
@@ -289,7 +357,7 @@ ERRORS = [  # name, content (None: nothing, ...: a folder), message with {} for 
     (
         "bad.jsonl",
         as_jsonl([make_row(1, think="")] * 9),
-        TOO_FEW % (9, 0, "训练集") + "\n  think 为空：9 行（第 ~ 行）",
+        TOO_FEW % (9, 0, "训练集") + "\n  think 为空：9 行（第 1、2、3、4、5 等 行）",
     ),
     ("equal.jsonl", as_jsonl([make_row(1)] * 10), TOO_FEW % (10, 1, "验证集") + EQUAL),
     ("quote.csv", f'{HEAD}q,"t,a\nq,t,a\n', CSV % "~"),
@@ -308,9 +376,50 @@ ERRORS = [  # name, content (None: nothing, ...: a folder), message with {} for 
 def test_unusable_source_ends_with_its_remedy_and_writes_nothing(fails, name, content, message):
     if content is ...:
         Path(name).mkdir()
+    elif isinstance(content, Path):
+        Path(name).symlink_to(content)
     elif content is not None:
         Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    fails(message.replace("{}", name), "--dataset", name)
+    fails(message.replace("{}", name).replace("[]", Path(name).suffix), "--dataset", name)
+
+
+ODD = {  # what looks wrong and is fine: how the 20 good rows are written, and the rows that come of it
+    "byte order mark": lambda: b"\xef\xbb\xbf" + GOOD.encode(),
+    "CRLF": lambda: GOOD.replace("\n", "\r\n").encode(),
+    "mark and CRLF": lambda: b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode(),
+    "no line end at the end": lambda: GOOD.rstrip("\n").encode(),
+    "empty lines": lambda: GOOD.replace("\n", "\n\n \n").encode(),
+    "all escaped": lambda: "".join(json.dumps(row) + "\n" for row in make_rows(20)).encode(),
+    "other fields, nested": lambda: GOOD.replace("{", '{"metrics": {"f1": [1e400, {}]}, ').encode(),
+    "spaces around": lambda: GOOD.replace("。", "。\\u3000 ").encode(),
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_odd_file_gives_the_same_rows(content):
+    Path("odd.jsonl").write_bytes(content())
+    data.prepare("odd.jsonl")
+    assert written() == published(make_rows(20))
+
+
+@pytest.mark.parametrize("text", ["空\0字", "<|im_end|>", "思" * 17_000_000], ids=["NUL", "control token", "50 MB"])
+def test_odd_text_is_kept_as_it_is(text):
+    rows = [*make_rows(19), make_row(20, think=text)]
+    data.prepare(save(rows, "odd.jsonl"))
+    assert written() == published(rows)
+
+
+def test_question_may_speak_of_the_tags():
+    rows = [*make_rows(19), make_row(20, question="<think> 是什么？")]
+    data.prepare(save(rows, "odd.jsonl"))
+    assert written() == published(rows)
+
+
+def test_link_to_a_file_is_read_and_stays_a_link():
+    save(make_rows(20), "rows.jsonl")
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    data.prepare("link.jsonl")
+    assert written() == published(make_rows(20)) and Path("link.jsonl").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -352,8 +461,7 @@ def hub(tmp_path_factory):
 def download(hub: Hub, folder: Path, *flags: str):
     """Run data.py in work/; the client stores what it downloads beside it."""
     Path("work").mkdir(exist_ok=True)
-    env = hub.env(folder / "home") | {"MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}  # else seconds of asking again
-    return run_script("data.py", *flags, cwd=folder / "work", env=env)
+    return run_script("data.py", *flags, cwd=folder / "work", env=hub.env(folder / "home"))
 
 
 META = {"dataset_infos.json": [{}], "configuration.json": [{}]}
@@ -383,7 +491,8 @@ def test_file_that_the_hub_has_renamed_is_not_read_twice(hub, folder):
     assert "owner/name（new.jsonl）：共 20 行" in download(hub, folder, "--dataset", "owner/name").stdout
 
 
-LOADING = "无法从 {url} 下载数据集 {name}（~）；请检查名称和网络后重试同一命令，或用 --dataset 指定本地文件。"
+AGAIN = "请检查名称和网络后重试同一命令，或用环境变量 MODELSCOPE_ENDPOINT 换一个镜像，或用 --dataset 指定本地文件。"
+LOADING = "无法从 {url} 下载数据集 {name}（~）；" + AGAIN
 NO_FILES = "数据集 {name} 里没有 .jsonl、.json、.csv 或 .parquet 文件；请用 --dataset 换一个。"
 
 
