@@ -3,27 +3,46 @@
     python train.py                                   # fetches what is missing; run again, it continues
     python train.py --model_name Qwen/Qwen3-0.6B      # a small card
     python train.py --learning_rate 5e-5 --output_dir output/lr5e-5       # any flag of transformers' Trainer
-    torchrun --nproc_per_node 2 train.py --gradient_accumulation_steps 2  # two GPUs, still 4 examples a step
+    torchrun --nproc_per_node 2 train.py --per_device_train_batch_size 2  # two GPUs, still 4 examples a step
 
 The best weights end up in the output folder itself; `python inference.py` finds them there.
 """
 
 import argparse
+import atexit
 import contextlib
+import copy
+import hashlib
 import importlib.metadata
+import importlib.util
+import inspect
+import io
+import itertools
 import json
+import math
 import os
+import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
+import accelerate
+import filelock
 import psutil
+import rich.console
+import rich.table
 import torch
 import transformers
+from safetensors import SafetensorError
+from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import data
 import inference
@@ -32,21 +51,32 @@ import inference
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2
-BATCH_SIZE = 1  # examples at once on a device
-ACCUMULATION_STEPS = 4  # x BATCH_SIZE x devices = 4 examples a step, about 3,150 tokens
+BATCH_SIZE = 4  # examples a step on a device, about 3,150 tokens; together in one pass when memory allows
+ACCUMULATION_STEPS = 1  # x BATCH_SIZE x devices = 4 examples a step
 EVAL_STEPS = 100  # optimizer steps between evaluations; a checkpoint is written at each
-EVAL_TOKENS = 8192  # of whole examples in one evaluation batch, which keeps neither activations nor logits
+EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which keeps neither activations nor logits
 LOSS_BYTES = 500_000_000  # of logits and their gradient at any time; all at once are 14 bytes x vocabulary a token
+DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
+RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
 PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
 KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
 SAMPLES = 3  # validation questions answered at the end
 SAMPLE_TOKENS = 1024  # at most, for each of these replies
 PROJECT = "qwen3-sft-medical"  # in SwanLab
+PACKED = "packed"  # name of packed_attention among transformers' attention implementations
+OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and what the plan says of it
+    "kahan": (6, "AdamW，Kahan 求和"),
+    "8bit": (2.04, "8 位 AdamW，随机舍入"),
+    "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存梯度"),
+    "optim": (8, "--optim 所指"),
+}
+RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
+TRACKER_SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
 
 OUT_OF_MEMORY = (
-    "错误：显存（内存）不足。请依次尝试：--per_device_train_batch_size 1；--max_length 1024；python train_lora.py；"
-    "--model_name Qwen/Qwen3-0.6B。同一命令会从最近的检查点继续。"
+    "错误：显存（内存）不足。请依次尝试：关掉其他占用显存的程序；--memory_gb 写得比显存小一些；--max_length 1024；"
+    "python train_lora.py；python train_lora.py --load_in_4bit true；--model_name Qwen/Qwen3-0.6B。"
 )
 
 MODEL_CARD = """\
@@ -79,12 +109,24 @@ class TrainArguments(transformers.TrainingArguments):
     """transformers.TrainingArguments with this recipe's defaults, and what it does not have."""
 
     model_name: str = field(default=data.MODEL_NAME, metadata={"help": "ModelScope id or local folder"})
+    model_revision: str | None = field(default=None, metadata={"help": "of the ModelScope model; default: master"})
     train_file: str = field(default=data.TRAIN_FILE, metadata={"help": "written by data.py"})
     val_file: str = field(default=data.VAL_FILE, metadata={"help": "written by data.py"})
     max_length: int = field(default=data.MAX_LENGTH, metadata={"help": "tokens; longer examples are left out"})
     early_stopping_patience: int = field(default=PATIENCE, metadata={"help": "evaluations; 0: never stop early"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the finished run that is there"})
-    kahan: bool = field(default=True, metadata={"help": "AdamW that keeps small updates; with bfloat16 weights only"})
+    memory_gb: float | None = field(
+        default=None, metadata={"help": "plan for a card of this size; default: what is free"}
+    )
+    batch_tokens: int | None = field(default=None, metadata={"help": "most tokens in one pass; default: planned"})
+    checkpoint_every: int | None = field(
+        default=None, metadata={"help": "recompute every n-th layer; 0: none, 1: all; default: planned"}
+    )
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "of bfloat16 weights; optim: what --optim says; default: planned", "choices": OPTIMIZERS},
+    )
+    fast_kernels: bool = field(default=True, metadata={"help": "packed attention and fused layers where they run"})
     full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
     sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each reply at the end"})
 
@@ -93,7 +135,7 @@ class TrainArguments(transformers.TrainingArguments):
     num_train_epochs: float = NUM_EPOCHS
     per_device_train_batch_size: int = BATCH_SIZE
     gradient_accumulation_steps: int = ACCUMULATION_STEPS
-    gradient_checkpointing: bool | None = True
+    gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
     eval_strategy: str = "steps"
     eval_steps: float | None = EVAL_STEPS
     save_strategy: str | None = None  # as eval_strategy, and
@@ -104,6 +146,7 @@ class TrainArguments(transformers.TrainingArguments):
     greater_is_better: bool | None = False
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_steps: float = LOGGING_STEPS
+    logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
     report_to: None | str | list[str] = "swanlab"
     seed: int = data.SEED
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
@@ -117,11 +160,17 @@ class TrainArguments(transformers.TrainingArguments):
         self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
         self.save_steps = (self.eval_steps or EVAL_STEPS) if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
-        if getattr(self, "activation_checkpointing", True) is None:  # its name from transformers 5.23 on
-            self.activation_checkpointing = self.gradient_checkpointing
+        asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on
+        asked = self.gradient_checkpointing if asked is None else asked
+        if self.checkpoint_every is None and asked is not None:
+            self.checkpoint_every = int(asked)
+        self.gradient_checkpointing = self.activation_checkpointing = False  # until the plan says otherwise
+        # Less is lost between blocks of memory. Has to be set before the first one is asked for.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # Without torchrun Trainer would spread one process over all GPUs with DataParallel, slower than one of them.
         if "LOCAL_RANK" not in os.environ:
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        os.environ.pop("SWANLAB_DEBUG", None)  # it would write a stored key into a log; Trainer imports SwanLab
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -131,9 +180,14 @@ class TrainArguments(transformers.TrainingArguments):
         """Raises ValueError for numbers with which training would fail late, or do nothing."""
         above_0 = ("max_length", "sample_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
         above_0 += ("num_train_epochs", "learning_rate", "max_steps", "lora_rank", "lora_alpha")
-        for name in (*above_0, "early_stopping_patience", "seed"):
-            value = getattr(self, name, 1)
-            if value < 0 or value == 0 and name in above_0:
+        above_0 += ("memory_gb", "batch_tokens")
+        for name in (*above_0, "early_stopping_patience", "seed", "checkpoint_every"):
+            value = getattr(self, name, None)
+            if value is None:
+                continue
+            if name == "seed" and value >= 2**32:
+                raise ValueError(f"--seed {value}：要一个小于 {2**32} 的整数")
+            if not 0 <= value < float("inf") or value == 0 and name in above_0:
                 if (name, value) != ("max_steps", -1):  # Trainer's "not set"
                     raise ValueError(
                         f"--{name} {value}：要一个{'大于 0 的数' if name in above_0 else '不小于 0 的整数'}"
@@ -190,78 +244,114 @@ def prepare_files(args: TrainArguments) -> None:
         )
 
 
-def load_dataset(path: str, tokenizer, max_length: int):
-    """(datasets.Dataset with input_ids and labels, lengths in tokens of all examples). Too long ones are left out
-    rather than cut: a cut would lose the answer, which comes last."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    rows = datasets.Dataset.from_list(data.read_examples(path))
-    encoded = rows.map(
-        lambda row: data.encode_example(tokenizer, row),
-        remove_columns=rows.column_names,
-        new_fingerprint="encoded",  # else datasets hashes the whole tokenizer: 4 s, for a cache that is not used here
-    )
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    fitting = encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
-    if not len(fitting):
-        raise SystemExit(
-            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {min(lengths)}）；请加大 --max_length。"
-        )
-    return fitting, lengths
-
-
-def describe_tokens(path: str, lengths: list[int], max_length: int) -> str:
-    """Lengths in tokens, and how many examples were left out for theirs."""
-    mean, p50, p95 = sum(lengths) / len(lengths), *(sorted(lengths)[int(len(lengths) * q)] for q in (0.5, 0.95))
-    over = sum(length > max_length for length in lengths)
-    return (
-        f"{path}：{len(lengths)} 条，token 数平均 {mean:.0f}，p50 {p50}，p95 {p95}，最长 {max(lengths)}；"
-        f"超过 --max_length {max_length} 而未采用的 {over} 条"
-    )
-
-
-def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
-    """One example as the model sees it: the prompt, and the supervised part."""
-    prompt = sum(label == data.IGNORE_INDEX for label in example["labels"])
-    parts = example["input_ids"][:prompt], example["input_ids"][prompt:]
-    texts = (data.shorten(tokenizer.decode(part).replace("\n", "⏎"), 300) for part in parts)
-    return "示例（⏎ 为换行）\n  提示（不计损失）：{}\n  监督部分：{}".format(*texts)
-
-
 # ---- tracking -----------------------------------------------------------------------------------------------------
 
 
 def library_versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope", "swanlab")
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def start_tracking(args: TrainArguments) -> None:
-    """Begin the SwanLab run that Trainer's own callback then writes to. Only rank 0 does.
+class TrackerTimeout(BaseException):
+    """Raised by tracker_limit. Not an Exception: SwanLab catches those and tries again."""
 
-    SWANLAB_MODE is obeyed. Without it: online with a key or an earlier login, else local. No prompt blocks a run.
+
+@contextlib.contextmanager
+def tracker_limit():
+    """TrackerTimeout after TRACKER_SECONDS; Windows has no such signal. SwanLab's own lines stay off the screen."""
+
+    def late(*_):
+        raise TrackerTimeout(f"{TRACKER_SECONDS} 秒没有结果")
+
+    alarm = getattr(signal, "SIGALRM", None)
+    if alarm:
+        before = signal.signal(alarm, late)
+        signal.alarm(TRACKER_SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as hidden:
+            yield hidden
+    finally:
+        if alarm:
+            signal.alarm(0)
+            signal.signal(alarm, before)
+
+
+def tracker_settings(args: TrainArguments, run_id: str | None):
+    """(SwanLab's settings for this run, its mode). Raises SystemExit where the user has to mend something.
+
+    SWANLAB_MODE is obeyed; without it: online with a key or an earlier login, else local. No prompt blocks a run.
     """
-    if "swanlab" not in args.report_to or args.process_index:
-        return
     # SwanLab >= 0.8 reads SWANLAB_PROJECT as JSON settings and raises; older tutorials set it to a name.
     project = os.environ.pop("SWANLAB_PROJECT", None) or PROJECT
     import swanlab
 
-    config = {"model_name": args.model_name, "max_length": args.max_length, "versions": library_versions()}
     try:
-        logged_in = swanlab.Settings().api_key
-        mode = os.environ.get("SWANLAB_MODE") or ("online" if logged_in else "local")
-        if mode in ("online", "cloud") and not logged_in and not sys.stdin.isatty():
+        settings = swanlab.Settings(
+            project={"name": project},
+            experiment={"name": args.run_name},
+            run={"id": run_id, "resume": "allow"},
+            # Off: what names people, machines and folders (command line, packages, git remote), and the screen's text.
+            probe={"runtime": False, "requirements": False, "git": False, "swanlab": False},
+            terminal={"proxy_type": "none"},
+        )
+        mode = settings.mode if "mode" in settings.model_fields_set else "online" if settings.api_key else "local"
+        if mode == "online" and not settings.api_key:
             raise ValueError("SWANLAB_MODE=online 需要先登录：swanlab login")
-        swanlab.init(project=project, name=args.run_name, mode=mode, config=config)
-    except Exception as error:  # a wrong key, mode or project name, a folder without permission, no network
-        cause = data.shorten(str(error), 200)
+    except ValueError as error:
+        cause = data.shorten(str(error).split("[type=")[0], 200)  # behind it pydantic shows what it was given
         raise SystemExit(
             f"错误：SwanLab 无法开始（{cause}）；请改正，或设 SWANLAB_MODE=local，或加 --report_to none。"
         ) from None
-    if mode == "local":
-        print("SwanLab：只记录在本地。查看：swanlab watch swanlog；要在网上查看：先运行 swanlab login，再训练。")
+    return settings, mode
+
+
+def start_tracking(args: TrainArguments, checkpoint: str | None = None) -> None:
+    """Begin the SwanLab run that Trainer's own callback then writes to, or go on with that of `checkpoint`. Only rank 0
+    does. What fails here, such as the network, makes the run a local one and never ends the training."""
+    if "swanlab" not in args.report_to or args.process_index:
+        return
+    import swanlab
+
+    id_file = Path(args.output_dir, RUN_ID_FILE)
+    settings, mode = tracker_settings(args, id_file.read_text() if checkpoint and id_file.is_file() else None)
+    config = {"model_name": args.model_name, "max_length": args.max_length, "versions": library_versions()}
+    excepthook, on_interrupt, problem = sys.excepthook, signal.getsignal(signal.SIGINT), ""
+    for choice in dict.fromkeys((mode, "local", "disabled")):
+        try:
+            with tracker_limit():
+                run = swanlab.init(reinit=True, mode=choice, config=config, settings=settings)
+            break
+        except (Exception, TrackerTimeout) as error:
+            problem += f"{choice} 模式无法开始（{data.shorten(str(error))}），训练照常；"
+    # SwanLab's own would wait for its server without limit after an error or Ctrl-C.
+    sys.excepthook = excepthook
+    signal.signal(signal.SIGINT, on_interrupt)
+    atexit.register(end_tracking, "aborted")  # a run that does not come to its end
+    id_file.write_text(run.id)
+    folder = run.dir.relative_to(Path.cwd()) if Path.cwd() in run.dir.parents else run.dir
+    how = {
+        "local": f"只记录在本地。查看：swanlab watch {folder.parent}；上传：swanlab login 后 swanlab sync {folder}",
+        "offline": f"只记录在本地。上传：swanlab login 后 swanlab sync {folder}",
+        "disabled": "不记录。",
+    }
+    print(f"SwanLab：{problem}{how.get(run.mode) or f'查看：{run.url}'}", flush=True)
+
+
+def end_tracking(state: str = "success") -> None:
+    """Close the SwanLab run, if there is one. What its server does not take in time stays on the disk only."""
+    import swanlab
+
+    if not swanlab.has_run():
+        return
+    run = swanlab.get_run()
+    try:
+        with tracker_limit() as hidden:
+            run.finish(state)
+        if "| ERROR" in hidden.getvalue():  # SwanLab gives up what its server refuses, and says so only there
+            raise RuntimeError("服务器拒绝接收")
+    except (Exception, TrackerTimeout) as error:
+        cause = data.shorten(str(error))
+        print(f"SwanLab：没有全部上传（{cause}），本地是完整的。补传：swanlab sync --id {run.id} {run.dir}")
 
 
 def log_samples(args: TrainArguments, samples: list[str]) -> None:
@@ -270,7 +360,8 @@ def log_samples(args: TrainArguments, samples: list[str]) -> None:
         import swanlab
 
         swanlab.log({"Prediction": [swanlab.Text(sample) for sample in samples]})
-        swanlab.finish()
+        end_tracking()
+        Path(args.output_dir, RUN_ID_FILE).unlink(missing_ok=True)
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
@@ -289,7 +380,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(labels), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
-        rows = max(1, LOSS_BYTES // (len(weight) * (4 + weight.element_size())))
+        rows = max(1, LOSS_BYTES // (len(weight) * 8))  # float32 logits, and as much again inside logsumexp
         for part in (slice(start, start + rows) for start in range(0, len(labels), rows)):
             logits = (hidden[part] @ weight.T).float()
             log_total = logits.logsumexp(dim=-1, keepdim=True)
@@ -302,6 +393,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden[part] = grad @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden[part].to(grad.dtype))  # under autocast they differ
+            del logits, grad  # else they would live on beside the next ones
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -311,16 +403,622 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(grad if grad is None else grad.mul_(grad_sum) for grad in ctx.saved_tensors), None
 
 
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+
+class PackedCollator(transformers.DataCollatorWithFlattening):
+    """A batch is its examples one after another, [1, T], without padding; position ids restart at each, and `lengths`
+    has their lengths in tokens, as whole numbers that stay on the CPU."""
+
+    def __call__(self, features, **kwargs):
+        lengths = tuple(len(feature["input_ids"]) for feature in features)
+        return super().__call__(features, **kwargs) | {"lengths": lengths}
+
+
+def split_batch(inputs: dict, most: int) -> list[dict]:
+    """The batch as batches of whole examples, of at most `most` tokens each, or of one example."""
+    groups: list[list[int]] = []
+    for length in inputs["lengths"]:
+        if not groups or sum(groups[-1]) + length > most:
+            groups.append([])
+        groups[-1].append(length)
+    sizes = [sum(group) for group in groups]
+    names = ("input_ids", "labels", "position_ids")
+    tensors = zip(*(inputs[name].split(sizes, dim=1) for name in names))
+    return [dict(zip(names, part)) | {"lengths": tuple(group)} for part, group in zip(tensors, groups)]
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling, lengths, starts=None, **_):
+    """Causal attention within each example of a packed batch, none between them.
+
+    query [1, heads, T, D], key and value [1, key heads, T, D], lengths of the examples, starts [examples + 1] where
+    torch's kernel for such batches runs -> ([1, T, heads, D], None). Elsewhere one example after another: a mask for
+    all of them would be T x T.
+    """
+    assert attention_mask is None and sum(lengths) == query.shape[2], (lengths, query.shape)
+    if starts is None:
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+        return torch.cat([sdpa_attention_forward(module, *part, None, scaling=scaling)[0] for part in parts], 1), None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Before torch 2.13 grouped heads need no word.
+    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    longest = max(lengths)
+    out = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **options
+    )
+    return out[None], None
+
+
+def starts_of(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[examples + 1], int32: where each example of a packed batch starts, and where the last one ends."""
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+
+
+def check_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's attention kernel for packed batches is not used on `device`; None: it runs, and agrees with sdpa."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return "它只在 sm80 及以上的 NVIDIA GPU 上"
+    if dtype == torch.float32:
+        return "它只算 bfloat16 和 float16"
+    lengths = (37, 91)
+    query, key, value = (torch.randn(1, heads, 128, 128, device=device, dtype=dtype) for heads in (16, 8, 8))
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 2
+
+    def attend(starts):
+        return gradients(lambda *qkv: packed_attention(layer, *qkv, None, 0.1, lengths, starts)[0], query, key, value)
+
+    return disagreement(attend(None), attend(starts_of(lengths, device)))
+
+
+def check_fused(device: torch.device, dtype: torch.dtype, config) -> str | None:
+    """Why Liger's norms, rotary embedding and SwiGLU are not used; None: they run, and agree with transformers'."""
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return "它要 GPU 和 liger-kernel"
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+    from transformers.models.qwen3 import modeling_qwen3 as plain
+
+    config = copy.deepcopy(config)
+    config.hidden_size, config.intermediate_size = 256, 512
+    like = {"device": device, "dtype": dtype}
+    mlp, fused_mlp = plain.Qwen3MLP(config).to(**like), LigerSwiGLUMLP(config).to(**like)
+    fused_mlp.load_state_dict(mlp.state_dict())
+    norm, fused_norm = plain.Qwen3RMSNorm(256).to(**like), LigerRMSNorm(256).to(**like)
+    hidden, query, key = (torch.randn(1, *shape, **like) for shape in ((64, 256), (16, 64, 128), (8, 64, 128)))
+    angles = torch.rand(1, 64, 128, device=device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    pairs = [
+        [gradients(layer, hidden) for layer in (mlp, fused_mlp)],
+        [gradients(layer, hidden) for layer in (norm, fused_norm)],
+        [
+            gradients(lambda q, k, rotate=rotate: torch.cat(rotate(q, k, cos, sin), 1), query, key)
+            for rotate in (plain.apply_rotary_pos_emb, liger_rotary_pos_emb)
+        ],
+    ]
+    return next(filter(None, (disagreement(*pair) for pair in pairs)), None)
+
+
+def gradients(function, *inputs) -> list[torch.Tensor] | Exception:
+    """What `function` gives for `inputs`, and the gradients of its squared sum, or the error that it raised."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    try:
+        output = function(*[leaf * 1 for leaf in leaves])  # * 1: a kernel may write over what it is given
+        return [output.detach().clone(), *torch.autograd.grad(output.float().square().sum(), leaves)]
+    except Exception as error:  # whatever a kernel, its compiler or the driver raises: then it is not used
+        return error
+
+
+def disagreement(plain, fast) -> str | None:
+    """What is wrong with `fast`, of `gradients`, beside `plain`; None when they differ by rounding alone."""
+    if isinstance(fast, Exception):
+        return data.shorten(data.first_line(fast), 100)
+    differences = [((a - b).float().norm() / a.float().norm()).item() for a, b in zip(plain, fast)]
+    return None if max(differences) < 0.03 else f"与普通算子相差 {max(differences):.1%}"
+
+
+# ---- memory plan --------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What decides over memory and speed, and the bytes that it takes at its peak."""
+
+    batch_tokens: int
+    checkpoint_every: int
+    optimizer: str
+    memory: dict[str, float]  # bytes: weights, optimizer states, the peak within a step, and what no formula counts
+    cost: float  # time of a step, relative to the fastest plan's; an estimate
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
+    """Bytes a token that one decoder layer keeps for its backward pass: 117 kB plain and 72 kB fused for Qwen3-1.7B.
+
+    Counted from what the operations of a Qwen3 layer keep: norms their input (plain ones in float32, and before the
+    weight), matrix products their input, SiLU and the product of the MLP theirs, attention its four tensors.
+    """
+    config, size = model.config, model.dtype.itemsize
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    norm = size if fused else 4 + size
+    kept = 2 * (norm + size) * hidden + norm * (query + key) + size * (3 * query + 2 * key)
+    kept += (3 if fused else 4) * size * inner + 4 * config.num_attention_heads
+    if lora_dropout:  # each of the seven adapters keeps its own input and the mask; the frozen products keep nothing
+        kept += (size + 1) * (5 * hidden + query + inner) - size * (2 * hidden + inner)
+    return kept
+
+
+def estimate_memory(model, args, fused: bool, tokens: int, whole_step: bool, every: int, optimizer: str) -> dict:
+    """Bytes at the peak of training, part by part. `tokens` in one pass; `whole_step`: they are all of a step's."""
+    config, size = model.config, model.dtype.itemsize
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    gradients = 0 if optimizer == "8bit_in_backward" else sum(p.numel() * p.element_size() for p in trained)
+    output = model.get_output_embeddings().weight
+    output_gradient = output.numel() * size * output.requires_grad
+    layer = tokens * layer_bytes(model, fused, getattr(args, "lora_dropout", 0) * (output_gradient == 0))
+    checkpointed = math.ceil(config.num_hidden_layers / every) if every else 0
+    kept = (config.num_hidden_layers - checkpointed) * layer + checkpointed * tokens * size * config.hidden_size
+    tail = tokens * (4 + 4 * size) * config.hidden_size  # last norm, and the gradient on its way down
+    # The gradients of a layer in work take 0.9 of what it keeps; the recomputed layer's activations come on top.
+    working = max(min(LOSS_BYTES, tokens * len(output) * 8), (0.9 + (every == 1)) * layer) + tail
+    forward = kept + working + output_gradient + (0 if whole_step else gradients)
+    state, _ = OPTIMIZERS[optimizer]
+    state = 2 * model.dtype.itemsize if optimizer == "optim" else state
+    return {
+        "权重": float(model.get_memory_footprint()),
+        "优化器": float(count * state),
+        # The output layer is the embedding too: at the end there are two gradients of it, and their sum.
+        "一步之内": max(forward, max(gradients, output_gradient) + 2 * output_gradient),
+        "余量": RESERVE_BYTES,
+    }
+
+
+def free_memory(args, model) -> float:
+    """Bytes that training may take, its weights included: what is free now, or --memory_gb less the driver's own."""
+    if args.memory_gb:
+        return args.memory_gb * 1e9 - DRIVER_BYTES
+    if args.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return psutil.virtual_memory().available + model.get_memory_footprint()
+
+
+def make_plan(args, model, lengths: list[int], fused: bool) -> Plan:
+    """The fastest plan that fits, what the command line says obeyed; the smallest one when none does.
+
+    lengths: tokens of each training example. The worst step holds the longest ones.
+    """
+    lengths = sorted(lengths)
+    worst = sum(lengths[-args.per_device_train_batch_size :])
+    at_once = [args.batch_tokens] if args.batch_tokens else sorted({worst, max(lengths[-1], worst // 2), lengths[-1]})
+    layers = [0, 4, 2, 1] if args.checkpoint_every is None else [args.checkpoint_every]
+    optimizers = [args.optimizer]
+    if args.optimizer is None:
+        rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+        optimizers = ["kahan"] if rounded else ["optim"]
+        if rounded and not hasattr(args, "lora_rank") and args.device.type == "cuda":
+            optimizers += ["8bit"] + ["8bit_in_backward"] * (args.world_size == 1)
+    plans = []
+    for tokens, every, optimizer in itertools.product(at_once, layers, optimizers):
+        whole = tokens >= worst and args.gradient_accumulation_steps == 1
+        if optimizer == "8bit_in_backward" and not whole:
+            continue
+        memory = estimate_memory(model, args, fused, min(tokens, worst), whole, every, optimizer)
+        # Recomputing every layer is one forward pass more, 27 % of the FLOPs; the rest orders what costs the same.
+        cost = 1 + (0.27 / every if every else 0) + 0.02 * (worst / tokens - 1) + 0.03 * optimizers.index(optimizer)
+        plans.append(Plan(tokens, every, optimizer, memory, cost))
+    if not plans:
+        raise SystemExit("错误：--optimizer 8bit_in_backward 要一步的样本一次算完；请去掉 --batch_tokens 和梯度累积。")
+    free = free_memory(args, model)
+    fitting = [plan for plan in plans if plan.total <= free]
+    if importlib.util.find_spec("torchao") is None:  # then it is asked for only where nothing else fits
+        fitting = [plan for plan in fitting if not plan.optimizer.startswith("8bit")] or fitting
+    return min(fitting, key=lambda plan: plan.cost) if fitting else min(plans, key=lambda plan: plan.total)
+
+
+def describe_plan(plan: Plan, free: float, kind: str) -> str:
+    """The plan as a table: what, GB, why."""
+    layers = {0: "全部保留", 1: "每层重算"}.get(plan.checkpoint_every, f"每 {plan.checkpoint_every} 层重算一层")
+    why = {
+        "优化器": OPTIMIZERS[plan.optimizer][1],
+        "一步之内": f"一次最多 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失分块",
+        "余量": "碎片和库自己的缓冲",
+    }
+    table = rich.table.Table(f"{kind}计划", rich.table.Column("GB", justify="right"), "", box=None, pad_edge=False)
+    for name, size in plan.memory.items():
+        table.add_row(name, f"{size / 1e9:.2f}", why.get(name, ""))
+    fits = "" if plan.total <= free else "，可能放不下"
+    table.add_row("合计（估算）", f"{plan.total / 1e9:.2f}", f"可用 {free / 1e9:.2f}{fits}")
+    console = rich.console.Console(width=100, record=True, file=io.StringIO(), force_jupyter=False)
+    console.print(table)
+    return console.export_text().rstrip()
+
+
+def apply_plan(args, model, plan: Plan) -> None:
+    """Write the plan into the arguments, and switch the recomputing of layers on."""
+    args.batch_tokens, args.checkpoint_every, args.optimizer = plan.batch_tokens, plan.checkpoint_every, plan.optimizer
+    if plan.optimizer == "8bit_in_backward":
+        args.max_grad_norm = 0  # the norm of all gradients is never known
+    if plan.checkpoint_every:
+        # Its name from transformers 5.23 on, and before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        for number, layer in enumerate(model.get_decoder().layers):
+            layer.gradient_checkpointing = number % plan.checkpoint_every == 0
+    if args.memory_gb and args.device.type == "cuda":
+        share = free_memory(args, model) / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+# What decides the weights. Logging, saving, samples, patience and what only saves memory may change while continuing.
+SETTINGS = (
+    "model_name max_length num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args full_logits label_smoothing_factor "
+    "neftune_noise_alpha seed data_seed bf16 fp16 eval_strategy eval_steps load_best_model_at_end "
+    "metric_for_best_model model_revision lora_rank lora_alpha lora_dropout"
+).split()
+
+
+def check_output_dir(args: TrainArguments) -> None:
+    """Raises SystemExit for a finished run, for a folder that holds anything else, such as a model, and for one
+    without permission."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(
+            f"错误：无法写入 {folder}（{error.strerror}）；请检查权限，或用 --output_dir 换位置。"
+        ) from None
+    finished = folder / inference.FINISHED_MARK
+    ours = finished.exists() or (folder / inference.RUN_FILE).exists() or inference.checkpoint_folders(folder)
+    if not ours and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
+        raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
+    if finished.exists() and not args.overwrite_output_dir:
+        raise SystemExit(
+            f"错误：{folder} 里已有训练完的模型。"
+            "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"
+        )
+
+
+@contextlib.contextmanager
+def hold_output_dir(args: TrainArguments):
+    """The output folder for this run alone: two runs in it would delete each other's checkpoints. Rank 0 holds it for
+    all; the system lets go of it when the process ends, however it ends."""
+    if args.process_index:
+        yield
+        return
+    check_output_dir(args)
+    path, owner = Path(args.output_dir, ".lock"), Path(args.output_dir, ".lock_owner")
+    lock = filelock.FileLock(path)
+    with explain_failed_write(path):
+        try:
+            held = lock.acquire(timeout=0)
+        except filelock.Timeout:
+            who = owner.read_text(encoding="utf-8") if owner.is_file() else "刚刚开始"
+            raise SystemExit(
+                f"错误：另一个训练（{who}）正在写 {args.output_dir}；请等它结束，或用 --output_dir 换一个文件夹。"
+            ) from None
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_at_once(owner, f"进程 {os.getpid()}，主机 {platform.node()}，开始于 {now}")
+    with held:
+        try:
+            yield
+        finally:
+            owner.unlink()
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whenever the process or the power ends."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def describe_run(args: TrainArguments) -> dict[str, object]:
+    """The settings that decide the weights, {name: value}, with the content of the data files."""
+    values = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
+    values["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return values | {f"{file} (sha256)": inference.sha256(file) for file in (args.train_file, args.val_file)}
+
+
+def check_settings(args: TrainArguments) -> None:
+    """Raises SystemExit when the run in the output folder was begun with settings that give other weights."""
+    try:
+        old = json.loads(Path(args.output_dir, inference.RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        old, cause = {}, data.first_line(error)
+        print(f"{args.output_dir}/{inference.RUN_FILE} 无法读取（{cause}），无法核对设置是否与原来相同。")
+    new = json.loads(json.dumps(describe_run(args))) if old else {}
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changed:
+        changes = "，".join(f"{name} {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}" for name in changed)
+        raise SystemExit(
+            f"错误：{args.output_dir} 里未完成的训练用的是别的设置：{changes}；"
+            "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练。"
+        )
+
+
+def choose_checkpoint(args: TrainArguments) -> str | None:
+    """The checkpoint to continue from, or None: the newest that is whole to the last bit, and whose best one is, as the
+    weights that training ends with may be read from there. Prints which were passed over and why."""
+    if Path(args.output_dir, inference.FINISHED_MARK).exists():
+        return None
+    wanted = args.resume_from_checkpoint
+    folders = [Path(wanted)] if wanted else inference.checkpoint_folders(args.output_dir)
+    for checkpoint in reversed(folders):
+        fault = find_fault(checkpoint, args)
+        if wanted and fault:
+            raise SystemExit(
+                f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；"
+                "不写这个参数，就会从最近的完整检查点继续。"
+            )
+        if not fault:
+            if checkpoint.parent == Path(args.output_dir):
+                check_settings(args)
+            return str(checkpoint)
+        print(f"跳过 {checkpoint}：{fault}。")
+    if folders:
+        print("没有可用的检查点，从头开始训练。")
+    return None
+
+
+def find_fault(checkpoint: Path, args: TrainArguments) -> str | None:
+    """Why training cannot continue from `checkpoint` to the same weights, or None."""
+    damage = inference.find_damage(checkpoint, hashes=True)
+    if damage or not args.load_best_model_at_end:
+        return damage
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = Path(state["best_model_checkpoint"] or checkpoint)
+    moved = checkpoint.with_name(best.name)  # with the whole folder
+    best = moved if moved.is_dir() else best
+    if best != checkpoint and (damage := inference.find_damage(best, hashes=True)):
+        return f"到它为止最好的 {best.name} {damage}"
+    return None
+
+
+def begin_run(args: TrainArguments, checkpoint: str | None) -> None:
+    """Delete the finished run that --overwrite_output_dir gives up, its mark last, and note this run's settings.
+
+    Late, when all that can go wrong before training has gone right. An unfinished run is continued even with the
+    flag: it may be this command's own, interrupted.
+    """
+    if args.process_index:
+        return
+    finished = Path(args.output_dir, inference.FINISHED_MARK)
+    if finished.exists():
+        for folder in inference.checkpoint_folders(args.output_dir):
+            shutil.rmtree(folder)
+        finished.unlink()
+    settings = json.dumps(describe_run(args), ensure_ascii=False, indent=1)
+    with explain_failed_write(args.output_dir):
+        write_at_once(Path(args.output_dir, inference.RUN_FILE), settings)
+    if checkpoint:
+        print(f"resumed from step {Path(checkpoint).name.split('-')[-1]}", flush=True)
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: str | Path):
+    """Turn a write that failed, on a full disk say, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors, torch.save and tokenizers have errors of their own for it.
+        if not isinstance(error, OSError | SafetensorError) and not re.search("inline_container|os error", str(error)):
+            raise
+        free = shutil.disk_usage(Path(path).parent).free / 1e9
+        raise SystemExit(
+            f"错误：写 {path} 失败（{data.shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
+            "此前的检查点都还在；请腾出空间，再用同一命令继续。"
+        ) from None
+
+
+def check_space(args: TrainArguments, state: transformers.TrainerState, model) -> None:
+    """Raises SystemExit when the disk will not hold the checkpoints that are kept, the one that is written before an
+    older one goes, and the final weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.nbytes for p in trained)
+    state, _ = OPTIMIZERS[args.optimizer]  # bytes a parameter; of AdamW two, each as large as the weight
+    states = sum(p.numel() * (2 * p.element_size() if args.optimizer == "optim" else state) for p in trained)
+    count = args.save_total_limit + 1 if args.save_total_limit else math.ceil(state.max_steps / state.save_steps)
+    count = 1 if args.save_strategy == "no" else count  # one, at a signal
+    there = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
+    need, free = count * (weights + states) + weights - there, shutil.disk_usage(args.output_dir).free
+    if need > free:
+        raise SystemExit(
+            f"错误：{args.output_dir} 所在的磁盘剩余 {free / 1e9:.2f} GB，{count} 个检查点和最后的权重还需要约 "
+            f"{need / 1e9:.2f} GB；请腾出空间，或用 --output_dir 换到别的磁盘。"
+        )
+
+
+class Sealing(threading.Thread):
+    """Sees a checkpoint that was just written to the disk, writes its manifest, and only then deletes older ones.
+
+    A thread of its own: hashing 10 GB takes 6 s, in which the GPU trains on. The next save and the end of training
+    wait for it. Killed before its end, the checkpoint does not count and the older ones are still there.
+    """
+
+    def __init__(self, checkpoint: Path, best: str | None, limit: int | None):
+        super().__init__(daemon=True)  # a second Ctrl-C does not wait for it
+        self.checkpoint, self.error = checkpoint, None
+        self.kept = {checkpoint, checkpoint.with_name(Path(best or checkpoint).name)}
+        self.limit = limit if limit and limit > 0 else sys.maxsize
+        self.start()
+
+    def run(self) -> None:
+        try:
+            manifest = {}
+            for path in sorted(path for path in self.checkpoint.rglob("*") if path.is_file()):
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                manifest[path.relative_to(self.checkpoint).as_posix()] = path.stat().st_size, inference.sha256(path)
+            write_at_once(self.checkpoint / inference.MANIFEST, json.dumps(manifest, indent=1))
+            self.sweep()
+        except OSError as error:
+            self.error = error
+
+    def sweep(self) -> None:
+        """Delete what an interrupted save left, and the oldest checkpoints beyond the limit."""
+        folder = self.checkpoint.parent
+        whole = [path for path in inference.find_checkpoints(folder) if path not in self.kept]
+        surplus = whole[: max(0, len(whole) - max(0, self.limit - len(self.kept)))]
+        cut_off = set(inference.checkpoint_folders(folder)) - set(whole) - self.kept
+        for path in (*cut_off, *surplus):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class SafeTrainer(transformers.Trainer):
+    """Trainer whose checkpoints count only when whole, that saves nothing after a loss that is no number, and that
+    takes no further step when it continues from its last one."""
+
+    sealing: Sealing | None = None
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the manifest of the last checkpoint."""
+        if self.sealing:
+            self.sealing.join()
+            with explain_failed_write(self.sealing.checkpoint):
+                if self.sealing.error:
+                    raise self.sealing.error
+
+    def _save_checkpoint(self, model, trial):
+        args, step = self.args, self.state.global_step
+        self.check_weights()
+        checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+        if not args.process_index:
+            self.finish_checkpoint()
+            for folder in inference.checkpoint_folders(args.output_dir):
+                if int(folder.name[11:]) >= step:  # this run passed it over when it continued from an older one
+                    shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, args.save_total_limit = args.save_total_limit, None  # Trainer would delete before there is a manifest
+        try:
+            with explain_failed_write(checkpoint):
+                super()._save_checkpoint(model, trial)
+        except SystemExit:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if not args.process_index:
+            self.sealing = Sealing(checkpoint, self.state.best_model_checkpoint, limit)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Continued from its last checkpoint, Trainer would take one step more.
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        self.finish_checkpoint()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        self.check_finite(logs)
+
+    def check_weights(self) -> None:
+        sums = [p.detach().sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
+        self.check_finite({"weights": torch.stack(sums).sum().item()})
+
+    def check_finite(self, numbers: dict[str, float]) -> None:
+        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined, or will be
+        at the next step."""
+        for name in ("loss", "grad_norm", "eval_loss", "weights"):
+            if not math.isfinite(numbers.get(name, 0)):
+                self.finish_checkpoint()
+                good = inference.find_checkpoints(self.args.output_dir)
+                rate = numbers.get("learning_rate", self._get_learning_rate())
+                raise SystemExit(
+                    self.args.process_index  # all processes stop, the first one says why
+                    or f"错误：到第 {self.state.global_step} 步 {name} 成了 {numbers[name]}（学习率 {rate:g}），"
+                    f"训练停止，这之后的权重没有保存。最近的好检查点：{good[-1] if good else '还没有'}。"
+                    "请用更小的 --learning_rate 和另一个 --output_dir 重新训练。"
+                )
+
+
+class BestCheckpoint(transformers.EarlyStoppingCallback):
+    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
+    is looked for where the output folder is now, not where it was then."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.early_stopping_patience = args.early_stopping_patience or sys.maxsize
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
+class Interruption(transformers.TrainerCallback):
+    """At SIGTERM or Ctrl-C write a checkpoint at the end of the step, and exit with 143 or 130. A second one acts at
+    once. Entered, it holds the two signals."""
+
+    number = 0  # the signal that came
+    stopping = False  # all processes agree on this one
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.number and kind is None:
+            if self.message:
+                print(self.message, file=sys.stderr)
+            raise SystemExit(128 + self.number)
+
+    def note(self, number, frame):
+        if self.number:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+        self.number = number
+        # print() may be under way in the very thread that the signal interrupts
+        os.write(2, "\n做完这一步就保存检查点并退出；再来一次信号（Ctrl-C）立即退出。\n".encode())
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not args.process_index:
+            check_space(args, state, model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopping = bool(self.number)
+        if args.world_size > 1:  # it reaches the processes at different times, but they have to stop at the same step
+            came = accelerate.utils.reduce(torch.tensor(float(self.stopping), device=args.device))
+            self.stopping = bool(came.item())  # not self.number, which may have come while waiting for the others
+        if self.stopping:
+            self.number = self.number or signal.SIGTERM
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "epoch" or state.epoch % 1 > 0  # else it comes after evaluating
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopping and state.epoch % 1 > 0:  # Trainer evaluates and saves here, but the epoch has not ended
+            control.should_evaluate = control.should_save = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        where = f"\n已中断：第 {state.global_step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
+        self.message = "" if args.process_index else where
+
+
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-class MedicalTrainer(transformers.Trainer):
+class MedicalTrainer(SafeTrainer):
     """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs tokens
     per second and peak memory beside the training loss."""
 
     window_start: float | None = None  # of the steps since the last log; evaluations and saving come after a log
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
+    varlen = False  # whether torch's attention kernel for packed batches runs here
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -332,7 +1030,7 @@ class MedicalTrainer(transformers.Trainer):
     def supervised_losses(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum, losses [N], where [B, T-1] the N supervised tokens stand). `model` is asked for no logits at all, but
         is called as a whole, so that DistributedDataParallel sees the pass."""
-        inputs = dict(inputs)
+        inputs = self.for_attention(inputs)
         targets = inputs.pop("labels")[:, 1:]
         model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
         hidden, self.last_hidden = self.last_hidden, None
@@ -340,10 +1038,20 @@ class MedicalTrainer(transformers.Trainer):
         weight = self.model.get_output_embeddings().weight
         return *LinearCrossEntropy.apply(hidden[:, :-1][where], weight, targets[where]), where
 
+    def for_attention(self, inputs: dict) -> dict:
+        """A copy of `inputs` with what the attention in use wants to know of where examples begin; transformers' own
+        sees it in the position ids."""
+        inputs = dict(inputs)
+        if self.model.config._attn_implementation != PACKED:
+            inputs.pop("lengths")
+        elif self.varlen:
+            inputs["starts"] = starts_of(inputs["lengths"], inputs["input_ids"].device)
+        return inputs
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over the supervised tokens of the whole optimizer step, on all devices, as Trainer's own."""
         if self.args.full_logits:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, self.for_attention(inputs), return_outputs, num_items_in_batch)
         total, losses, _ = self.supervised_losses(model, inputs)
         if num_items_in_batch is None:
             return total / len(losses)
@@ -358,7 +1066,8 @@ class MedicalTrainer(transformers.Trainer):
         dataset = eval_dataset or self.eval_dataset
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)  # example means, examples, token losses, tokens
-        for batch in token_batches(dataset, self.args.process_index, self.args.world_size):
+        most = min(EVAL_TOKENS, self.args.batch_tokens)
+        for batch in token_batches(dataset, self.args.process_index, self.args.world_size, most):
             inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in batch]))
             with self.compute_loss_context_manager():
                 total, losses, where = self.supervised_losses(self.model, inputs)
@@ -373,11 +1082,22 @@ class MedicalTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The batch in parts of at most batch_tokens tokens; their losses and gradients add up to the batch's."""
         if self.window_start is None:
             self.window_start = time.perf_counter()
         self.window_tokens += inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)
+        assert num_items_in_batch is not None  # else the parts' means would add up
+        *parts, last = split_batch(inputs, self.args.batch_tokens)
+        with self.accelerator.no_sync(model):  # several GPUs add up their gradients once, after the last part
+            losses = [super(MedicalTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        return sum(losses, super().training_step(model, last, num_items_in_batch))
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.optimizer == "8bit_in_backward":
+            step_in_backward(optimizer)
+        return optimizer
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self.window_start is not None:
@@ -388,12 +1108,12 @@ class MedicalTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def token_batches(dataset, rank: int, world_size: int) -> list[list[int]]:
-    """This rank's share of the examples, by length, in batches of EVAL_TOKENS tokens at most (or of one example)."""
+def token_batches(dataset, rank: int, world_size: int, most: int) -> list[list[int]]:
+    """This rank's share of the examples, by length, in batches of `most` tokens at most (or of one example)."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    batches, tokens = [], EVAL_TOKENS
+    batches, tokens = [], most
     for i in sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size]:
-        if tokens + lengths[i] > EVAL_TOKENS:
+        if tokens + lengths[i] > most:
             batches.append([])
             tokens = 0
         batches[-1].append(i)
@@ -409,54 +1129,6 @@ def peak_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def claim_output_dir(args: TrainArguments) -> str | None:
-    """The checkpoint to continue from, or None. Raises SystemExit for a finished run, for a folder that holds anything
-    else, such as a model, and for one without permission."""
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SystemExit(
-            f"错误：无法写入 {folder}（{error.strerror}）；请检查权限，或用 --output_dir 换位置。"
-        ) from None
-    checkpoints = inference.find_checkpoints(folder)
-    finished = folder / inference.FINISHED_MARK
-    ours = finished.exists() or any(re.fullmatch(r"checkpoint-\d+", path.name) for path in folder.iterdir())
-    if not ours and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
-        raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
-    if finished.exists() and not args.overwrite_output_dir:
-        raise SystemExit(
-            f"错误：{folder} 里已有训练完的模型。"
-            "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"
-        )
-    if finished.exists():
-        return None
-    if args.resume_from_checkpoint:
-        if not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
-            raise SystemExit(
-                f"错误：--resume_from_checkpoint {args.resume_from_checkpoint} 不是完整的检查点；"
-                "不写这个参数，就会从最近的检查点继续。"
-            )
-        return args.resume_from_checkpoint
-    return str(checkpoints[-1]) if checkpoints else None
-
-
-def discard_finished_run(args: TrainArguments) -> None:
-    """Delete the checkpoints of the finished run that --overwrite_output_dir gives up, then its mark.
-
-    Late, when all that can go wrong before training has gone right. An unfinished run is continued even with the
-    flag: it may be this command's own, interrupted.
-    """
-    finished = Path(args.output_dir, inference.FINISHED_MARK)
-    if finished.exists() and not args.process_index:
-        for checkpoint in inference.find_checkpoints(args.output_dir):
-            shutil.rmtree(checkpoint)
-        finished.unlink()
-
-
 @contextlib.contextmanager
 def explain_out_of_memory():
     """Turn any device's out-of-memory error into what to lower, in order."""
@@ -469,67 +1141,112 @@ def explain_out_of_memory():
         raise
 
 
-class BestCheckpoint(transformers.EarlyStoppingCallback):
-    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
-    is looked for where the output folder is now, not where it was then."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.early_stopping_patience = args.early_stopping_patience or sys.maxsize
-        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
-        if state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
-
-
-def kahan_adamw(args: TrainArguments, model):
-    """(optimizer class, its arguments) for bfloat16 weights, or None: what --optim says.
+def pick_optimizer(args: TrainArguments, model):
+    """(optimizer class, its arguments) of the plan, or None: what --optim says. Raises SystemExit without torchao.
 
     A bfloat16 weight has 8 significant bits: added to it, an update smaller than 1/512 of it is rounded away, and at a
-    learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter, for later steps.
+    learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter, for later steps;
+    stochastic rounding rounds up as often as the lost part is large, so that on average nothing is lost.
     """
-    if not args.kahan or not any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+    if args.optimizer == "optim":
         return None
-    import optimi
+    common = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+    if args.optimizer == "kahan":
+        import optimi
 
-    betas = (args.adam_beta1, args.adam_beta2)
-    # One tensor at a time: foreach would hold copies of all weights and states at once.
-    return optimi.AdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, foreach=False, triton=False)
+        # Without its kernel one tensor at a time: foreach would hold copies of all weights and states at once.
+        return optimi.AdamW, common | {"foreach": False, "triton": args.device.type == "cuda" and args.fast_kernels}
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise SystemExit(f"错误：--optimizer {args.optimizer} 要用 torchao；请先运行 pip install torchao") from None
+    return AdamW8bit, common | {"bf16_stochastic_round": True}
+
+
+def choose_kernels(args: TrainArguments, model) -> bool:
+    """Set the model's attention and Liger's kernels to what runs on this device, and say so. Whether torch's attention
+    kernel for packed batches is among them."""
+    if not args.fast_kernels:
+        return False
+    no_varlen = check_varlen(args.device, model.dtype)
+    no_fused = check_fused(args.device, model.dtype, model.config)
+    transformers.AttentionInterface.register(PACKED, packed_attention)
+    model.set_attn_implementation(PACKED)
+    args.use_liger_kernel = no_fused is None
+    args.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the loss is our own
+    if not args.process_index:
+        attention = f"逐条 sdpa（不用 torch varlen：{no_varlen}）" if no_varlen else "torch varlen"
+        print(f"注意力：{attention}；融合算子：{f'不用（{no_fused}）' if no_fused else 'Liger'}")
+    return no_varlen is None
+
+
+def step_in_backward(optimizer) -> None:
+    """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once.
+
+    Only one weight has a gradient whenever `optimizer.step` runs, so it is that one's step. Trainer's own finds none.
+    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes.
+    """
+
+    def step(weight: torch.Tensor) -> None:
+        optimizer.step()
+        weight.grad = None
+
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        weight.register_post_accumulate_grad_hook(step)
 
 
 def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:
-    """The Trainer over padding-free batches: a batch is its examples one after another, [1, T], with position ids
-    that restart at each example, by which attention keeps them apart."""
-    return MedicalTrainer(
+    """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here."""
+    varlen = choose_kernels(args, model)
+    plan = make_plan(args, model, [len(ids) for ids in train_dataset["input_ids"]], fused=args.use_liger_kernel)
+    if not args.process_index:
+        print(describe_plan(plan, free_memory(args, model), "内存" if args.use_cpu else "显存"))
+    apply_plan(args, model, plan)
+    trainer = MedicalTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=transformers.DataCollatorWithFlattening(),
+        data_collator=PackedCollator(),
         callbacks=[BestCheckpoint()] if args.load_best_model_at_end else [],
-        optimizer_cls_and_kwargs=kahan_adamw(args, model),
+        optimizer_cls_and_kwargs=pick_optimizer(args, model),
     )
+    trainer.varlen = varlen
+    return trainer
 
 
 # ---- results ------------------------------------------------------------------------------------------------------
 
 
-def save_results(trainer: MedicalTrainer, tokenizer) -> None:
+def save_results(trainer: MedicalTrainer, tokenizer, finish) -> None:
     """Write the best weights, complete, into the output folder; the mark of a finished run comes last."""
     args = trainer.args
     trainer.model.config.use_cache = True  # Trainer switched it off for training
-    if not args.process_index:
+    trainer.check_weights()
+    trainer.optimizer = trainer.lr_scheduler = None  # the replies need their memory
+    trainer.model.set_attn_implementation("sdpa")  # which knows padding and the cache
+    if args.process_index:
+        return
+    with explain_failed_write(args.output_dir):
         trainer.model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         draw_losses(trainer.state.log_history, Path(args.output_dir, "loss.png"))
         Path(args.output_dir, "README.md").write_text(model_card(trainer), encoding="utf-8")
-        trainer.save_state()
+        finish(args)
+        write_at_once(Path(args.output_dir, inference.FINISHED_MARK), json.dumps(asdict(trainer.state), indent=2))
 
 
 def draw_losses(log_history: list[dict], path: Path) -> None:
-    """Training and evaluation loss over the steps, the best evaluation marked."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    plot_losses(axes, log_history)
+    figure.savefig(path, dpi=120)
+
+
+def plot_losses(axes, log_history: list[dict]) -> None:
+    """Training and evaluation loss over the steps, the best evaluation marked."""
     for key in ("loss", "eval_loss"):
         if points := [(log["step"], log[key]) for log in log_history if key in log]:
             axes.plot(*zip(*points), marker="o" if key == "eval_loss" else None, markersize=4, label=key)
@@ -539,7 +1256,6 @@ def draw_losses(log_history: list[dict], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def model_card(trainer: MedicalTrainer) -> str:
@@ -555,6 +1271,8 @@ def model_card(trainer: MedicalTrainer) -> str:
         "epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
         "max_length": args.max_length,
         "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
+        "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "master"),
+        f"{args.train_file} 的 SHA-256": hashlib.sha256(Path(args.train_file).read_bytes()).hexdigest(),
         "最好的 eval_loss": best,
         "精度": str(trainer.model.dtype).removeprefix("torch."),
         "库": "，".join(f"{name} {version}" for name, version in library_versions().items()),
@@ -577,33 +1295,41 @@ def answer_samples(trainer: MedicalTrainer, tokenizer, questions: list[str]) -> 
     return samples
 
 
-def run(args: TrainArguments, wrap_model=lambda model, args: model) -> MedicalTrainer:
-    """The whole path from files to a finished output folder. `wrap_model(model, args)` may add an adapter."""
+def run(args: TrainArguments, wrap_model=lambda model, args: model, finish=lambda args: None) -> MedicalTrainer:
+    """The whole path from files to a finished output folder. `wrap_model(model, args)` may add an adapter, and
+    `finish(args)` change what was saved before the run counts as finished."""
+    with hold_output_dir(args):
+        return fine_tune(args, wrap_model, finish)
+
+
+def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
+    """`run`, once the output folder is this run's."""
     with args.main_process_first(local=False):  # rank 0 downloads and writes, the others then find it there
-        checkpoint = claim_output_dir(args)
         prepare_files(args)
-        model_path = inference.resolve_model(args.model_name)
+        checkpoint = None if args.process_index else choose_checkpoint(args)
+        model_path = inference.resolve_model(args.model_name, revision=args.model_revision)
+    [checkpoint] = accelerate.utils.broadcast_object_list([checkpoint])
     tokenizer = inference.load_tokenizer(model_path)
-    train_dataset, train_lengths = load_dataset(args.train_file, tokenizer, args.max_length)
-    eval_dataset, eval_lengths = load_dataset(args.val_file, tokenizer, args.max_length)
+    train_dataset, train_lengths = data.load_dataset(args.train_file, tokenizer, args.max_length)
+    eval_dataset, eval_lengths = data.load_dataset(args.val_file, tokenizer, args.max_length)
     if not args.process_index:
-        print(describe_tokens(args.train_file, train_lengths, args.max_length))
-        print(describe_tokens(args.val_file, eval_lengths, args.max_length))
-        print(describe_example(tokenizer, train_dataset[0]))
+        print(data.describe_tokens(args.train_file, train_lengths, args.max_length))
+        print(data.describe_tokens(args.val_file, eval_lengths, args.max_length))
+        print(data.describe_example(tokenizer, train_dataset[0]))
     if tokenizer.convert_tokens_to_ids("</think>") not in train_dataset[0]["labels"]:
         raise SystemExit(f"错误：{args.model_name} 的对话模板不写思考；请换一个会思考的模型，例如 {data.MODEL_NAME}。")
     transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
     with explain_out_of_memory():
-        model = inference.load_weights(model_path, args.device)
+        model = inference.load_weights(model_path, args.device, getattr(args, "load_in_4bit", False))
         model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning
         model = wrap_model(model, args)
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
-        start_tracking(args)
-        discard_finished_run(args)
-        if checkpoint and not args.process_index:
-            print(f"resumed from step {Path(checkpoint).name.split('-')[-1]}", flush=True)
-        trainer.train(resume_from_checkpoint=checkpoint)
-    save_results(trainer, tokenizer)
+        start_tracking(args, checkpoint)
+        begin_run(args, checkpoint)
+        with Interruption() as interruption:
+            trainer.add_callback(interruption)
+            trainer.train(resume_from_checkpoint=checkpoint)
+    save_results(trainer, tokenizer, finish)
     if not args.process_index:
         questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
         log_samples(args, answer_samples(trainer, tokenizer, questions))

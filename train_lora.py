@@ -2,6 +2,7 @@
 
     python train_lora.py                                # all defaults; everything else is as in train.py
     python train_lora.py --lora_rank 16 --output_dir output/rank16
+    python train_lora.py --load_in_4bit true            # the frozen weights in 4 bits: the smallest cards
 
 `python inference_lora.py` asks the result, and merges it into a plain model.
 """
@@ -26,6 +27,7 @@ class LoraArguments(train.TrainArguments):
     lora_rank: int = field(default=LORA_RANK, metadata={"help": "rank of the adapter's matrices"})
     lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "scale: alpha / rank"})
     lora_dropout: float = field(default=LORA_DROPOUT, metadata={"help": "of the adapter's input"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: frozen weights in NF4; needs bitsandbytes"})
     output_dir: str | None = data.LORA_OUTPUT_DIR
 
 
@@ -38,7 +40,8 @@ def add_adapter(model, args: LoraArguments) -> peft.PeftModel:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
     )
-    model = peft.get_peft_model(model, config)
+    # Adapters in the weights' dtype: peft's float32 ones would make float32 copies of every layer's input.
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     if not args.process_index:
         model.print_trainable_parameters()
     return model
@@ -52,14 +55,18 @@ def name_base(args: LoraArguments) -> None:
     config = peft.PeftConfig.from_pretrained(args.output_dir)
     folder = Path(args.model_name)
     config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else args.model_name
+    config.revision = args.model_revision
     config.save_pretrained(args.output_dir)
+
+
+def run(args: LoraArguments) -> None:
+    """train.run with the adapter."""
+    train.run(args, add_adapter, name_base)
 
 
 def main() -> None:
     args = train.parse_args(LoraArguments, __doc__)
-    train.run(args, add_adapter)
-    if not args.process_index:
-        name_base(args)
+    run(args)
     train.report(args, "inference_lora.py")
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
 os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", SWANLAB_MODE="local", MODELSCOPE_ENDPOINT="http://127.0.0.1:9"
 )
+os.environ.update(hub.LIMITS)  # before the client's import, which reads them
 for name in ("SWANLAB_PROJECT", "SWANLAB_API_KEY"):
     os.environ.pop(name, None)
 

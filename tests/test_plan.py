@@ -1,0 +1,141 @@
+"""The memory plan: its arithmetic against what autograd really keeps, and what it chooses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import train
+import train_lora
+
+QWEN = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16}
+QWEN |= {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+SMALL = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
+
+
+def build(dtype=torch.bfloat16, layers: int = 28, shape=QWEN, attention=True):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(num_hidden_layers=layers, **shape))
+    torch.set_default_dtype(before)
+    if attention:
+        transformers.AttentionInterface.register(train.PACKED, train.packed_attention)
+        model.set_attn_implementation(train.PACKED)
+    return model.train()
+
+
+def on_meta(**changes):
+    """A model that takes no memory: the plan asks for shapes and dtypes alone."""
+    with torch.device("meta"):
+        return build(**changes)
+
+
+def arguments(cls=train.TrainArguments, device="cuda", **changes):
+    """The recipe's arguments as the plan reads them, on a card that this machine need not have."""
+    real = cls(report_to="none", **changes)
+    return SimpleNamespace(**(vars(real) | {"device": torch.device(device), "world_size": 1, "process_index": 0}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_layer_keeps_the_bytes_that_the_plan_counts(dtype):
+    kept = {}
+    for layers in (2, 4):
+        model, seen = build(dtype, layers, SMALL), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor, seen=seen, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage
+            return tensor
+
+        ids, positions = torch.zeros(1, 256, dtype=torch.long), torch.arange(256)[None]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model.model(input_ids=ids, position_ids=positions, lengths=(128, 128), use_cache=False)
+        kept[layers] = sum(storage.nbytes() for storage in seen.values()) / 256
+        assert output.last_hidden_state.requires_grad
+    assert train.layer_bytes(model, False, 0) == pytest.approx((kept[4] - kept[2]) / 2, rel=0.01)
+
+
+def peak(layers: int, tokens: int, every: int) -> float:
+    """Bytes that weights, gradients and activations of Qwen3-1.7B's layers take at most in a forward and backward pass:
+    torch's own account of the real operations, on tensors without storage."""
+    with FakeTensorMode():
+        model = build(layers=layers)
+        args = arguments(checkpoint_every=every)
+        train.apply_plan(args, model, train.Plan(tokens, every, "kahan", {}, 1))
+        ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            output = model.model(input_ids=ids, position_ids=positions, lengths=(tokens // 4,) * 4, use_cache=False)
+            train.LinearCrossEntropy.apply(output.last_hidden_state[0], model.lm_head.weight, ids[0])[0].backward()
+            [snapshot] = tracker.get_tracker_snapshot("peak").values()
+    return snapshot["Total"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "every"), [(4, 2048, 0), (8, 8192, 0), (8, 8192, 1), (8, 8192, 2), (8, 8192, 4), (8, 2048, 1)]
+)
+def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layers, tokens, every):
+    estimate = train.estimate_memory(on_meta(layers=layers), arguments(), False, tokens, True, every, "kahan")
+    found = peak(layers, tokens, every) + estimate["优化器"]
+    assert found <= sum(estimate.values()) <= 1.15 * found
+
+
+LENGTHS = [700] * 50 + [2048] * 4
+
+
+@pytest.mark.parametrize(
+    ("memory", "most", "every", "optimizer"),
+    [(140, 8192, 0, "kahan"), (32, 4096, 0, "kahan"), (24, 2048, 0, "kahan"), (12, 8192, 1, "8bit_in_backward")],
+)
+def test_each_card_gets_the_fastest_plan_that_fits(memory, most, every, optimizer):
+    """Without torchao, which is asked for only where nothing else fits."""
+    plan = train.make_plan(arguments(memory_gb=memory), on_meta(), LENGTHS, fused=True)
+    assert plan.total <= memory * 1e9
+    assert (plan.batch_tokens, plan.checkpoint_every, plan.optimizer) == (most, every, optimizer)
+
+
+def test_less_memory_never_gives_a_larger_plan():
+    plans = [train.make_plan(arguments(memory_gb=size), on_meta(), LENGTHS, True) for size in range(6, 60, 2)]
+    fitting = [plan for plan, size in zip(plans, range(6, 60, 2)) if plan.total <= size * 1e9]
+    assert [plan.total for plan in fitting] == sorted(plan.total for plan in fitting)
+    assert len(fitting) > 20 and fitting[0].total < fitting[-1].total
+
+
+def test_lora_fits_where_full_training_does_not():
+    args = arguments(train_lora.LoraArguments, memory_gb=6)
+    lora = train.make_plan(args, train_lora.add_adapter(on_meta(), args), LENGTHS, fused=True)
+    assert lora.total <= 6e9 < train.make_plan(arguments(memory_gb=6), on_meta(), LENGTHS, fused=True).total
+    assert lora.optimizer == "kahan"
+
+
+def test_flags_are_obeyed():
+    flags = {"batch_tokens": 4096, "checkpoint_every": 2, "optimizer": "8bit"}
+    plan = train.make_plan(arguments(memory_gb=140, **flags), on_meta(), LENGTHS, fused=True)
+    assert (plan.batch_tokens, plan.checkpoint_every, plan.optimizer) == (4096, 2, "8bit")
+
+
+@pytest.mark.parametrize(("flag", "every"), [(True, 1), (False, 0), (None, None)])
+def test_trainers_own_flag_for_checkpointing_is_obeyed(flag, every):
+    assert arguments(gradient_checkpointing=flag).checkpoint_every == every
+
+
+def test_steps_in_the_backward_pass_need_the_whole_step_at_once():
+    args = arguments(optimizer="8bit_in_backward", gradient_accumulation_steps=4)
+    with pytest.raises(SystemExit, match="8bit_in_backward 要一步的样本一次算完"):
+        train.make_plan(args, on_meta(), LENGTHS, fused=True)
+
+
+def test_a_plan_that_may_not_fit_says_so():
+    args = arguments(memory_gb=3)
+    plan = train.make_plan(args, on_meta(), LENGTHS, fused=True)
+    text = train.describe_plan(plan, train.free_memory(args, None), "显存")
+    assert "可能放不下" in text and "合计（估算）" in text
+    assert "可能放不下" not in train.describe_plan(plan, 1e12, "显存")
+    assert max(map(len, text.splitlines())) <= 80
