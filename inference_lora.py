@@ -18,11 +18,12 @@ from data import LORA_OUTPUT_DIR, run_main
 from inference import ADAPTER_CONFIG
 
 
-def read_base(path: str) -> str:
-    """The name or folder of the base model that the adapter in `path` was made for."""
+def read_base(path: str) -> tuple[str, str | None]:
+    """(name or folder, revision) of the base model that the adapter in `path` was made for."""
     config = Path(path, ADAPTER_CONFIG)
     try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] or ""
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        base, revision = settings["base_model_name_or_path"] or "", settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(
             f"错误：{config} 无法读取（{inference.first_line(error)}）；请重新运行 python train_lora.py"
@@ -31,14 +32,15 @@ def read_base(path: str) -> str:
         raise SystemExit(
             f"错误：{path} 的适配器需要基础模型 {base}，但它不在那里；请放回，或改 {ADAPTER_CONFIG} 里的路径。"
         )
-    return base
+    return base, None if Path(base).is_dir() else revision
 
 
-def load_adapter(name: str):
+def load_adapter(name: str, revision: str | None = None):
     """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py."""
     path = str(inference.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
-    base = read_base(path)
-    base_path = inference.resolve_model(base, f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹")
+    base, trained_revision = read_base(path)
+    remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
+    base_path = inference.resolve_model(base, remedy, revision or trained_revision)
     model = inference.load_weights(base_path, inference.pick_device())
     try:
         if not Path(path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
@@ -72,10 +74,10 @@ def merge_to(folder: str, model, tokenizer) -> None:
 def main() -> None:
     parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
-    args = parser.parse_args()
+    args = inference.parse_flags(parser)
     if args.merge_to is not None:
         check_free(args.merge_to)
-    model, tokenizer = load_adapter(args.model_path)
+    model, tokenizer = load_adapter(args.model_path, args.revision)
     if args.merge_to:
         merge_to(args.merge_to, model, tokenizer)
     else:

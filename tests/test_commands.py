@@ -1,6 +1,7 @@
 """The scripts as a person calls them: each in a process of its own, in a folder of its own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,8 @@ def test_merging_is_refused_into_anything_but_a_new_folder(tmp_path, monkeypatch
     Path("a_file").write_text("x")
     Path("full").mkdir()
     Path("full", "model.safetensors").touch()
-    with pytest.raises(SystemExit, match=f"{folder} 不是可写的空文件夹；请用 --merge_to"):
+    message = f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。"
+    with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
         inference_lora.check_free(folder)
 
 
@@ -210,17 +212,17 @@ def test_adapter_of_another_base(trained, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"train_file": "my.jsonl"}, "找不到 my.jsonl.*python data.py --dataset.*--train_file my.jsonl"),
-        ({"model_name": "no model"}, "找不到模型 no model"),
-        ({"model_name": "empty"}, "empty 里的分词器无法读取"),
-        ({"output_dir": "val.jsonl/out"}, "无法写入 val.jsonl/out.*--output_dir"),
+        ({"max_length": 5}, r"train.jsonl 的样本都超过 5 个 token（最短 \d+）；请加大 --max_length。"),
+        (
+            {"output_dir": "val.jsonl/out"},
+            "无法写入 val.jsonl/out（Not a directory）；请检查权限，或用 --output_dir 换位置。",
+        ),
     ],
 )
 def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model, changes, parts):
-    (workspace / "empty").mkdir()
     before = {path.name: path.read_bytes() for path in workspace.glob("*.jsonl")}
     args = train.TrainArguments(**{"model_name": str(tiny_model), "report_to": "none"} | changes)
-    with pytest.raises(SystemExit, match=f"^错误：.*{parts}"):
+    with pytest.raises(SystemExit, match=f"^错误：{parts}$"):
         train.run(args)
     assert before == {path.name: path.read_bytes() for path in workspace.glob("*.jsonl")}
 
@@ -233,7 +235,8 @@ def test_a_mistake_ends_the_command_without_a_traceback(workspace, tiny_model):
 def test_bad_row_in_the_training_file_is_named(workspace, tiny_model):
     with open("train.jsonl", "a", encoding="utf-8") as file:
         file.write('{"question": "头痛？", "think": "", "answer": "休息。"}\n')
-    with pytest.raises(SystemExit, match="train.jsonl 第 109 行 think 为空.*python data.py"):
+    message = "错误：train.jsonl 第 109 行 think 为空；请用 python data.py --dataset <原始数据> 重新生成。"
+    with pytest.raises(SystemExit, match=f"^{message}$"):
         train.run(train.TrainArguments(model_name=str(tiny_model), report_to="none"))
 
 
@@ -242,13 +245,15 @@ def test_missing_data_and_model_come_from_the_hub(tmp_path, tiny_model):
     shutil.copytree(ROOT / "tests" / "demo", tmp_path / "set", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (tmp_path / "work").mkdir()
     with Hub({"Qwen/Qwen3-1.7B": tiny_model}, {"krisfu/delicate_medical_r1_data": tmp_path / "set"}) as hub:
-        result = run_script("train_lora.py", *FEW_STEPS, cwd=tmp_path / "work", env=hub.env(tmp_path))
+        flags = (*FEW_STEPS, "--model_revision", "v5")
+        result = run_script("train_lora.py", *flags, cwd=tmp_path / "work", env=hub.env(tmp_path))
         assert result.returncode == 0, result.stdout
         # The adapter names its base as an id, so another machine can fetch it.
         asked = run_script("inference_lora.py", "--max_new_tokens", 5, cwd=tmp_path / "work", env=hub.env(tmp_path))
     assert (tmp_path / "work" / "train.jsonl").is_file()
     config = tmp_path / "work" / "output" / "qwen3-medical-lora" / "adapter_config.json"
-    assert json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] == "Qwen/Qwen3-1.7B"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("Qwen/Qwen3-1.7B", "v5")
     assert asked.returncode == 0, asked.stdout
 
 

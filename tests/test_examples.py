@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import data
 import inference
-import train
 
 
 @pytest.fixture(scope="session", params=["demo", "real"])
@@ -98,30 +97,31 @@ def test_control_tokens_of_an_earlier_turn_stay_text(any_tokenizer):
 
 
 def test_too_long_examples_are_left_out_whole_and_counted(workspace, tokenizer):
-    dataset, lengths = train.load_dataset("train.jsonl", tokenizer, max_length=115)
+    dataset, lengths = data.load_dataset("train.jsonl", tokenizer, max_length=115)
     kept = [length for length in lengths if length <= 115]
     assert len(lengths) == 108 and 0 < len(kept) < 108
     assert [len(ids) for ids in dataset["input_ids"]] == kept
     assert all(ids[-1] == tokenizer.eos_token_id for ids in dataset["input_ids"])
-    assert f"超过 --max_length 115 而未采用的 {108 - len(kept)} 条" in train.describe_tokens("t", lengths, 115)
+    assert f"超过 --max_length 115 而未采用的 {108 - len(kept)} 条" in data.describe_tokens("t", lengths, 115)
 
 
 def test_no_example_short_enough_is_an_error(workspace, tokenizer):
     with pytest.raises(
         SystemExit, match=r"错误：train.jsonl 的样本都超过 10 个 token（最短 \d+）；请加大 --max_length。"
     ):
-        train.load_dataset("train.jsonl", tokenizer, max_length=10)
+        data.load_dataset("train.jsonl", tokenizer, max_length=10)
 
 
 def test_example_is_shown_with_its_supervised_part(tokenizer, rows):
-    text = train.describe_example(tokenizer, data.encode_example(tokenizer, rows[0]))
+    text = data.describe_example(tokenizer, data.encode_example(tokenizer, rows[0]))
     prompt, supervised = text.split("监督部分：")
     assert rows[0]["question"] in prompt and rows[0]["think"] not in prompt
     assert supervised.startswith(f"<think>⏎{rows[0]['think']}⏎</think>⏎⏎{rows[0]['answer'][:20]}")
 
 
 TEXTS = st.text(min_size=1, max_size=60).map(data.clean).filter(bool)  # any Unicode text but lone surrogates
-ROWS = st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=12, max_size=24, unique_by=lambda row: row[0])
+UNTAGGED = TEXTS.filter(lambda text: not data.TAG.search(text))  # in thinking and answer tags are refused
+ROWS = st.lists(st.tuples(TEXTS, UNTAGGED, UNTAGGED), min_size=12, max_size=24, unique_by=lambda row: row[0])
 ANY_ROW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -41,12 +41,12 @@ def prepare(folder: str) -> None:
 
 
 def tokenize(folder: str) -> None:
+    import data
     import inference
-    import train
 
     tokenizer = inference.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
     started = time.perf_counter()
-    _, lengths = train.load_dataset(f"{folder}/train.jsonl", tokenizer, max_length=10**6)
+    _, lengths = data.load_dataset(f"{folder}/train.jsonl", tokenizer, max_length=10**6)
     print(json.dumps({"seconds": time.perf_counter() - started, "tokens": sum(lengths)}))
 
 

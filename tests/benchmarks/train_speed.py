@@ -1,11 +1,13 @@
-"""Training speed and memory, side by side: the published recipe, and this project's full and LoRA training.
+"""Training speed and memory, side by side: the published recipe, this project's full, LoRA and QLoRA training, TRL.
 
     python tests/benchmarks/train_speed.py                   # Qwen3-1.7B's shape with random weights; wants a GPU
-    python tests/benchmarks/train_speed.py --small --steps 2 # a small model: a check on a CPU that it works
+    python tests/benchmarks/train_speed.py --small --steps 2 --rounds 1      # a check on a CPU that it works
+    python tests/benchmarks/train_speed.py --whole_command MODEL_FOLDER      # wall time of train.py, beside train.jsonl
 
 Each arm runs in a process of its own, the arms in turn and the whole round --rounds times; the table has medians over
 the rounds of each round's median step. The first --warmup steps are left out. Random weights: speed does not depend on
-them. Example lengths are drawn from quantiles of 120 published rows tokenized with Qwen3's tokenizer.
+them. Example lengths are drawn from quantiles of 120 published rows tokenized with Qwen3's tokenizer. An arm whose
+library is not installed (trl, bitsandbytes) is named and left out.
 """
 
 import argparse
@@ -18,33 +20,36 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 PROMPT_TOKENS = 64  # on average, of an example
 LENGTHS = [422, 524, 571, 591, 620, 632, 666, 693, 709, 735, 757, 796, 819, 837, 852, 883, 903, 948, 993, 1117, 2048]
 # GFLOPs a token, forward and backward, of Qwen3-1.7B: with activation checkpointing one more forward pass.
 GFLOPS = {"full": 10.61, "full, checkpointing": 13.52, "lora": 7.22}
 PEAK_TFLOPS = 790  # bf16 matrix products of an H200 on random data, measured
+PUBLISHED = {"full_logits": True, "fast_kernels": False, "optimizer": "optim", "gradient_checkpointing": True}
+PUBLISHED |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 
 # name -> (script, its flags, key of GFLOPS). All of them take 4 examples a step.
 ARMS = {
-    "published recipe": (
-        "train",
-        {"full_logits": True, "kahan": False, "gradient_checkpointing": True},
-        "full, checkpointing",
-    ),
-    "full": ("train", {}, "full, checkpointing"),
-    "full, no checkpointing": ("train", {"gradient_checkpointing": False}, "full"),
+    "published recipe": ("train", PUBLISHED, "full, checkpointing"),
+    "full": ("train", {}, "full"),
+    "full, every layer recomputed": ("train", {"checkpoint_every": 1}, "full, checkpointing"),
+    "full, plain kernels": ("train", {"fast_kernels": False, "batch_tokens": 1}, "full"),
+    "full, 8 bit in backward": ("train", {"optimizer": "8bit_in_backward"}, "full"),
+    "TRL, full": ("trl", {}, "full"),
+    "published recipe, LoRA": ("train_lora", PUBLISHED, "lora"),
     "LoRA": ("train_lora", {}, "lora"),
-    "LoRA, no checkpointing": ("train_lora", {"gradient_checkpointing": False}, "lora"),
+    "QLoRA": ("train_lora", {"load_in_4bit": True}, "lora"),
+    "TRL, LoRA": ("trl", {"lora": True}, "lora"),
 }
 
 
-def build_model(small: bool):
-    """Qwen3-1.7B's shape, or a small one with its vocabulary, on the device, random weights in its best dtype."""
+def build_model(folder: str, small: bool) -> None:
+    """Write Qwen3-1.7B's shape, or a small one with its vocabulary, with random bfloat16 weights to `folder`."""
+    import torch
     import transformers
-
-    import inference
 
     config = transformers.Qwen3Config(
         vocab_size=151936,
@@ -55,9 +60,10 @@ def build_model(small: bool):
         num_key_value_heads=2 if small else 8,
         head_dim=16 if small else 128,
         tie_word_embeddings=True,
+        dtype=torch.bfloat16,
     )
-    device = inference.pick_device()
-    return transformers.Qwen3ForCausalLM(config).to(inference.best_dtype(device)).to(device)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def draw_examples(count: int) -> list[dict[str, list[int]]]:
@@ -70,54 +76,126 @@ def draw_examples(count: int) -> list[dict[str, list[int]]]:
     return examples
 
 
+def our_trainer(script: str, flags: dict, folder: str, common: dict, examples: list):
+    import inference
+    import train
+    import train_lora
+
+    cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
+    args = cls(eval_strategy="no", save_strategy="no", **common, **flags)
+    model = inference.load_weights(folder, args.device, flags.get("load_in_4bit", False))
+    model = train_lora.add_adapter(model, args) if script == "train_lora" else model
+    return train.build_trainer(args, model, None, examples, None)
+
+
+def trl_trainer(flags: dict, folder: str, common: dict, examples: list):
+    """TRL's SFTTrainer with what makes it fast: padding-free batches, Liger's kernels and loss, bfloat16."""
+    import datasets
+    import peft
+    import torch
+    import trl
+
+    cuda = torch.cuda.is_available()
+    args = trl.SFTConfig(
+        per_device_train_batch_size=4,
+        padding_free=cuda,  # needs flash attention, which it takes from the hub's kernels or the package
+        use_liger_kernel=cuda,
+        bf16=cuda,
+        max_length=None,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        model_init_kwargs={"dtype": "bfloat16" if cuda else "float32"},
+        **common,
+    )
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8, lora_alpha=32, lora_dropout=0.1)
+    tokenizer = fast_tokenizer()
+    dataset = datasets.Dataset.from_list(examples)
+    return trl.SFTTrainer(
+        folder, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora if flags else None
+    )
+
+
+def fast_tokenizer():
+    """A tokenizer that TRL asks for and never uses: the examples are ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<e>", pad_token="<e>")
+
+
 def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]:
     """Median seconds and tokens of a step, and peak GB, of one arm in this process."""
     import torch
     import transformers
 
     import train
-    import train_lora
 
     script, flags, _ = ARMS[name]
-    cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
     total = warmup + steps
-    quiet = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
-    quiet |= {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": 0}
-    args = cls(output_dir=tempfile.mkdtemp(), max_steps=total, **quiet, **flags)
-    transformers.set_seed(args.seed)
-    model = build_model(small)
-    model = train_lora.add_adapter(model, args) if script == "train_lora" else model
     examples = draw_examples(4 * total)
+    times: list[float] = []
 
     class Clock(transformers.TrainerCallback):
-        times: list[float] = []
-
         def on_step_begin(self, *_, **__):
-            if args.device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
+            times.append(time.perf_counter())
 
         on_train_end = on_step_begin
 
-    collator = transformers.DataCollatorWithFlattening()
-    trainer = train.MedicalTrainer(
-        model=model,
-        args=args,
-        train_dataset=examples,
-        data_collator=collator,
-        callbacks=[Clock()],
-        optimizer_cls_and_kwargs=train.kahan_adamw(args, model),
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    trainer.train()
-    seconds = [end - begin for begin, end in zip(Clock.times, Clock.times[1:])][warmup:]
-    tokens = statistics.mean(len(example["input_ids"]) for example in examples) * 4
+    with tempfile.TemporaryDirectory() as folder:
+        build_model(folder, small)
+        common = {"output_dir": f"{folder}/output", "max_steps": total, "report_to": "none", "disable_tqdm": True}
+        common |= {"logging_strategy": "no"}
+        if script == "trl":
+            trainer = trl_trainer(flags, folder, common, examples)
+        else:
+            trainer = our_trainer(script, flags, folder, common, examples)
+        trainer.add_callback(Clock())
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        trainer.train()
+    seconds = [end - begin for begin, end in zip(times, times[1:])][warmup:]
+    labels = [label for example in examples for label in example["labels"]]
     return {
         "seconds": statistics.median(seconds),
-        "tokens": tokens,
-        "peak_gb": train.peak_memory(args.device) / 1e9,
+        "tokens": len(labels) / total,
+        "supervised": sum(label != -100 for label in labels) / total,
+        "peak_gb": train.peak_memory(trainer.args.device) / 1e9,
         "loss": trainer.state.log_history[-1]["train_loss"],
     }
+
+
+def in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Run the commands one after another, `rounds` times; what each printed last, as JSON, and its wall seconds."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            started = time.perf_counter()
+            result = subprocess.run(command, capture_output=True, text=True)
+            wall = time.perf_counter() - started
+            if result.returncode:
+                print(f"{name}: left out\n{result.stderr[-600:]}", file=sys.stderr)
+                continue
+            last = result.stdout.strip().splitlines()[-1]
+            results[name].append({"wall": wall} | (json.loads(last) if last.startswith("{") else {}))
+    return {name: runs for name, runs in results.items() if runs}
+
+
+def whole_command(model: str, rounds: int) -> None:
+    """Wall seconds of train.py from start to the last reply, ours against the published recipe by flags."""
+    flags = ["--report_to", "none", "--disable_tqdm", "true", "--model_name", model, "--overwrite_output_dir", "true"]
+    published = [word for name, value in PUBLISHED.items() for word in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {
+            name: [sys.executable, str(ROOT / "train.py"), *flags, "--output_dir", f"{folder}/{number}", *more]
+            for number, (name, more) in enumerate({"published recipe": published, "ours": []}.items())
+        }
+        results = in_turn(commands, rounds)
+    print("| command | wall s | x first |\n| --- | --- | --- |")
+    walls = {name: statistics.median(run["wall"] for run in runs) for name, runs in results.items()}
+    for name, wall in walls.items():
+        print(f"| {name} | {wall:.0f} | {next(iter(walls.values())) / wall:.2f} |")
 
 
 def main() -> None:
@@ -127,34 +205,29 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps left out before (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each arm, in turn (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--whole_command", metavar="MODEL_FOLDER", help="measure the wall time of train.py instead")
     parser.add_argument("--one_arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.whole_command:
+        return whole_command(args.whole_command, args.rounds)
     if args.one_arm:
-        print(json.dumps(run_arm(args.one_arm, args.small, args.steps, args.warmup)))
-        return
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.arms}
-    for _ in range(args.rounds):
-        for name in args.arms:
-            command = [sys.executable, __file__, "--one_arm", name, "--steps", str(args.steps)]
-            command += ["--warmup", str(args.warmup)] + ["--small"] * args.small
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                print(f"{name}: failed\n{result.stderr[-2000:]}", file=sys.stderr)
-            else:
-                results[name].append(json.loads(result.stdout.splitlines()[-1]))
-    print("| arm | s/step | tokens/s | x first | MFU % | peak GB | loss |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+        return print(json.dumps(run_arm(args.one_arm, args.small, args.steps, args.warmup)))
+    options = ["--steps", str(args.steps), "--warmup", str(args.warmup)] + ["--small"] * args.small
+    results = in_turn(
+        {name: [sys.executable, __file__, "--one_arm", name, *options] for name in args.arms}, args.rounds
+    )
+    print("| arm | s/step | tokens/s | supervised/s | x first | MFU % | peak GB | loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     first = None
     for name, runs in results.items():
-        if runs:
-            median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            speed = median["tokens"] / median["seconds"]
-            first = first or speed
-            mfu = "-" if args.small else f"{speed * GFLOPS[ARMS[name][2]] / PEAK_TFLOPS / 10:.1f}"
-            print(
-                f"| {name} | {median['seconds']:.3f} | {speed:.0f} | {speed / first:.2f} | {mfu} | "
-                f"{median['peak_gb']:.1f} | {median['loss']:.4f} |"
-            )
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        speed, supervised = (median[key] / median["seconds"] for key in ("tokens", "supervised"))
+        first = first or speed
+        mfu = "-" if args.small else f"{speed * GFLOPS[ARMS[name][2]] / PEAK_TFLOPS / 10:.1f}"
+        print(
+            f"| {name} | {median['seconds']:.3f} | {speed:.0f} | {supervised:.0f} | {speed / first:.2f} | {mfu} | "
+            f"{median['peak_gb']:.1f} | {median['loss']:.4f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Which training runs on which card: for each cap on memory, full, LoRA and QLoRA, speed, plan and measured peak.
+
+    python tests/benchmarks/memory_budget.py                 # Qwen3-1.7B's shape, random weights; wants a GPU
+    python tests/benchmarks/memory_budget.py --small --caps 2 4              # a check on a CPU that it works
+    python tests/benchmarks/memory_budget.py --plans         # only what would be planned, on any machine
+
+The cap holds for the whole process (--memory_gb: a fraction of the card's memory that CUDA refuses to go beyond). The
+first step is the worst one: --per_device_train_batch_size examples of 2,048 tokens. The plan's estimate should stand
+within 15 % above the peak, and never below it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+
+KINDS = {"full": ("train", {}), "LoRA": ("train_lora", {}), "QLoRA": ("train_lora", {"load_in_4bit": True})}
+CAPS = [6, 8, 10, 12, 16, 24, 32]
+WORST = {"input_ids": list(range(1000, 3048)), "labels": [-100] * 64 + list(range(1064, 3048))}
+
+
+def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
+    """Train the worst step and `steps` drawn ones under the cap: {tokens_per_second, peak_gb, estimate_gb, plan}."""
+    import train_speed
+
+    import train
+
+    script, flags = KINDS[kind]
+    examples = [WORST] * 4 + train_speed.draw_examples(4 * steps)
+    with tempfile.TemporaryDirectory() as folder:
+        train_speed.build_model(folder, small)
+        common = {"output_dir": f"{folder}/output", "max_steps": steps + 1, "report_to": "none", "disable_tqdm": True}
+        common |= {"logging_strategy": "no", "train_sampling_strategy": "sequential"}
+        with train.explain_out_of_memory():
+            trainer = train_speed.our_trainer(script, flags | {"memory_gb": cap}, folder, common, examples)
+            started = time.perf_counter()
+            trainer.train()
+    args = trainer.args
+    lengths = [len(example["input_ids"]) for example in examples]
+    plan = train.make_plan(args, trainer.model, lengths, args.use_liger_kernel)
+    return {
+        "tokens_per_second": sum(lengths) / (time.perf_counter() - started),
+        "peak_gb": train.peak_memory(args.device) / 1e9,
+        "estimate_gb": plan.total / 1e9,
+        "plan": f"{args.batch_tokens} tokens, every {args.checkpoint_every}, {args.optimizer}",
+    }
+
+
+def plan_only(cap: float) -> None:
+    """The plans for a CUDA card of this size, from shapes alone."""
+    import torch
+    import transformers
+
+    import train
+    import train_lora
+
+    with torch.device("meta"):
+        config = transformers.Qwen3Config(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        )
+        full = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    for kind, cls in (("full", train.TrainArguments), ("LoRA", train_lora.LoraArguments)):
+        args = SimpleNamespace(**(vars(cls(memory_gb=cap, report_to="none")) | {"world_size": 1, "process_index": 1}))
+        args.device = torch.device("cuda")
+        model = full if kind == "full" else train_lora.add_adapter(full, args)
+        plan = train.make_plan(args, model, [2048] * 4, fused=True)
+        fits = "yes" if plan.total <= train.free_memory(args, model) else "no"
+        what = f"{plan.batch_tokens} tokens, every {plan.checkpoint_every}, {plan.optimizer}"
+        print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {what} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a two-layer model")
+    parser.add_argument("--caps", nargs="+", type=float, default=CAPS, help="GB (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps after the worst one (default: %(default)s)")
+    parser.add_argument("--plans", action="store_true", help="do not train")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return print(json.dumps(run_one(args.one[0], float(args.one[1]), args.small, args.steps)))
+    if args.plans:
+        print("| cap GB | training | fits | estimate GB | plan |\n| --- | --- | --- | --- | --- |")
+        return [plan_only(cap) for cap in args.caps] and None
+    print("| cap GB | training | tokens/s | peak GB | estimate GB | estimate / peak | plan |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for cap in args.caps:
+        for kind in KINDS:
+            command = [sys.executable, __file__, "--one", kind, str(cap), "--steps", str(args.steps)]
+            result = subprocess.run(command + ["--small"] * args.small, capture_output=True, text=True)
+            if result.returncode:
+                why = result.stderr.strip().splitlines()[-1][:80]
+                print(f"| {cap:g} | {kind} | does not run: {why} | | | | |", flush=True)
+                continue
+            found = json.loads(result.stdout.strip().splitlines()[-1])
+            ratio = found["estimate_gb"] / found["peak_gb"]
+            print(
+                f"| {cap:g} | {kind} | {found['tokens_per_second']:.0f} | {found['peak_gb']:.2f} | "
+                f"{found['estimate_gb']:.2f} | {ratio:.2f} | {found['plan']} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
