@@ -1,0 +1,205 @@
+"""Make the pictures of the READMEs, in readme_images/.
+
+    python tests/demo/pictures.py                # losses.png and memory.png, from curves.json and memory.json
+    python tests/demo/demo.py && python tests/demo/pictures.py --screens    # dashboard.png and chat.png, of that demo
+
+The screens need pexpect, playwright and a Chromium (its path, where playwright has none: --chromium PATH).
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+import train_lora  # noqa: E402
+
+HERE = ROOT / "tests" / "demo"
+IMAGES = ROOT / "readme_images"
+DEMO = Path("output/demo")
+CHAT = "python inference.py --chat --model_path full"
+QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
+PORT = 5092  # of the dashboard
+CHAT_PAGE = """\
+<body style="margin: 0"><pre style="display: inline-block; padding: 16px 20px; border-radius: 8px; background: #0c0c0c;
+color: #d9d9d9; font: 16px/1.5 'Noto Sans Mono CJK SC', monospace">{code}</pre></body>"""
+
+
+def read_numbers(name: str) -> dict:
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+def draw_losses():
+    """The demo's losses beside those of the published run, the best evaluation of each marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    curves, titles = read_numbers("curves.json"), {"demo": "the demo", "published": "Qwen3-1.7B, one published run"}
+    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items()):
+        train.plot_losses(axes, curves[name])
+        axes.set_title(title)
+    return figure
+
+
+def memory() -> dict[str, dict[str, float]]:
+    """GB of each part, by train.py's own arithmetic, every layer recomputed: training -> part -> 10^9 bytes. One
+    example of `tokens` tokens in a pass; the update inside the backward pass needs a step's four in one."""
+    import peft
+    import torch
+    import transformers
+
+    n = read_numbers("memory.json")
+    with torch.device("meta"):  # shapes alone, which take no memory
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**n["shape"])).to(torch.bfloat16)
+    one, step = (n["tokens"], False), (n["tokens"] * train.BATCH_SIZE, True)
+    table = {"published recipe": memory_parts(model, "optim", *one)}
+    # All logits and their gradients at once, in place of chunks of them.
+    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - train.LOSS_BYTES) / 1e9
+    table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
+    table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
+    table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *step)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.LORA_RANK)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
+    return table
+
+
+def memory_parts(model, optimizer: str, tokens: int, whole_step: bool) -> dict[str, float]:
+    """train.py's estimate, with the gradients apart from what else a step takes."""
+    args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT)
+    weights, states, peak, reserve = train.estimate_memory(
+        model, args, False, tokens, whole_step, every=1, optimizer=optimizer
+    ).values()
+    gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    gradients *= optimizer != "8bit_in_backward"
+    parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
+    parts |= {"activations and loss": peak - gradients + reserve, "full logits": 0}
+    return {part: size / 1e9 for part, size in parts.items()}
+
+
+def draw_memory():
+    """One bar for each kind of training, its parts side by side."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(10, 3.6), layout="constrained")).subplots()
+    table = memory()
+    names, ends = list(table), dict.fromkeys(table, 0.0)
+    for part in table[names[0]]:
+        sizes = [table[name][part] for name in names]
+        axes.barh(names, sizes, left=list(ends.values()), label=part)
+        ends = {name: ends[name] + size for name, size in zip(names, sizes)}
+    for name, end in ends.items():
+        axes.text(end + 0.2, name, f"{end:.1f}", va="center")
+    axes.invert_yaxis()
+    axes.set(xlabel="GB", title="Qwen3-1.7B, examples of 2,048 tokens: arithmetic, not a measurement")
+    axes.set_xlim(0, max(ends.values()) * 1.08)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=5, frameon=False)
+    return figure
+
+
+def digest(numbers: dict) -> str:
+    """By which a test sees that a committed picture was drawn from the committed numbers."""
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def save(figure, name: str, numbers: dict) -> None:
+    """On a white card, so that it can be read on any background."""
+    IMAGES.mkdir(exist_ok=True)
+    metadata = {"Software": None, "Source": digest(numbers)}
+    figure.savefig(IMAGES / name, dpi=120, facecolor="white", metadata=metadata)
+
+
+# ---- screens ------------------------------------------------------------------------------------------------------
+
+
+def hold_chat() -> str:
+    """What a terminal of 80 columns shows of a conversation with the demo's model, colours included."""
+    import pexpect
+
+    command = [str(ROOT / "inference.py"), *CHAT.split()[2:]]
+    env = os.environ | {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    chat = pexpect.spawn(
+        sys.executable, command, cwd=str(DEMO), env=env, encoding="utf-8", dimensions=(50, 80), timeout=120
+    )
+    seen = ""
+    for question in (QUESTION, ""):
+        chat.expect_exact("问：")
+        seen += chat.before + chat.after
+        time.sleep(0.5)
+        chat.sendline(question)
+    chat.expect(pexpect.EOF)
+    seen += chat.before
+    seen = re.sub(r"\x1b\[\?\d+[hl]", "", seen).replace("\r", "")
+    return f"$ {CHAT}\n{seen[seen.index('提醒：') - 5 :].rstrip()}\n"
+
+
+def chat_page() -> str:
+    """The conversation as the page of a dark terminal window."""
+    from rich.console import Console
+    from rich.terminal_theme import MONOKAI
+    from rich.text import Text
+
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console.print(Text.from_ansi(hold_chat()))
+    return console.export_html(theme=MONOKAI, inline_styles=True, code_format=CHAT_PAGE)
+
+
+def open_when_ready(page, address: str, seconds: int = 60) -> None:
+    """Open a page whose server may still be starting."""
+    for _ in range(seconds):
+        try:
+            return page.goto(address)
+        except Exception:  # not listening yet
+            time.sleep(1)
+    raise SystemExit(f"错误：{address} 在 {seconds} 秒内没有打开")
+
+
+def photograph(chromium: str | None) -> None:
+    """The conversation, and the chart page of the demo's full training as `swanlab watch` shows it."""
+    from playwright.sync_api import sync_playwright
+
+    command = ["swanlab", "watch", DEMO / "swanlog", "--port", str(PORT)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with sync_playwright() as playwright:
+            flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+            browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+            page = browser.new_page(viewport={"width": 1280, "height": 800}, locale="zh-CN")
+            page.set_content(chat_page())
+            page.locator("pre").screenshot(path=IMAGES / "chat.png", omit_background=True)
+            open_when_ready(page, f"http://127.0.0.1:{PORT}/experiment/1/chart")
+            page.wait_for_timeout(7000)  # the charts draw themselves
+            page.screenshot(path=IMAGES / "dashboard.png")
+            browser.close()
+    finally:
+        server.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--screens", action="store_true", help="the two screens instead of the two figures")
+    parser.add_argument("--chromium", help="path of a Chromium or Chrome")
+    args = parser.parse_args()
+    if args.screens:
+        if not (DEMO / "full" / "config.json").is_file():
+            raise SystemExit("错误：找不到 output/demo；请先运行 python tests/demo/demo.py")
+        photograph(args.chromium)
+    else:
+        save(draw_losses(), "losses.png", read_numbers("curves.json"))
+        save(draw_memory(), "memory.png", memory())
+
+
+if __name__ == "__main__":
+    main()
