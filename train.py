@@ -155,6 +155,8 @@ class TrainArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         self.check_numbers()
+        if self.save_only_model:
+            raise ValueError("--save_only_model：这样的检查点不能继续训练，不支持")
         if self.eval_strategy == "no":  # then there is no best
             self.load_best_model_at_end, self.early_stopping_patience = False, 0
         self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
@@ -192,6 +194,8 @@ class TrainArguments(transformers.TrainingArguments):
                     raise ValueError(
                         f"--{name} {value}：要一个{'大于 0 的数' if name in above_0 else '不小于 0 的整数'}"
                     )
+        if self.memory_gb and self.memory_gb * 1e9 <= DRIVER_BYTES:
+            raise ValueError(f"--memory_gb {self.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
         if not self.output_dir:
             raise ValueError("--output_dir 是空的")
 
@@ -234,7 +238,7 @@ def parse_args(arguments_class: type[TrainArguments], description: str) -> Train
 def prepare_files(args: TrainArguments) -> None:
     """Make the default data files when neither is there; other files have to be there."""
     files = (args.train_file, args.val_file)
-    missing = [file for file in files if not Path(file).is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]  # unlike Path's, False for a name too long
     if len(missing) == 2 and files == (data.TRAIN_FILE, data.VAL_FILE):
         data.prepare()
     elif missing:
@@ -252,18 +256,23 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 class TrackerTimeout(BaseException):
     """Raised by tracker_limit. Not an Exception: SwanLab catches those and tries again."""
 
 
 @contextlib.contextmanager
 def tracker_limit():
-    """TrackerTimeout after TRACKER_SECONDS; Windows has no such signal. SwanLab's own lines stay off the screen."""
+    """TrackerTimeout after TRACKER_SECONDS; Windows has no such signal, nor have other threads than the main one.
+    SwanLab's own lines stay off the screen."""
 
     def late(*_):
         raise TrackerTimeout(f"{TRACKER_SECONDS} 秒没有结果")
 
-    alarm = getattr(signal, "SIGALRM", None)
+    alarm = getattr(signal, "SIGALRM", None) if in_main_thread() else None
     if alarm:
         before = signal.signal(alarm, late)
         signal.alarm(TRACKER_SECONDS)
@@ -325,9 +334,11 @@ def start_tracking(args: TrainArguments, checkpoint: str | None = None) -> None:
             problem += f"{choice} 模式无法开始（{data.shorten(str(error))}），训练照常；"
     # SwanLab's own would wait for its server without limit after an error or Ctrl-C.
     sys.excepthook = excepthook
-    signal.signal(signal.SIGINT, on_interrupt)
+    if in_main_thread():
+        signal.signal(signal.SIGINT, on_interrupt)
     atexit.register(end_tracking, "aborted")  # a run that does not come to its end
-    id_file.write_text(run.id)
+    with explain_failed_write(id_file):
+        id_file.write_text(run.id)
     folder = run.dir.relative_to(Path.cwd()) if Path.cwd() in run.dir.parents else run.dir
     how = {
         "local": f"只记录在本地。查看：swanlab watch {folder.parent}；上传：swanlab login 后 swanlab sync {folder}",
@@ -351,7 +362,7 @@ def end_tracking(state: str = "success") -> None:
             raise RuntimeError("服务器拒绝接收")
     except (Exception, TrackerTimeout) as error:
         cause = data.shorten(str(error))
-        print(f"SwanLab：没有全部上传（{cause}），本地是完整的。补传：swanlab sync --id {run.id} {run.dir}")
+        print(f"SwanLab：没有全部上传（{cause}）。补传本地的记录：swanlab sync --id {run.id} {run.dir}")
 
 
 def log_samples(args: TrainArguments, samples: list[str]) -> None:
@@ -385,15 +396,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden[part] @ weight.T).float()
             log_total = logits.logsumexp(dim=-1, keepdim=True)
             losses[part] = (log_total - logits.gather(1, labels[part, None])).squeeze(1)
-            if grad_hidden is None:
-                continue
-            grad = logits.sub_(log_total).exp_()  # the softmax, in the logits' place
-            grad.scatter_add_(1, labels[part, None], -torch.ones_like(log_total))
-            grad = grad.to(weight.dtype)
-            grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[part].to(grad.dtype))  # under autocast they differ
-            del logits, grad  # else they would live on beside the next ones
+            if grad_hidden is not None:
+                grad = logits.sub_(log_total).exp_()  # the softmax, in the logits' place
+                grad.scatter_add_(1, labels[part, None], -torch.ones_like(log_total))
+                grad = grad.to(weight.dtype)
+                grad_hidden[part] = grad @ weight
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad.T, hidden[part].to(grad.dtype))  # under autocast they differ
+                del grad
+            del logits  # else they would live on beside the next ones
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -555,7 +566,8 @@ def estimate_memory(model, args, fused: bool, tokens: int, whole_step: bool, eve
     config, size = model.config, model.dtype.itemsize
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
-    gradients = 0 if optimizer == "8bit_in_backward" else sum(p.numel() * p.element_size() for p in trained)
+    gradients = 0 if optimizer == "8bit_in_backward" else sum(p.nbytes for p in trained)
+    gradients *= 1 + (args.world_size > 1)  # DistributedDataParallel sends copies of them
     output = model.get_output_embeddings().weight
     output_gradient = output.numel() * size * output.requires_grad
     layer = tokens * layer_bytes(model, fused, getattr(args, "lora_dropout", 0) * (output_gradient == 0))
@@ -563,7 +575,8 @@ def estimate_memory(model, args, fused: bool, tokens: int, whole_step: bool, eve
     kept = (config.num_hidden_layers - checkpointed) * layer + checkpointed * tokens * size * config.hidden_size
     tail = tokens * (4 + 4 * size) * config.hidden_size  # last norm, and the gradient on its way down
     # The gradients of a layer in work take 0.9 of what it keeps; the recomputed layer's activations come on top.
-    working = max(min(LOSS_BYTES, tokens * len(output) * 8), (0.9 + (every == 1)) * layer) + tail
+    loss = tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * 8)
+    working = max(loss, (0.9 + (every == 1)) * layer) + tail
     forward = kept + working + output_gradient + (0 if whole_step else gradients)
     state, _ = OPTIMIZERS[optimizer]
     state = 2 * model.dtype.itemsize if optimizer == "optim" else state
@@ -599,18 +612,21 @@ def make_plan(args, model, lengths: list[int], fused: bool) -> Plan:
         rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
         optimizers = ["kahan"] if rounded else ["optim"]
         if rounded and not hasattr(args, "lora_rank") and args.device.type == "cuda":
-            optimizers += ["8bit"] + ["8bit_in_backward"] * (args.world_size == 1)
+            optimizers += ["8bit", "8bit_in_backward"]
     plans = []
     for tokens, every, optimizer in itertools.product(at_once, layers, optimizers):
         whole = tokens >= worst and args.gradient_accumulation_steps == 1
-        if optimizer == "8bit_in_backward" and not whole:
+        if optimizer == "8bit_in_backward" and not (whole and args.world_size == 1):
             continue
         memory = estimate_memory(model, args, fused, min(tokens, worst), whole, every, optimizer)
         # Recomputing every layer is one forward pass more, 27 % of the FLOPs; the rest orders what costs the same.
         cost = 1 + (0.27 / every if every else 0) + 0.02 * (worst / tokens - 1) + 0.03 * optimizers.index(optimizer)
         plans.append(Plan(tokens, every, optimizer, memory, cost))
     if not plans:
-        raise SystemExit("错误：--optimizer 8bit_in_backward 要一步的样本一次算完；请去掉 --batch_tokens 和梯度累积。")
+        raise SystemExit(
+            "错误：--optimizer 8bit_in_backward 要一个进程把一步的样本一次算完；"
+            "请去掉 --batch_tokens 和梯度累积，只用一张 GPU。"
+        )
     free = free_memory(args, model)
     fitting = [plan for plan in plans if plan.total <= free]
     if importlib.util.find_spec("torchao") is None:  # then it is asked for only where nothing else fits
@@ -639,14 +655,10 @@ def describe_plan(plan: Plan, free: float, kind: str) -> str:
 def apply_plan(args, model, plan: Plan) -> None:
     """Write the plan into the arguments, and switch the recomputing of layers on."""
     args.batch_tokens, args.checkpoint_every, args.optimizer = plan.batch_tokens, plan.checkpoint_every, plan.optimizer
-    if plan.optimizer == "8bit_in_backward":
-        args.max_grad_norm = 0  # the norm of all gradients is never known
     if plan.checkpoint_every:
         # Its name from transformers 5.23 on, and before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
-        for number, layer in enumerate(model.get_decoder().layers):
-            layer.gradient_checkpointing = number % plan.checkpoint_every == 0
+        enable(every_n_layers=plan.checkpoint_every)
     if args.memory_gb and args.device.type == "cuda":
         share = free_memory(args, model) / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
@@ -659,7 +671,7 @@ SETTINGS = (
     "model_name max_length num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args full_logits label_smoothing_factor "
     "neftune_noise_alpha seed data_seed bf16 fp16 eval_strategy eval_steps load_best_model_at_end "
-    "metric_for_best_model model_revision lora_rank lora_alpha lora_dropout"
+    "metric_for_best_model model_revision lora_rank lora_alpha lora_dropout load_in_4bit optimizer ignore_data_skip"
 ).split()
 
 
@@ -677,7 +689,7 @@ def check_output_dir(args: TrainArguments) -> None:
             f"错误：无法写入 {folder}（{error.strerror}）；请检查权限，或用 --output_dir 换位置。"
         ) from None
     finished = folder / inference.FINISHED_MARK
-    ours = finished.exists() or (folder / inference.RUN_FILE).exists() or inference.checkpoint_folders(folder)
+    ours = finished.exists() or (folder / inference.RUN_FILE).exists()
     if not ours and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
         raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
     if finished.exists() and not args.overwrite_output_dir:
@@ -705,15 +717,18 @@ def hold_output_dir(args: TrainArguments):
             raise SystemExit(
                 f"错误：另一个训练（{who}）正在写 {args.output_dir}；请等它结束，或用 --output_dir 换一个文件夹。"
             ) from None
+        for thread in threading.enumerate():  # of an earlier run in this process, which a second Ctrl-C ended
+            if isinstance(thread, Sealing):
+                thread.join()
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         write_at_once(owner, f"进程 {os.getpid()}，主机 {platform.node()}，开始于 {now}")
     with held:
         try:
             yield
         finally:
-            owner.unlink()
-            with contextlib.suppress(OSError):  # Windows deletes no open file
-                path.unlink()
+            for file in (owner, path):
+                with contextlib.suppress(OSError):  # Windows deletes no open file
+                    file.unlink()
 
 
 def write_at_once(path: Path, text: str) -> None:
@@ -731,22 +746,28 @@ def describe_run(args: TrainArguments) -> dict[str, object]:
     values = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
     values["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    values["system_prompt"] = data.SYSTEM_PROMPT
     return values | {f"{file} (sha256)": inference.sha256(file) for file in (args.train_file, args.val_file)}
 
 
-def check_settings(args: TrainArguments) -> None:
-    """Raises SystemExit when the run in the output folder was begun with settings that give other weights."""
+def check_settings(args: TrainArguments, folder: Path) -> None:
+    """Raises SystemExit when the run in `folder` was begun with settings that give other weights. Where the command line
+    says nothing its plan is kept: other optimizers have other states, other passes round otherwise."""
     try:
-        old = json.loads(Path(args.output_dir, inference.RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        old, cause = {}, data.first_line(error)
-        print(f"{args.output_dir}/{inference.RUN_FILE} 无法读取（{cause}），无法核对设置是否与原来相同。")
-    new = json.loads(json.dumps(describe_run(args))) if old else {}
+        old = {**json.loads((folder / inference.RUN_FILE).read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        cause = data.first_line(error)
+        return print(f"{folder / inference.RUN_FILE} 无法读取（{cause}），无法核对设置是否与原来相同。")
+    tokens = old.pop("batch_tokens", None)
+    args.optimizer = args.optimizer or old.get("optimizer")
+    if args.memory_gb is None:
+        args.batch_tokens = args.batch_tokens or tokens
+    new = json.loads(json.dumps(describe_run(args)))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
         changes = "，".join(f"{name} {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}" for name in changed)
         raise SystemExit(
-            f"错误：{args.output_dir} 里未完成的训练用的是别的设置：{changes}；"
+            f"错误：{folder} 里未完成的训练用的是别的设置：{changes}；"
             "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练。"
         )
 
@@ -766,8 +787,7 @@ def choose_checkpoint(args: TrainArguments) -> str | None:
                 "不写这个参数，就会从最近的完整检查点继续。"
             )
         if not fault:
-            if checkpoint.parent == Path(args.output_dir):
-                check_settings(args)
+            check_settings(args, checkpoint.parent)
             return str(checkpoint)
         print(f"跳过 {checkpoint}：{fault}。")
     if folders:
@@ -802,7 +822,7 @@ def begin_run(args: TrainArguments, checkpoint: str | None) -> None:
         for folder in inference.checkpoint_folders(args.output_dir):
             shutil.rmtree(folder)
         finished.unlink()
-    settings = json.dumps(describe_run(args), ensure_ascii=False, indent=1)
+    settings = json.dumps(describe_run(args) | {"batch_tokens": args.batch_tokens}, ensure_ascii=False, indent=1)
     with explain_failed_write(args.output_dir):
         write_at_once(Path(args.output_dir, inference.RUN_FILE), settings)
     if checkpoint:
@@ -825,14 +845,15 @@ def explain_failed_write(path: str | Path):
         ) from None
 
 
-def check_space(args: TrainArguments, state: transformers.TrainerState, model) -> None:
-    """Raises SystemExit when the disk will not hold the checkpoints that are kept, the one that is written before an
-    older one goes, and the final weights."""
+def check_space(args: TrainArguments, state: transformers.TrainerState, model, limit: int | None) -> None:
+    """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best and
+    the newest always), the one that is written before an older one goes, and the final weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.nbytes for p in trained)
-    state, _ = OPTIMIZERS[args.optimizer]  # bytes a parameter; of AdamW two, each as large as the weight
-    states = sum(p.numel() * (2 * p.element_size() if args.optimizer == "optim" else state) for p in trained)
-    count = args.save_total_limit + 1 if args.save_total_limit else math.ceil(state.max_steps / state.save_steps)
+    bytes_of_state, _ = OPTIMIZERS[args.optimizer]  # of AdamW two, each as large as the weight
+    states = sum(2 * p.nbytes if args.optimizer == "optim" else p.numel() * bytes_of_state for p in trained)
+    steps = state.max_steps / args.num_train_epochs if args.save_strategy == "epoch" else state.save_steps
+    count = max(limit, 1 + args.load_best_model_at_end) + 1 if limit else math.ceil(state.max_steps / steps)
     count = 1 if args.save_strategy == "no" else count  # one, at a signal
     there = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     need, free = count * (weights + states) + weights - there, shutil.disk_usage(args.output_dir).free
@@ -866,7 +887,7 @@ class Sealing(threading.Thread):
                 manifest[path.relative_to(self.checkpoint).as_posix()] = path.stat().st_size, inference.sha256(path)
             write_at_once(self.checkpoint / inference.MANIFEST, json.dumps(manifest, indent=1))
             self.sweep()
-        except OSError as error:
+        except Exception as error:  # to be raised where it is waited for
             self.error = error
 
     def sweep(self) -> None:
@@ -884,6 +905,13 @@ class SafeTrainer(transformers.Trainer):
     takes no further step when it continues from its last one."""
 
     sealing: Sealing | None = None
+    interruption = None  # the Interruption that this training listens to
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args = copy.copy(self.args)
+        # Trainer would delete before there is a manifest.
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     def finish_checkpoint(self) -> None:
         """Wait for the manifest of the last checkpoint."""
@@ -903,23 +931,38 @@ class SafeTrainer(transformers.Trainer):
                 if int(folder.name[11:]) >= step:  # this run passed it over when it continued from an older one
                     shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        limit, args.save_total_limit = args.save_total_limit, None  # Trainer would delete before there is a manifest
         try:
             with explain_failed_write(checkpoint):
                 super()._save_checkpoint(model, trial)
         except SystemExit:
             shutil.rmtree(checkpoint, ignore_errors=True)
             raise
-        finally:
-            args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if not args.process_index:
-            self.sealing = Sealing(checkpoint, self.state.best_model_checkpoint, limit)
+            self.sealing = Sealing(checkpoint, self.state.best_model_checkpoint, self.limit)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.restore_dtype()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.restore_dtype()
+
+    def restore_dtype(self) -> None:
+        """peft loads adapters as float32, whatever they were: training would go on with other rounding."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(self.model.dtype)
 
     def _run_epoch(self, *args, **kwargs):
         # Continued from its last checkpoint, Trainer would take one step more.
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+        if self.interruption and self.interruption.came(self.args):
+            self.control.should_training_stop = True
+            if not Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").is_dir():
+                self._save_checkpoint(self.model, None)
         self.finish_checkpoint()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -960,13 +1003,18 @@ class BestCheckpoint(transformers.EarlyStoppingCallback):
 
 class Interruption(transformers.TrainerCallback):
     """At SIGTERM or Ctrl-C write a checkpoint at the end of the step, and exit with 143 or 130. A second one acts at
-    once. Entered, it holds the two signals."""
+    once. Entered, it holds the two signals, which reach the main thread only."""
 
     number = 0  # the signal that came
-    stopping = False  # all processes agree on this one
+    message = ""
+
+    def __init__(self, trainer: SafeTrainer):
+        self.trainer, trainer.interruption = trainer, self
+        trainer.add_callback(self)
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+        self.previous = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def __exit__(self, kind, *_):
@@ -985,27 +1033,30 @@ class Interruption(transformers.TrainerCallback):
         # print() may be under way in the very thread that the signal interrupts
         os.write(2, "\n做完这一步就保存检查点并退出；再来一次信号（Ctrl-C）立即退出。\n".encode())
 
+    def came(self, args) -> bool:
+        """Whether any process got a signal: all have to stop at the same step."""
+        came = bool(self.number)
+        if args.world_size > 1:
+            came = bool(accelerate.utils.reduce(torch.tensor(float(came), device=args.device)).item())
+        self.number = self.number or came * signal.SIGTERM
+        return came
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not args.process_index:
-            check_space(args, state, model)
+            check_space(args, state, model, self.trainer.limit)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopping = bool(self.number)
-        if args.world_size > 1:  # it reaches the processes at different times, but they have to stop at the same step
-            came = accelerate.utils.reduce(torch.tensor(float(self.stopping), device=args.device))
-            self.stopping = bool(came.item())  # not self.number, which may have come while waiting for the others
-        if self.stopping:
-            self.number = self.number or signal.SIGTERM
-            control.should_training_stop = True
-            control.should_save = args.save_strategy != "epoch" or state.epoch % 1 > 0  # else it comes after evaluating
+        control.should_training_stop |= self.came(args)  # and the checkpoint is written when the epoch is left
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopping and state.epoch % 1 > 0:  # Trainer evaluates and saves here, but the epoch has not ended
+        cut_off = state.epoch % 1 > 0 and state.global_step < state.max_steps
+        if self.number and cut_off:  # Trainer evaluates and saves here, but the epoch has not ended
             control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        where = f"\n已中断：第 {state.global_step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
-        self.message = "" if args.process_index else where
+        if not args.process_index and (whole := inference.find_checkpoints(args.output_dir)):
+            step = whole[-1].name.split("-")[-1]
+            self.message = f"\n已中断：第 {step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -1019,6 +1070,7 @@ class MedicalTrainer(SafeTrainer):
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     varlen = False  # whether torch's attention kernel for packed batches runs here
+    step_hooks: tuple = ()  # that step in the backward pass
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -1036,6 +1088,7 @@ class MedicalTrainer(SafeTrainer):
         hidden, self.last_hidden = self.last_hidden, None
         where = targets != data.IGNORE_INDEX
         weight = self.model.get_output_embeddings().weight
+        weight = weight if torch.is_grad_enabled() else weight.detach()  # else room is made for its gradient
         return *LinearCrossEntropy.apply(hidden[:, :-1][where], weight, targets[where]), where
 
     def for_attention(self, inputs: dict) -> dict:
@@ -1096,8 +1149,17 @@ class MedicalTrainer(SafeTrainer):
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.optimizer == "8bit_in_backward":
-            step_in_backward(optimizer)
+            self.args.max_grad_norm = 0  # the norm of all gradients is never known
+            self.step_hooks = step_in_backward(optimizer)
         return optimizer
+
+    def free_optimizer(self) -> None:
+        """Drop its states: the replies at the end need their memory."""
+        for hook in self.step_hooks:
+            hook.remove()
+        for holder in (self, self.callback_handler):
+            holder.optimizer = holder.lr_scheduler = None
+        self.accelerator.free_memory()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self.window_start is not None:
@@ -1155,7 +1217,7 @@ def pick_optimizer(args: TrainArguments, model):
         import optimi
 
         # Without its kernel one tensor at a time: foreach would hold copies of all weights and states at once.
-        return optimi.AdamW, common | {"foreach": False, "triton": args.device.type == "cuda" and args.fast_kernels}
+        return optimi.AdamW, common | {"foreach": False, "triton": args.use_liger_kernel}  # Triton runs here
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -1180,19 +1242,19 @@ def choose_kernels(args: TrainArguments, model) -> bool:
     return no_varlen is None
 
 
-def step_in_backward(optimizer) -> None:
+def step_in_backward(optimizer) -> list:
     """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once.
 
     Only one weight has a gradient whenever `optimizer.step` runs, so it is that one's step. Trainer's own finds none.
-    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes.
+    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes. Returns the hooks.
     """
 
     def step(weight: torch.Tensor) -> None:
         optimizer.step()
         weight.grad = None
 
-    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-        weight.register_post_accumulate_grad_hook(step)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return [weight.register_post_accumulate_grad_hook(step) for weight in weights]
 
 
 def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:
@@ -1224,7 +1286,7 @@ def save_results(trainer: MedicalTrainer, tokenizer, finish) -> None:
     args = trainer.args
     trainer.model.config.use_cache = True  # Trainer switched it off for training
     trainer.check_weights()
-    trainer.optimizer = trainer.lr_scheduler = None  # the replies need their memory
+    trainer.free_optimizer()
     trainer.model.set_attn_implementation("sdpa")  # which knows padding and the cache
     if args.process_index:
         return
@@ -1308,7 +1370,8 @@ def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
         prepare_files(args)
         checkpoint = None if args.process_index else choose_checkpoint(args)
         model_path = inference.resolve_model(args.model_name, revision=args.model_revision)
-    [checkpoint] = accelerate.utils.broadcast_object_list([checkpoint])
+    chosen = [checkpoint, args.optimizer, args.batch_tokens]
+    checkpoint, args.optimizer, args.batch_tokens = accelerate.utils.broadcast_object_list(chosen)
     tokenizer = inference.load_tokenizer(model_path)
     train_dataset, train_lengths = data.load_dataset(args.train_file, tokenizer, args.max_length)
     eval_dataset, eval_lengths = data.load_dataset(args.val_file, tokenizer, args.max_length)
@@ -1326,13 +1389,12 @@ def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         start_tracking(args, checkpoint)
         begin_run(args, checkpoint)
-        with Interruption() as interruption:
-            trainer.add_callback(interruption)
+        with Interruption(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
-    save_results(trainer, tokenizer, finish)
-    if not args.process_index:
-        questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
-        log_samples(args, answer_samples(trainer, tokenizer, questions))
+        save_results(trainer, tokenizer, finish)
+        if not args.process_index:
+            questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
+            log_samples(args, answer_samples(trainer, tokenizer, questions))
     return trainer
 
 

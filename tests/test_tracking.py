@@ -171,7 +171,7 @@ def test_server_that_dies_during_training(workspace, tiny_model, untracked, afte
     assert status == (130 if interrupt else 0), text
     [line] = [line for line in text.splitlines() if line.startswith("SwanLab：没有全部上传")]
     [run] = Path("swanlog").glob("run-*")
-    assert f"本地是完整的。补传：swanlab sync --id {run.name.split('-')[-1]} {run.resolve()}" in line
+    assert f"补传本地的记录：swanlab sync --id {run.name.split('-')[-1]} {run.resolve()}" in line
     if not interrupt:
         assert same_weights(untracked) and text.splitlines()[-1].startswith("训练完成")
 
@@ -180,7 +180,7 @@ def test_server_that_refuses_at_the_end(workspace, tiny_model, monkeypatch, untr
     with Tracker(after_points="401") as tracker:
         login(monkeypatch, tracker.url)
         train.run(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
-    assert "SwanLab：没有全部上传（服务器拒绝接收），本地是完整的。补传：" in capfd.readouterr().out
+    assert "SwanLab：没有全部上传（服务器拒绝接收）。补传本地的记录：" in capfd.readouterr().out
     assert same_weights(untracked)
 
 
