@@ -751,8 +751,8 @@ def describe_run(args: TrainArguments) -> dict[str, object]:
 
 
 def check_settings(args: TrainArguments, folder: Path) -> None:
-    """Raises SystemExit when the run in `folder` was begun with settings that give other weights. Where the command line
-    says nothing its plan is kept: other optimizers have other states, other passes round otherwise."""
+    """Raises SystemExit when the run in `folder` was begun with settings that give other weights. Where the command
+    line says nothing its plan is kept: other optimizers have other states, other passes round otherwise."""
     try:
         old = {**json.loads((folder / inference.RUN_FILE).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:

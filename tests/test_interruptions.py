@@ -271,6 +271,10 @@ def test_adapter_names_its_base_before_the_run_counts_as_finished(workspace, tin
         (signal.SIGINT, train_lora.LoraArguments, 7, {"gradient_accumulation_steps": 4}),
         (signal.SIGTERM, train.TrainArguments, 10, {"save_total_limit": 1}),  # an evaluation comes at this very step
         (signal.SIGTERM, train.TrainArguments, 20, {}),  # the last step
+        (signal.SIGTERM, train.TrainArguments, 13, {"save_total_limit": 1}),
+        (signal.SIGTERM, train.TrainArguments, 13, {"save_strategy": "no", "load_best_model_at_end": False}),
+        # an evaluation that is not the best so far: of itself it saves nothing
+        (signal.SIGTERM, train.TrainArguments, 10, {"save_strategy": "best", "greater_is_better": True}),
         # 27 steps an epoch: in the second one, and at the end of the first
         *(
             (signal.SIGTERM, train.TrainArguments, step, {"eval_strategy": "epoch", "max_steps": 32} | {"per": 4})
@@ -379,6 +383,70 @@ def test_other_data_and_other_adapters_do_not_continue_a_run(copies, tiny_model)
         run(tiny_model, output_dir="full")
 
 
+@pytest.mark.parametrize("folder", ["full", "other"])
+def test_a_checkpoint_that_is_named_is_checked_too(copies, tiny_model, folder):
+    """By any path to it, and into any folder."""
+    checkpoint = str(Path("full", "checkpoint-10").resolve())
+    with pytest.raises(SystemExit, match="full 里未完成的训练用的是别的设置：learning_rate 0.001 -> 0.0005"):
+        run(tiny_model, output_dir=folder, resume_from_checkpoint=checkpoint, learning_rate=5e-4)
+
+
+def test_another_prompt_does_not_continue_a_run(copies, tiny_model, monkeypatch):
+    monkeypatch.setattr(data, "SYSTEM_PROMPT", "你是医生。")
+    with pytest.raises(SystemExit, match="别的设置：system_prompt 你是一个医学专家.* -> 你是医生。；"):
+        run(tiny_model, output_dir="full")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_settings_that_cannot_be_read_are_said_and_the_run_goes_on(copies, tiny_model, content, capsys):
+    Path("full", inference.RUN_FILE).write_text(content, encoding="utf-8")
+    assert train.choose_checkpoint(arguments(tiny_model, output_dir="full", **STEPS)) == "full/checkpoint-10"
+    assert "full/run.json 无法读取" in capsys.readouterr().out
+
+
+def test_the_plan_is_kept_when_a_run_continues(workspace, tiny_model, straight, monkeypatch):
+    """Whatever memory is free then: passes of other sizes round otherwise, other optimizers have other states."""
+    expected = straight(tiny_model, batch_tokens=130)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "make_plan", lambda *args, **kwargs: train.Plan(130, 0, "optim", {}, 1))
+        at_step(patch, 13, lambda: signal.raise_signal(signal.SIGTERM))
+        run(tiny_model)
+    with pytest.raises(SystemExit, match="optimizer optim -> kahan"):
+        run(tiny_model, optimizer="kahan")
+    trainer = run(tiny_model)
+    assert (trainer.args.batch_tokens, trainer.args.optimizer) == (130, "optim")
+    assert same(final_weights(data.OUTPUT_DIR), expected)
+
+
+def test_bfloat16_adapters_continue_as_bfloat16(workspace, tiny_model, straight, monkeypatch):
+    """As on a GPU: peft would load them as float32."""
+    monkeypatch.setattr(inference, "best_dtype", lambda device: torch.bfloat16)
+    expected = Straight()(tiny_model, train_lora.LoraArguments)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 13, lambda: signal.raise_signal(signal.SIGTERM))
+        run(tiny_model, train_lora.LoraArguments, output_dir="resumed")
+    run(tiny_model, train_lora.LoraArguments, output_dir="resumed")
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16}
+    assert same(final_weights("resumed"), expected)
+
+
+def test_a_folder_with_checkpoints_of_another_program_is_left_alone(workspace, tiny_model):
+    foreign = Path(data.OUTPUT_DIR, "checkpoint-1082", "model.safetensors")
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"weights")
+    with pytest.raises(SystemExit, match="qwen3-medical 里有别的文件（checkpoint-1082 等）"):
+        run(tiny_model)
+    assert foreign.read_bytes() == b"weights"
+
+
+def test_a_run_outside_the_main_thread_trains_without_the_signals(workspace, tiny_model):
+    trainers = []
+    thread = threading.Thread(target=lambda: trainers.append(run(tiny_model, report_to="swanlab", max_steps=5)))
+    thread.start()
+    thread.join()
+    assert trainers[0].state.global_step == 5
+
+
 def test_what_leaves_the_weights_alone_may_change(copies, tiny_model, straight):
     expected = straight(tiny_model)
     trainer = run(
@@ -447,8 +515,8 @@ def test_too_little_room_is_said_before_training(workspace, tiny_model, limit):
     model = torch.nn.Linear(10**7, 10**7, bias=False, device="meta")  # 400 TB
     args = arguments(tiny_model, output_dir=".", optimizer="optim")
     state = train.transformers.TrainerState(max_steps=4, save_steps=2)
-    # Three checkpoints, the best, the newest and the one being written, of weights and AdamW's two states, and the final
-    # weights: (3 x 3 + 1) x 400 TB.
+    # Three checkpoints, the best, the newest and the one being written, of weights and AdamW's two states, and the
+    # final weights: (3 x 3 + 1) x 400 TB.
     with pytest.raises(
         SystemExit, match=r"磁盘剩余 [\d.]+ GB，3 个检查点和最后的权重还需要约 (3999|4000)\d{3}\.\d\d GB"
     ):

@@ -1,12 +1,17 @@
 """What small cards need: 8-bit optimizer states (torchao), 4-bit weights (bitsandbytes). Both also run on a CPU."""
 
+import gc
 import importlib.util
 import json
 import shutil
+import signal
+import weakref
 
 import pytest
 import torch
 from conftest import run_script
+from test_interruptions import at_step
+from test_train import arguments
 
 import data
 import inference
@@ -69,6 +74,36 @@ def test_8_bit_training_resumes_where_it_was(workspace, tiny_model, tokenizer):
     assert resumed.state.global_step == 4
     states = [state["step"].item() for state in resumed.optimizer.optimizer.state.values()]
     assert set(states) == {4}
+
+
+@needs("torchao")
+def test_training_with_steps_in_the_backward_pass_continues_and_frees_its_memory(workspace, tiny_model, monkeypatch):
+    monkeypatch.setattr(inference, "best_dtype", lambda device: torch.bfloat16)
+    changes = {"optimizer": "8bit_in_backward", "max_steps": 6, "eval_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        train.run(arguments(tiny_model, **changes))
+    states = []
+    create = train.MedicalTrainer.create_optimizer
+
+    def watched(self, *args, **kwargs):
+        optimizer = create(self, *args, **kwargs)
+        states.append(weakref.ref(getattr(optimizer, "optimizer", optimizer)))
+        return optimizer
+
+    monkeypatch.setattr(train.MedicalTrainer, "create_optimizer", watched)
+    monkeypatch.setattr(train, "answer_samples", lambda *_: gc.collect() * [] or states.append(states[0]()) or [])
+    trainer = train.run(arguments(tiny_model, **changes))
+    assert trainer.state.global_step == 6 and states[1] is None
+
+
+@needs("torchao")
+def test_several_processes_cannot_step_in_the_backward_pass(workspace, tiny_model, monkeypatch):
+    """Each would step on its own gradients, before they are added up."""
+    args = train.TrainArguments(report_to="none", optimizer="8bit_in_backward")
+    monkeypatch.setattr(train.TrainArguments, "world_size", 2)
+    with pytest.raises(SystemExit, match="只用一张 GPU"):
+        train.make_plan(args, inference.load_weights(str(tiny_model), torch.device("cpu")), [100] * 8, fused=False)
 
 
 @needs("bitsandbytes")
