@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     parser.add_argument("--model_name", help="folder with the tokenizer to use")
     args = parser.parse_args()
-    print(f"{'rows':>8} | data.py s | peak GB | tokenizing s | rows/s | tokens/s | peak GB")
+    print("| rows | data.py s | peak GB | tokenizing s | rows/s | tokens/s | peak GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for count in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             make_rows(count, Path(folder, "rows.jsonl"))
@@ -72,10 +73,10 @@ def main() -> None:
                 subprocess.run([sys.executable, builder, f"{folder}/model"], capture_output=True, check=True)
             prepared = measure("prepare", folder)
             done = measure("tokenize", folder, *([args.model_name] if args.model_name else []))
-        speeds = f"{0.9 * count / done['seconds']:6.0f} | {done['tokens'] / done['seconds']:8.0f}"
+        speeds = f"{0.9 * count / done['seconds']:.0f} | {done['tokens'] / done['seconds']:.0f}"
         print(
-            f"{count:8} | {prepared['seconds']:9.1f} | {prepared['peak_gb']:7.2f} | {done['seconds']:12.1f} | "
-            f"{speeds} | {done['peak_gb']:7.2f}",
+            f"| {count} | {prepared['seconds']:.1f} | {prepared['peak_gb']:.2f} | {done['seconds']:.1f} | "
+            f"{speeds} | {done['peak_gb']:.2f} |",
             flush=True,
         )
 
