@@ -35,6 +35,7 @@ TRAIN_FILE = "train.jsonl"
 VAL_FILE = "val.jsonl"
 OUTPUT_DIR = "output/qwen3-medical"
 LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
+SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
 IGNORE_INDEX = -100  # a label that the loss skips
 
 FIELDS = ("question", "think", "answer")
@@ -393,21 +394,25 @@ def describe(problems: dict[str, list[Place]], most: int = 5) -> list[str]:
 # ---- writing and telling ------------------------------------------------------------------------------------------
 
 
-def write_files(parts: dict[str, list[Row]]) -> None:
-    """Write {path: rows} as JSONL. All files appear whole, or none does and what was there stays."""
+def to_jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_files(parts: dict[str, list[dict]]) -> None:
+    """Write {path: rows} as JSONL. Each file appears whole, and after an error none: what was there stays."""
     drafts = {path: Path(f"{path}.{os.getpid()}.tmp") for path in parts}
     try:
         for path, draft in drafts.items():
             draft.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in parts[path])
+                file.write(to_jsonl(parts[path]))
         if taken := [path for path in parts if Path(path).is_dir()]:
             raise IsADirectoryError(0, "是一个文件夹", taken[0])
         for path, draft in drafts.items():
             os.replace(draft, path)
     except OSError as error:
         raise SystemExit(
-            f"错误：无法写入 {'、'.join(parts)}（{error.strerror}）；"
+            f"错误：无法写入 {'、'.join(path for path in parts if not path.endswith(SOURCE_SUFFIX))}（{error.strerror}）；"
             "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
         ) from None
     finally:
@@ -449,8 +454,21 @@ def prepare(dataset=DATASET_NAME, train_file=TRAIN_FILE, val_file=VAL_FILE, revi
     rows, source, found = load_rows(dataset, revision, sha256)
     train, val, problems = split_rows(rows)
     parts = {train_file: train, val_file: val}
-    write_files(parts)
+    origin = {"source": source, "revision": revision, "sha256": found}
+    origin["train_sha256"] = hashlib.sha256(to_jsonl(train).encode()).hexdigest()
+    write_files(parts | {train_file + SOURCE_SUFFIX: [origin]})
     print(summary(source, found, len(rows), parts, problems))
+
+
+def read_origin(train_file: str) -> dict[str, str | None]:
+    """{source, revision, sha256 of the source, train_sha256}: what `prepare` made the file from. Only the last for a
+    file that it did not write, or that has changed since."""
+    found = {"train_sha256": hashlib.sha256(Path(train_file).read_bytes()).hexdigest()}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        origin = json.loads(Path(train_file + SOURCE_SUFFIX).read_text(encoding="utf-8"))
+        if origin["train_sha256"] == found["train_sha256"]:
+            return origin
+    return found
 
 
 def read_examples(path: str) -> list[Row]:

@@ -83,12 +83,19 @@ class Reply(NamedTuple):
 # ---- finding and loading the model --------------------------------------------------------------------------------
 
 
-def sha256(path: str | Path) -> str:
+def sha256(*paths: str | Path) -> str:
+    """Of the files' contents, one after another."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """SHA-256 of a model's safetensors files, by name (Qwen3-1.7B: 2 s)."""
+    return sha256(*sorted(Path(folder).glob("*.safetensors")))
 
 
 def checkpoint_folders(folder: str | Path) -> list[Path]:

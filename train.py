@@ -12,7 +12,6 @@ import argparse
 import atexit
 import contextlib
 import copy
-import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -110,6 +109,7 @@ class TrainArguments(transformers.TrainingArguments):
 
     model_name: str = field(default=data.MODEL_NAME, metadata={"help": "ModelScope id or local folder"})
     model_revision: str | None = field(default=None, metadata={"help": "of the ModelScope model; default: master"})
+    model_sha256: str | None = field(default=None, metadata={"help": "that its safetensors files must have, by name"})
     train_file: str = field(default=data.TRAIN_FILE, metadata={"help": "written by data.py"})
     val_file: str = field(default=data.VAL_FILE, metadata={"help": "written by data.py"})
     max_length: int = field(default=data.MAX_LENGTH, metadata={"help": "tokens; longer examples are left out"})
@@ -1322,7 +1322,7 @@ def plot_losses(axes, log_history: list[dict]) -> None:
 
 def model_card(trainer: MedicalTrainer) -> str:
     """README.md of the output folder: what the model was trained from and how, and what it is not."""
-    args, state = trainer.args, trainer.state
+    args, state, origin = trainer.args, trainer.state, data.read_origin(trainer.args.train_file)
     base = args.model_name if data.HUB_ID.fullmatch(args.model_name) else Path(args.model_name).name
     evaluations = [(log["eval_loss"], log["step"]) for log in state.log_history if "eval_loss" in log]
     best = "{:.4f}（第 {} 步）".format(*min(evaluations)) if evaluations else "未评估"
@@ -1334,13 +1334,23 @@ def model_card(trainer: MedicalTrainer) -> str:
         "max_length": args.max_length,
         "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
         "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "master"),
-        f"{args.train_file} 的 SHA-256": hashlib.sha256(Path(args.train_file).read_bytes()).hexdigest(),
+        "基础权重的 SHA-256": inference.weights_sha256(trainer.model.name_or_path),
+        "数据": describe_origin(origin),
+        f"{args.train_file} 的 SHA-256": origin["train_sha256"],
         "最好的 eval_loss": best,
         "精度": str(trainer.model.dtype).removeprefix("torch."),
         "库": "，".join(f"{name} {version}" for name, version in library_versions().items()),
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return MODEL_CARD.format(base=base, name=args.run_name, rows=rows, system_prompt=data.SYSTEM_PROMPT)
+
+
+def describe_origin(origin: dict) -> str:
+    """What the training file was made from, in the model card."""
+    if "source" not in origin:
+        return "不是 data.py 写的，或之后改过"
+    revision = f"，版本 {origin['revision']}" if origin["revision"] else ""
+    return f"{origin['source']}{revision}，SHA-256 {origin['sha256']}"
 
 
 def answer_samples(trainer: MedicalTrainer, tokenizer, questions: list[str]) -> list[str]:
@@ -1372,6 +1382,11 @@ def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
         model_path = inference.resolve_model(args.model_name, revision=args.model_revision)
     chosen = [checkpoint, args.optimizer, args.batch_tokens]
     checkpoint, args.optimizer, args.batch_tokens = accelerate.utils.broadcast_object_list(chosen)
+    if args.model_sha256 and args.model_sha256.lower() != (found := inference.weights_sha256(model_path)):
+        raise SystemExit(
+            f"错误：{args.model_name} 的权重的 SHA-256 是 {found}，不是 --model_sha256 {args.model_sha256}；"
+            "请核对来源，或去掉 --model_sha256。"
+        )
     tokenizer = inference.load_tokenizer(model_path)
     train_dataset, train_lengths = data.load_dataset(args.train_file, tokenizer, args.max_length)
     eval_dataset, eval_lengths = data.load_dataset(args.val_file, tokenizer, args.max_length)

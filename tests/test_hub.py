@@ -387,14 +387,20 @@ def test_data_files_in_capitals_are_taken(hub, tmp_path, name):
 
 
 def test_card_names_revision_and_data(hub, tiny_model):
-    data.prepare("own/er")
-    args = train.TrainArguments(
-        model_name="own/er", model_revision="v7", max_steps=1, sample_tokens=2, report_to="none", output_dir="out"
-    )
-    train.run(args)
+    data.prepare("own/er", revision="v6")
+    changes = {"model_name": "own/er", "model_revision": "v7", "output_dir": "out", "max_steps": 1, "sample_tokens": 2}
+    weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(SystemExit, match=f"own/er 的权重的 SHA-256 是 {weights}，不是 --model_sha256 0123；"):
+        train.run(train.TrainArguments(report_to="none", model_sha256="0123", **changes))
+    train.run(train.TrainArguments(report_to="none", model_sha256=weights, **changes))
     card = Path("out/README.md").read_text(encoding="utf-8")
     checksum = hashlib.sha256(Path("train.jsonl").read_bytes()).hexdigest()
     assert "\n| 基础模型的版本 | v7 |\n" in card and f"\n| train.jsonl 的 SHA-256 | {checksum} |\n" in card
+    assert f"\n| 基础权重的 SHA-256 | {weights} |\n" in card
+    origin = data.read_origin("train.jsonl")
+    assert f"\n| 数据 | {origin['source']}，版本 v6，SHA-256 {origin['sha256']} |\n" in card
+    Path("train.jsonl").write_text(Path("train.jsonl").read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert list(data.read_origin("train.jsonl")) == ["train_sha256"]
     assert all("Revision=v7" in path for _, path in hub.requests if "/models/" in path)
 
 
