@@ -411,9 +411,9 @@ def write_files(parts: dict[str, list[dict]]) -> None:
         for path, draft in drafts.items():
             os.replace(draft, path)
     except OSError as error:
+        names = "、".join(path for path in parts if not path.endswith(SOURCE_SUFFIX))
         raise SystemExit(
-            f"错误：无法写入 {'、'.join(path for path in parts if not path.endswith(SOURCE_SUFFIX))}（{error.strerror}）；"
-            "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
+            f"错误：无法写入 {names}（{error.strerror}）；请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
         ) from None
     finally:
         for draft in drafts.values():

@@ -389,7 +389,8 @@ def test_data_files_in_capitals_are_taken(hub, tmp_path, name):
 def test_card_names_revision_and_data(hub, tiny_model):
     data.prepare("own/er", revision="v6")
     changes = {"model_name": "own/er", "model_revision": "v7", "output_dir": "out", "max_steps": 1, "sample_tokens": 2}
-    weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
+    parts = sorted(Path(inference.resolve_model("own/er", revision="v7")).glob("*.safetensors"))
+    weights = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
     with pytest.raises(SystemExit, match=f"own/er 的权重的 SHA-256 是 {weights}，不是 --model_sha256 0123；"):
         train.run(train.TrainArguments(report_to="none", model_sha256="0123", **changes))
     train.run(train.TrainArguments(report_to="none", model_sha256=weights, **changes))
