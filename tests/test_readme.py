@@ -1,5 +1,7 @@
 """The READMEs: every command, flag, file and link in them exists, and both say the same."""
 
+import inspect
+import json
 import re
 import shlex
 import sys
@@ -10,6 +12,7 @@ import torch.distributed.run
 import transformers
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
+from transformers.cli.serve import Serve
 
 import data
 import inference
@@ -21,6 +24,7 @@ READMES = ("README.md", "README_EN.md")
 TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
 OTHERS = {"data.py": data, "inference.py": inference, "inference_lora.py": inference_lora}
 COMMANDS = ("python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter")
+COMMANDS += ("transformers", "vllm", "curl", "ruff", "bash")
 
 
 def read(name: str) -> str:
@@ -86,7 +90,9 @@ def accept(script: str, flags: list[str], help_flags) -> None:
         if script == "inference.py":
             inference.build_parser("", data.OUTPUT_DIR).parse_args(flags)
     else:
-        assert (ROOT / script).is_file() and not flags, (script, flags)
+        assert (ROOT / script).is_file(), script
+        text = (ROOT / script).read_text(encoding="utf-8")
+        assert all(f'"{flag}"' in text for flag in flags), (script, flags)
 
 
 def each(find):
@@ -94,7 +100,7 @@ def each(find):
 
 
 @each(commands)
-def test_command_exists(found, help_flags):
+def test_command_exists(found, help_flags, workspace):
     program, *words = shlex.split(found)
     if program == "python":
         accept(words[0], [word for word in words[1:] if word != "--help"], help_flags)
@@ -109,8 +115,18 @@ def test_command_exists(found, help_flags):
     elif program == "pip":
         files = [file for flag, file in zip(words, words[1:]) if flag == "-r"]
         assert words[0] == "install" and all((ROOT / file).is_file() for file in files)
-    elif program == "jupyter":
+    elif program in ("jupyter", "bash"):
         assert (ROOT / words[-1]).is_file()
+    elif program == "transformers":
+        known = inspect.signature(Serve.__init__).parameters
+        assert words[0] == "serve" and {word[2:] for word in words if word.startswith("--")} <= set(known)
+    elif program == "vllm":  # not installed here: what its documentation has
+        assert words[0] == "serve" and set(words[2::2]) <= {"--reasoning-parser", "--host", "--port"}
+    elif program == "curl":
+        system, user = json.loads(words[-1])["messages"]
+        assert [system] + [user] == data.to_messages(user["content"])
+    elif program == "ruff":
+        assert words[0] in ("check", "format")
     else:
         assert found == "pytest"
 
@@ -144,11 +160,19 @@ def test_what_does_not_exist_is_found_out(command, help_flags):
 def test_links_and_files_hold(name):
     text = read(name)
     links = re.findall(r"\]\(([^)]+)\)", text)
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+    assert links and not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
     files = [cells.split("|")[1].strip().strip("`") for cells in re.findall(r"^\| [^-].*$", text, re.MULTILINE)]
     files = [file for file in files if re.fullmatch(r"[\w/]+(\.\w+|/)", file)]
     assert set(TRAINING) | set(OTHERS) | {"train.ipynb"} <= set(files)
     assert not [file for file in files if not (ROOT / file).exists()]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_each_promise_names_a_test_that_exists(name):
+    promises = re.findall(r"\| (tests/\w+\.py)::(\w+) \|", read(name))
+    assert len(promises) > 10
+    for file, test in promises:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
 
 
 def test_both_have_the_same_headings_commands_and_pictures():
