@@ -399,7 +399,7 @@ def to_jsonl(rows: list[dict]) -> str:
 
 
 def write_files(parts: dict[str, list[dict]]) -> None:
-    """Write {path: rows} as JSONL. Each file appears whole, and after an error none: what was there stays."""
+    """Write {path: rows} as JSONL. Each file appears whole, and none before all could be written."""
     drafts = {path: Path(f"{path}.{os.getpid()}.tmp") for path in parts}
     try:
         for path, draft in drafts.items():
@@ -454,7 +454,8 @@ def prepare(dataset=DATASET_NAME, train_file=TRAIN_FILE, val_file=VAL_FILE, revi
     rows, source, found = load_rows(dataset, revision, sha256)
     train, val, problems = split_rows(rows)
     parts = {train_file: train, val_file: val}
-    origin = {"source": source, "revision": revision, "sha256": found}
+    local = os.path.exists(dataset)  # its folder may name people
+    origin = {"source": Path(source).name if local else source, "revision": revision, "sha256": found}
     origin["train_sha256"] = hashlib.sha256(to_jsonl(train).encode()).hexdigest()
     write_files(parts | {train_file + SOURCE_SUFFIX: [origin]})
     print(summary(source, found, len(rows), parts, problems))

@@ -12,6 +12,7 @@ The replies are a language model's and may be wrong. They are not medical advice
 
 import argparse
 import codecs
+import contextlib
 import hashlib
 import json
 import logging
@@ -70,6 +71,11 @@ FINISHED_MARK = "trainer_state.json"  # train.py writes it into the output folde
 RUN_FILE = "run.json"  # train.py writes it into the output folder first: the settings of the run
 MANIFEST = "manifest.json"  # train.py writes it into a checkpoint last: {file: [bytes, sha256]}
 NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
+
+OUT_OF_MEMORY = (
+    "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
+    "还不够就在 CPU 上提问：在命令前加 CUDA_VISIBLE_DEVICES= （慢）。"
+)
 
 Messages = list[dict[str, str]]
 
@@ -292,6 +298,18 @@ def load_trained(name: str, revision: str | None = None):
         else resolve_model(name, "检查 --model_path", revision)
     )
     return load_weights(path, pick_device()), load_tokenizer(path)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(message: str):
+    """Turn any device's out-of-memory error into `message`."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
+        text = str(error).lower()
+        if "out of memory" in text or "allocate memory" in text:
+            raise SystemExit(message) from None
+        raise
 
 
 # ---- decoding -----------------------------------------------------------------------------------------------------
@@ -726,8 +744,9 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_flags(build_parser(__doc__, OUTPUT_DIR))
-    model, tokenizer = load_trained(args.model_path, args.revision)
-    converse(model, tokenizer, args)
+    with explain_out_of_memory(OUT_OF_MEMORY):
+        model, tokenizer = load_trained(args.model_path, args.revision)
+        converse(model, tokenizer, args)
 
 
 if __name__ == "__main__":

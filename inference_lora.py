@@ -8,6 +8,7 @@ The replies are a language model's and may be wrong. They are not medical advice
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import peft
@@ -64,10 +65,13 @@ def check_free(folder: str) -> None:
         raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。")
 
 
-def merge_to(folder: str, model, tokenizer) -> None:
-    """Save the merged model, so that inference.py and any other tool can load it."""
+def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
+    """Save the merged model, so that inference.py and any other tool can load it, with the card of its training."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for card in ("README.md", "loss.png"):
+        if Path(adapter, inference.FINISHED_MARK).is_file():
+            shutil.copy(Path(adapter, card), folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
 
 
@@ -77,11 +81,12 @@ def main() -> None:
     args = inference.parse_flags(parser)
     if args.merge_to is not None:
         check_free(args.merge_to)
-    model, tokenizer = load_adapter(args.model_path, args.revision)
-    if args.merge_to:
-        merge_to(args.merge_to, model, tokenizer)
-    else:
-        inference.converse(model, tokenizer, args)
+    with inference.explain_out_of_memory(inference.OUT_OF_MEMORY):
+        model, tokenizer = load_adapter(args.model_path, args.revision)
+        if args.merge_to:
+            merge_to(args.merge_to, model, tokenizer, args.model_path)
+        else:
+            inference.converse(model, tokenizer, args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -63,12 +62,13 @@ LOGGING_STEPS = 10
 SAMPLES = 3  # validation questions answered at the end
 SAMPLE_TOKENS = 1024  # at most, for each of these replies
 PROJECT = "qwen3-sft-medical"  # in SwanLab
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit")  # shown in the card of an adapter
 PACKED = "packed"  # name of packed_attention among transformers' attention implementations
 OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and what the plan says of it
     "kahan": (6, "AdamW，Kahan 求和"),
     "8bit": (2.04, "8 位 AdamW，随机舍入"),
-    "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存梯度"),
-    "optim": (8, "--optim 所指"),
+    "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
+    "optim": (8, "由 --optim 指定，默认 AdamW"),
 }
 RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
 TRACKER_SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
@@ -175,6 +175,8 @@ class TrainArguments(transformers.TrainingArguments):
         os.environ.pop("SWANLAB_DEBUG", None)  # it would write a stored key into a log; Trainer imports SwanLab
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.disable_tqdm is None:  # in a file each move of a bar would be a line
+            self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
@@ -246,6 +248,17 @@ def prepare_files(args: TrainArguments) -> None:
             f"错误：找不到 {'、'.join(missing)}；请先运行 python data.py --dataset <数据> "
             f"--train_file {args.train_file} --val_file {args.val_file}"
         )
+
+
+def note_weights(args: TrainArguments, model_path: str) -> None:
+    """Write the SHA-256 of the model's weights into the arguments. Raises SystemExit unless it is the one there."""
+    found = inference.weights_sha256(model_path)
+    if args.model_sha256 and args.model_sha256.lower() != found:
+        raise SystemExit(
+            f"错误：{args.model_name} 的权重的 SHA-256 是 {found}，不是 --model_sha256 {args.model_sha256}；"
+            "请核对来源，或去掉 --model_sha256。"
+        )
+    args.model_sha256 = found
 
 
 # ---- tracking -----------------------------------------------------------------------------------------------------
@@ -598,8 +611,8 @@ def free_memory(args, model) -> float:
     return psutil.virtual_memory().available + model.get_memory_footprint()
 
 
-def make_plan(args, model, lengths: list[int], fused: bool) -> Plan:
-    """The fastest plan that fits, what the command line says obeyed; the smallest one when none does.
+def make_plan(args, model, lengths: list[int], fused: bool, free: float) -> Plan:
+    """The fastest plan that fits into `free` bytes, what the command line says obeyed; the smallest when none does.
 
     lengths: tokens of each training example. The worst step holds the longest ones.
     """
@@ -627,7 +640,6 @@ def make_plan(args, model, lengths: list[int], fused: bool) -> Plan:
             "错误：--optimizer 8bit_in_backward 要一个进程把一步的样本一次算完；"
             "请去掉 --batch_tokens 和梯度累积，只用一张 GPU。"
         )
-    free = free_memory(args, model)
     fitting = [plan for plan in plans if plan.total <= free]
     if importlib.util.find_spec("torchao") is None:  # then it is asked for only where nothing else fits
         fitting = [plan for plan in fitting if not plan.optimizer.startswith("8bit")] or fitting
@@ -649,7 +661,7 @@ def describe_plan(plan: Plan, free: float, kind: str) -> str:
     table.add_row("合计（估算）", f"{plan.total / 1e9:.2f}", f"可用 {free / 1e9:.2f}{fits}")
     console = rich.console.Console(width=100, record=True, file=io.StringIO(), force_jupyter=False)
     console.print(table)
-    return console.export_text().rstrip()
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
 
 def apply_plan(args, model, plan: Plan) -> None:
@@ -671,7 +683,8 @@ SETTINGS = (
     "model_name max_length num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args full_logits label_smoothing_factor "
     "neftune_noise_alpha seed data_seed bf16 fp16 eval_strategy eval_steps load_best_model_at_end "
-    "metric_for_best_model model_revision lora_rank lora_alpha lora_dropout load_in_4bit optimizer ignore_data_skip"
+    "metric_for_best_model model_revision lora_rank lora_alpha lora_dropout load_in_4bit optimizer ignore_data_skip "
+    "model_sha256"
 ).split()
 
 
@@ -721,7 +734,7 @@ def hold_output_dir(args: TrainArguments):
             if isinstance(thread, Sealing):
                 thread.join()
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_at_once(owner, f"进程 {os.getpid()}，主机 {platform.node()}，开始于 {now}")
+        write_at_once(owner, f"进程 {os.getpid()}，开始于 {now}")
     with held:
         try:
             yield
@@ -746,7 +759,7 @@ def describe_run(args: TrainArguments) -> dict[str, object]:
     values = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
     values["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    values["system_prompt"] = data.SYSTEM_PROMPT
+    values |= {"system_prompt": data.SYSTEM_PROMPT, "dtype": str(inference.best_dtype(args.device))}
     return values | {f"{file} (sha256)": inference.sha256(file) for file in (args.train_file, args.val_file)}
 
 
@@ -763,9 +776,9 @@ def check_settings(args: TrainArguments, folder: Path) -> None:
     if args.memory_gb is None:
         args.batch_tokens = args.batch_tokens or tokens
     new = json.loads(json.dumps(describe_run(args)))
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    changed = [name for name in old if old[name] != new.get(name)]
     if changed:
-        changes = "，".join(f"{name} {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}" for name in changed)
+        changes = "，".join(f"{name} {str(old[name])[:80]} -> {str(new.get(name))[:80]}" for name in changed)
         raise SystemExit(
             f"错误：{folder} 里未完成的训练用的是别的设置：{changes}；"
             "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练。"
@@ -777,8 +790,12 @@ def choose_checkpoint(args: TrainArguments) -> str | None:
     weights that training ends with may be read from there. Prints which were passed over and why."""
     if Path(args.output_dir, inference.FINISHED_MARK).exists():
         return None
-    wanted = args.resume_from_checkpoint
-    folders = [Path(wanted)] if wanted else inference.checkpoint_folders(args.output_dir)
+    wanted, own = args.resume_from_checkpoint, inference.checkpoint_folders(args.output_dir)
+    if wanted and own and Path(wanted).resolve().parent != Path(args.output_dir).resolve():
+        raise SystemExit(
+            f"错误：{args.output_dir} 里有另一个未完成的训练；从 {wanted} 继续，请用 --output_dir 换一个新文件夹。"
+        )
+    folders = [Path(wanted)] if wanted else own
     for checkpoint in reversed(folders):
         fault = find_fault(checkpoint, args)
         if wanted and fault:
@@ -853,7 +870,9 @@ def check_space(args: TrainArguments, state: transformers.TrainerState, model, l
     bytes_of_state, _ = OPTIMIZERS[args.optimizer]  # of AdamW two, each as large as the weight
     states = sum(2 * p.nbytes if args.optimizer == "optim" else p.numel() * bytes_of_state for p in trained)
     steps = state.max_steps / args.num_train_epochs if args.save_strategy == "epoch" else state.save_steps
-    count = max(limit, 1 + args.load_best_model_at_end) + 1 if limit else math.ceil(state.max_steps / steps)
+    count = math.ceil(state.max_steps / steps)
+    if limit and limit > 0:
+        count = min(count, max(limit, 1 + args.load_best_model_at_end) + 1)
     count = 1 if args.save_strategy == "no" else count  # one, at a signal
     there = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     need, free = count * (weights + states) + weights - there, shutil.disk_usage(args.output_dir).free
@@ -905,6 +924,7 @@ class SafeTrainer(transformers.Trainer):
     takes no further step when it continues from its last one."""
 
     sealing: Sealing | None = None
+    saved_step = -1  # of the checkpoint last written, or continued from
     interruption = None  # the Interruption that this training listens to
 
     def __init__(self, *args, **kwargs):
@@ -923,6 +943,7 @@ class SafeTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial):
         args, step = self.args, self.state.global_step
+        self.saved_step = step
         self.check_weights()
         checkpoint = Path(args.output_dir, f"checkpoint-{step}")
         if not args.process_index:
@@ -941,8 +962,9 @@ class SafeTrainer(transformers.Trainer):
         if not args.process_index:
             self.sealing = Sealing(checkpoint, self.state.best_model_checkpoint, self.limit)
 
-    def _load_from_checkpoint(self, *args, **kwargs):
-        super()._load_from_checkpoint(*args, **kwargs)
+    def _load_from_checkpoint(self, checkpoint, *args, **kwargs):
+        super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+        self.saved_step = int(Path(checkpoint).name.split("-")[-1])
         self.restore_dtype()
 
     def _load_best_model(self):
@@ -960,8 +982,8 @@ class SafeTrainer(transformers.Trainer):
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         if self.interruption and self.interruption.came(self.args):
-            self.control.should_training_stop = True
-            if not Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").is_dir():
+            self.control.should_training_stop = self.interruption.acted = True
+            if self.saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
         self.finish_checkpoint()
 
@@ -1006,6 +1028,7 @@ class Interruption(transformers.TrainerCallback):
     once. Entered, it holds the two signals, which reach the main thread only."""
 
     number = 0  # the signal that came
+    acted = False  # it came while there were steps to interrupt, and not in what follows the last one
     message = ""
 
     def __init__(self, trainer: SafeTrainer):
@@ -1020,7 +1043,7 @@ class Interruption(transformers.TrainerCallback):
     def __exit__(self, kind, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.number and kind is None:
+        if self.acted and kind is None:
             if self.message:
                 print(self.message, file=sys.stderr)
             raise SystemExit(128 + self.number)
@@ -1159,6 +1182,7 @@ class MedicalTrainer(SafeTrainer):
             hook.remove()
         for holder in (self, self.callback_handler):
             holder.optimizer = holder.lr_scheduler = None
+        self.model_wrapped = self.model  # DistributedDataParallel holds gradients
         self.accelerator.free_memory()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -1189,18 +1213,6 @@ def peak_memory(device: torch.device) -> int:
     if hasattr(backend, "max_memory_reserved"):
         return backend.max_memory_reserved()
     return psutil.Process().memory_info().rss
-
-
-@contextlib.contextmanager
-def explain_out_of_memory():
-    """Turn any device's out-of-memory error into what to lower, in order."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
-        text = str(error).lower()
-        if "out of memory" in text or "allocate memory" in text:
-            raise SystemExit(OUT_OF_MEMORY) from None
-        raise
 
 
 def pick_optimizer(args: TrainArguments, model):
@@ -1260,9 +1272,13 @@ def step_in_backward(optimizer) -> list:
 def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here."""
     varlen = choose_kernels(args, model)
-    plan = make_plan(args, model, [len(ids) for ids in train_dataset["input_ids"]], fused=args.use_liger_kernel)
+    free = min(accelerate.utils.gather_object([free_memory(args, model)]))
+    plan = make_plan(args, model, [len(ids) for ids in train_dataset["input_ids"]], args.use_liger_kernel, free)
+    [plan] = accelerate.utils.broadcast_object_list([plan])  # one for all processes, whatever each found
     if not args.process_index:
-        print(describe_plan(plan, free_memory(args, model), "内存" if args.use_cpu else "显存"))
+        if args.use_cpu:
+            print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
+        print(describe_plan(plan, free, "内存" if args.use_cpu else "显存"))
     apply_plan(args, model, plan)
     trainer = MedicalTrainer(
         model=model,
@@ -1334,14 +1350,17 @@ def model_card(trainer: MedicalTrainer) -> str:
         "max_length": args.max_length,
         "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
         "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "master"),
-        "基础权重的 SHA-256": inference.weights_sha256(trainer.model.name_or_path),
+        "基础权重的 SHA-256": args.model_sha256,
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
         "最好的 eval_loss": best,
+        "优化器": args.optim if args.optimizer == "optim" else args.optimizer,
+        "梯度裁剪": args.max_grad_norm or "没有",
         "精度": str(trainer.model.dtype).removeprefix("torch."),
         "库": "，".join(f"{name} {version}" for name, version in library_versions().items()),
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    settings |= {name: getattr(args, name) for name in LORA_SETTINGS if hasattr(args, name)}
+    rows = "\n".join(f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings.items())
     return MODEL_CARD.format(base=base, name=args.run_name, rows=rows, system_prompt=data.SYSTEM_PROMPT)
 
 
@@ -1378,15 +1397,13 @@ def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
     """`run`, once the output folder is this run's."""
     with args.main_process_first(local=False):  # rank 0 downloads and writes, the others then find it there
         prepare_files(args)
-        checkpoint = None if args.process_index else choose_checkpoint(args)
         model_path = inference.resolve_model(args.model_name, revision=args.model_revision)
+        checkpoint = None
+        if not args.process_index:
+            note_weights(args, model_path)
+            checkpoint = choose_checkpoint(args)
     chosen = [checkpoint, args.optimizer, args.batch_tokens]
     checkpoint, args.optimizer, args.batch_tokens = accelerate.utils.broadcast_object_list(chosen)
-    if args.model_sha256 and args.model_sha256.lower() != (found := inference.weights_sha256(model_path)):
-        raise SystemExit(
-            f"错误：{args.model_name} 的权重的 SHA-256 是 {found}，不是 --model_sha256 {args.model_sha256}；"
-            "请核对来源，或去掉 --model_sha256。"
-        )
     tokenizer = inference.load_tokenizer(model_path)
     train_dataset, train_lengths = data.load_dataset(args.train_file, tokenizer, args.max_length)
     eval_dataset, eval_lengths = data.load_dataset(args.val_file, tokenizer, args.max_length)
@@ -1397,7 +1414,7 @@ def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
     if tokenizer.convert_tokens_to_ids("</think>") not in train_dataset[0]["labels"]:
         raise SystemExit(f"错误：{args.model_name} 的对话模板不写思考；请换一个会思考的模型，例如 {data.MODEL_NAME}。")
     transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-    with explain_out_of_memory():
+    with inference.explain_out_of_memory(OUT_OF_MEMORY):
         model = inference.load_weights(model_path, args.device, getattr(args, "load_in_4bit", False))
         model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning
         model = wrap_model(model, args)
@@ -1407,8 +1424,11 @@ def fine_tune(args: TrainArguments, wrap_model, finish) -> MedicalTrainer:
         with Interruption(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
         save_results(trainer, tokenizer, finish)
-        if not args.process_index:
-            questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
+    if not args.process_index:
+        questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
+        with inference.explain_out_of_memory(
+            f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
+        ):
             log_samples(args, answer_samples(trainer, tokenizer, questions))
     return trainer
 

@@ -87,6 +87,10 @@ def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layer
     assert found <= sum(estimate.values()) <= 1.15 * found
 
 
+def make_plan(args, model, lengths):
+    return train.make_plan(args, model, lengths, True, train.free_memory(args, model))
+
+
 LENGTHS = [700] * 50 + [2048] * 4
 
 
@@ -96,13 +100,13 @@ LENGTHS = [700] * 50 + [2048] * 4
 )
 def test_each_card_gets_the_fastest_plan_that_fits(memory, most, every, optimizer):
     """Without torchao, which is asked for only where nothing else fits."""
-    plan = train.make_plan(arguments(memory_gb=memory), on_meta(), LENGTHS, fused=True)
+    plan = make_plan(arguments(memory_gb=memory), on_meta(), LENGTHS)
     assert plan.total <= memory * 1e9
     assert (plan.batch_tokens, plan.checkpoint_every, plan.optimizer) == (most, every, optimizer)
 
 
 def test_less_memory_never_gives_a_larger_plan():
-    plans = [train.make_plan(arguments(memory_gb=size), on_meta(), LENGTHS, True) for size in range(6, 60, 2)]
+    plans = [make_plan(arguments(memory_gb=size), on_meta(), LENGTHS) for size in range(6, 60, 2)]
     fitting = [plan for plan, size in zip(plans, range(6, 60, 2)) if plan.total <= size * 1e9]
     assert [plan.total for plan in fitting] == sorted(plan.total for plan in fitting)
     assert len(fitting) > 20 and fitting[0].total < fitting[-1].total
@@ -110,14 +114,14 @@ def test_less_memory_never_gives_a_larger_plan():
 
 def test_lora_fits_where_full_training_does_not():
     args = arguments(train_lora.LoraArguments, memory_gb=6)
-    lora = train.make_plan(args, train_lora.add_adapter(on_meta(), args), LENGTHS, fused=True)
-    assert lora.total <= 6e9 < train.make_plan(arguments(memory_gb=6), on_meta(), LENGTHS, fused=True).total
+    lora = make_plan(args, train_lora.add_adapter(on_meta(), args), LENGTHS)
+    assert lora.total <= 6e9 < make_plan(arguments(memory_gb=6), on_meta(), LENGTHS).total
     assert lora.optimizer == "kahan"
 
 
 def test_flags_are_obeyed():
     flags = {"batch_tokens": 4096, "checkpoint_every": 2, "optimizer": "8bit"}
-    plan = train.make_plan(arguments(memory_gb=140, **flags), on_meta(), LENGTHS, fused=True)
+    plan = make_plan(arguments(memory_gb=140, **flags), on_meta(), LENGTHS)
     assert (plan.batch_tokens, plan.checkpoint_every, plan.optimizer) == (4096, 2, "8bit")
 
 
@@ -128,13 +132,13 @@ def test_trainers_own_flag_for_checkpointing_is_obeyed(flag, every):
 
 def test_steps_in_the_backward_pass_need_the_whole_step_at_once():
     args = arguments(optimizer="8bit_in_backward", gradient_accumulation_steps=4)
-    with pytest.raises(SystemExit, match="8bit_in_backward 要一步的样本一次算完"):
-        train.make_plan(args, on_meta(), LENGTHS, fused=True)
+    with pytest.raises(SystemExit, match="8bit_in_backward 要一个进程把一步的样本一次算完"):
+        make_plan(args, on_meta(), LENGTHS)
 
 
 def test_a_plan_that_may_not_fit_says_so():
     args = arguments(memory_gb=3)
-    plan = train.make_plan(args, on_meta(), LENGTHS, fused=True)
+    plan = make_plan(args, on_meta(), LENGTHS)
     text = train.describe_plan(plan, train.free_memory(args, None), "显存")
     assert "可能放不下" in text and "合计（估算）" in text
     assert "可能放不下" not in train.describe_plan(plan, 1e12, "显存")

@@ -103,7 +103,7 @@ def test_several_processes_cannot_step_in_the_backward_pass(workspace, tiny_mode
     args = train.TrainArguments(report_to="none", optimizer="8bit_in_backward")
     monkeypatch.setattr(train.TrainArguments, "world_size", 2)
     with pytest.raises(SystemExit, match="只用一张 GPU"):
-        train.make_plan(args, inference.load_weights(str(tiny_model), torch.device("cpu")), [100] * 8, fused=False)
+        train.make_plan(args, inference.load_weights(str(tiny_model), torch.device("cpu")), [100] * 8, False, 1e9)
 
 
 @needs("bitsandbytes")

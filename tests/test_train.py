@@ -198,7 +198,7 @@ def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(wo
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "MPS backend out of memory"])
 def test_out_of_memory_says_what_to_lower_in_order(message):
-    with pytest.raises(SystemExit) as error, train.explain_out_of_memory():
+    with pytest.raises(SystemExit) as error, inference.explain_out_of_memory(train.OUT_OF_MEMORY):
         raise RuntimeError(message)
     steps = ("--memory_gb", "--max_length 1024", "train_lora.py", "Qwen/Qwen3-0.6B")
     places = [str(error.value).index(step) for step in steps]
@@ -206,10 +206,10 @@ def test_out_of_memory_says_what_to_lower_in_order(message):
 
 
 def test_real_out_of_memory_of_the_cpu_is_recognised():
-    with pytest.raises(SystemExit, match="显存（内存）不足"), train.explain_out_of_memory():
+    with pytest.raises(SystemExit, match="显存（内存）不足"), inference.explain_out_of_memory(train.OUT_OF_MEMORY):
         torch.empty(2**60)
 
 
 def test_other_runtime_errors_pass():
-    with pytest.raises(RuntimeError, match="shape"), train.explain_out_of_memory():
+    with pytest.raises(RuntimeError, match="shape"), inference.explain_out_of_memory(train.OUT_OF_MEMORY):
         raise RuntimeError("shape mismatch")

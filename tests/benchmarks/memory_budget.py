@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 
 KINDS = {"full": ("train", {}), "LoRA": ("train_lora", {}), "QLoRA": ("train_lora", {"load_in_4bit": True})}
-CAPS = [6, 8, 10, 12, 16, 24, 32]
+CAPS = [4, 6, 8, 10, 12, 16, 24, 32, 40]
 NF4_BITS = 4.127  # a weight, its scales quantized too (arXiv 2305.14314, section 3)
 WORST = {"input_ids": list(range(1000, 3048)), "labels": [-100] * 64 + list(range(1064, 3048))}
 
@@ -31,6 +31,7 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     """Train the worst step and `steps` drawn ones under the cap: {tokens_per_second, peak_gb, estimate_gb, plan}."""
     import train_speed
 
+    import inference
     import train
 
     script, flags = KINDS[kind]
@@ -39,12 +40,12 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
         train_speed.build_model(small).save_pretrained(folder)
         common = {"output_dir": f"{folder}/output", "max_steps": steps + 1, "report_to": "none", "disable_tqdm": True}
         common |= {"logging_steps": 1, "train_sampling_strategy": "sequential"}
-        with train.explain_out_of_memory():
+        with inference.explain_out_of_memory("out of memory"):
             trainer = train_speed.our_trainer(script, flags | {"memory_gb": cap}, folder, common, examples)
             trainer.train()
     args = trainer.args
     lengths = [len(ids) for ids in examples["input_ids"]]
-    plan = train.make_plan(args, trainer.model, lengths, args.use_liger_kernel)
+    plan = train.make_plan(args, trainer.model, lengths, args.use_liger_kernel, train.free_memory(args, trainer.model))
     speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
     return {
         "tokens_per_second": statistics.median(speeds[1:]),
@@ -59,8 +60,11 @@ def plan_only(cap: float) -> None:
     import torch
     import transformers
 
+    import inference
     import train
     import train_lora
+
+    inference.quiet_libraries()
 
     def full():
         with torch.device("meta"):
@@ -85,8 +89,9 @@ def plan_only(cap: float) -> None:
             linear = sum(p.numel() for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
             size = model.get_memory_footprint() - linear * (2 - NF4_BITS / 8)
             model.get_memory_footprint = lambda size=size: size
-        plan = train.make_plan(args, model, [2048] * 4, fused=True)
-        fits = "yes" if plan.total <= train.free_memory(args, model) else "no"
+        free = train.free_memory(args, model)
+        plan = train.make_plan(args, model, [2048] * 4, True, free)
+        fits = "yes" if plan.total <= free else "no"
         what = f"{plan.batch_tokens} tokens, every {plan.checkpoint_every}, {plan.optimizer}"
         print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {what} |")
 
