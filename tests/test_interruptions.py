@@ -62,6 +62,12 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def choose(args) -> str | None:
+    """The checkpoint that a command with these arguments would continue from."""
+    train.note_weights(args, args.model_name)
+    return train.choose_checkpoint(args)
+
+
 def at_step(patch, step: int, act) -> None:
     """Let `act()` happen in the next run while it computes step `step`."""
 
@@ -123,7 +129,7 @@ def copies(cut_short, tmp_path, monkeypatch):
 def test_damaged_checkpoint_is_passed_over_whatever_file_it_is(copies, tiny_model, name, cls, damage, capsys):
     args = arguments(tiny_model, cls, output_dir=name, **STEPS)
     newest, older = Path(name, "checkpoint-10"), str(Path(name, "checkpoint-5"))
-    assert train.choose_checkpoint(args) == str(newest)
+    assert choose(args) == str(newest)
     files = sorted(path for path in newest.iterdir())
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"} <= {
         path.name for path in files
@@ -131,14 +137,14 @@ def test_damaged_checkpoint_is_passed_over_whatever_file_it_is(copies, tiny_mode
     for path in files:
         content = path.read_bytes()
         damage(path)
-        assert train.choose_checkpoint(args) == older, path
+        assert choose(args) == older, path
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 1 and said[0].startswith(f"跳过 {newest}：") and path.name in said[0], said
         if not path.exists() or path.stat().st_size != len(content):  # inference looks at the sizes only
             config = "adapter_config.json" if name == "lora" else "config.json"
             assert inference.find_trained(name, config) == Path(older)
         path.write_bytes(content)
-    assert train.choose_checkpoint(args) == str(newest)
+    assert choose(args) == str(newest)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -197,9 +203,9 @@ def test_a_checkpoint_whose_best_is_damaged_does_not_decide_the_final_weights(co
     path.with_name(inference.MANIFEST).unlink()
     train.Sealing(path.parent, None, None).join()
     args = arguments(tiny_model, output_dir="full", **STEPS)
-    assert train.choose_checkpoint(args) == "full/checkpoint-10"
+    assert choose(args) == "full/checkpoint-10"
     DAMAGES["flipped"](Path("full/checkpoint-5/model.safetensors"))
-    assert train.choose_checkpoint(args) is None
+    assert choose(args) is None
     assert "最好的 checkpoint-5 model.safetensors 与 manifest.json 不符" in capsys.readouterr().out
 
 
@@ -369,7 +375,7 @@ def test_second_run_in_the_same_folder_is_refused_and_named_the_first(workspace,
 def test_other_settings_do_not_continue_a_run(copies, tiny_model, changes, said):
     with pytest.raises(SystemExit, match=f"full 里未完成的训练用的是别的设置：{said}；.*--output_dir"):
         run(tiny_model, output_dir="full", **changes)
-    assert train.choose_checkpoint(arguments(tiny_model, output_dir="full", **STEPS)) == "full/checkpoint-10"
+    assert choose(arguments(tiny_model, output_dir="full", **STEPS)) == "full/checkpoint-10"
 
 
 def test_other_data_and_other_adapters_do_not_continue_a_run(copies, tiny_model):
@@ -398,7 +404,7 @@ def test_another_prompt_does_not_continue_a_run(copies, tiny_model, monkeypatch)
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
 def test_settings_that_cannot_be_read_are_said_and_the_run_goes_on(copies, tiny_model, content, capsys):
     Path("full", inference.RUN_FILE).write_text(content, encoding="utf-8")
-    assert train.choose_checkpoint(arguments(tiny_model, output_dir="full", **STEPS)) == "full/checkpoint-10"
+    assert choose(arguments(tiny_model, output_dir="full", **STEPS)) == "full/checkpoint-10"
     assert "full/run.json 无法读取" in capsys.readouterr().out
 
 
@@ -508,11 +514,50 @@ def test_full_disk_keeps_the_checkpoints_and_the_command_continues(
     assert same(final_weights("disk/out"), expected)
 
 
+def test_a_checkpoint_that_is_named_does_not_enter_the_folder_of_another_run(copies, tiny_model):
+    """It would take that run's best weights for its own, and delete its checkpoints."""
+    with pytest.raises(SystemExit, match="lora 里有另一个未完成的训练；从 full/checkpoint-10 继续.*--output_dir"):
+        run(tiny_model, output_dir="lora", resume_from_checkpoint="full/checkpoint-10")
+    assert len(inference.find_checkpoints("lora")) == 2
+
+
+def test_other_weights_and_another_precision_do_not_continue_a_run(copies, tiny_model, monkeypatch):
+    shutil.copytree(tiny_model, "base")
+    before = inference.weights_sha256("base")
+    args = arguments(tiny_model, output_dir="full", **STEPS)
+    settings = json.loads(Path("full", inference.RUN_FILE).read_text(encoding="utf-8"))
+    assert settings["model_sha256"] == before and settings["dtype"] == "torch.float32"
+    args.model_sha256 = "another"
+    with pytest.raises(SystemExit, match=f"model_sha256 {before} -> another"):
+        train.choose_checkpoint(args)
+    monkeypatch.setattr(inference, "best_dtype", lambda device: torch.bfloat16)
+    with pytest.raises(SystemExit, match="dtype torch.float32 -> torch.bfloat16"):
+        run(tiny_model, output_dir="full")
+
+
+def test_a_signal_is_saved_where_a_broken_checkpoint_of_that_step_lies(copies, tiny_model, monkeypatch):
+    shutil.copytree("full/checkpoint-10", "full/checkpoint-13")
+    Path("full/checkpoint-13", inference.MANIFEST).unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        at_step(patch, 13, lambda: signal.raise_signal(signal.SIGTERM))
+        run(tiny_model, output_dir="full")
+    assert inference.find_checkpoints("full")[-1].name == "checkpoint-13"
+
+
+def test_a_signal_after_the_last_step_lets_the_results_be_saved(workspace, tiny_model, monkeypatch):
+    """Nothing is left to interrupt, and without checkpoints all would be lost."""
+    end = train.MedicalTrainer._finalize_training
+    signalled = lambda self, *args: (signal.raise_signal(signal.SIGTERM), end(self, *args))[1]  # noqa: E731
+    monkeypatch.setattr(train.MedicalTrainer, "_finalize_training", signalled)
+    run(tiny_model, save_strategy="no", load_best_model_at_end=False, max_steps=4)
+    assert Path(data.OUTPUT_DIR, inference.FINISHED_MARK).is_file()
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_too_little_room_is_said_before_training(workspace, tiny_model, limit):
     model = torch.nn.Linear(10**7, 10**7, bias=False, device="meta")  # 400 TB
     args = arguments(tiny_model, output_dir=".", optimizer="optim")
-    state = train.transformers.TrainerState(max_steps=4, save_steps=2)
+    state = train.transformers.TrainerState(max_steps=8, save_steps=2)
     # Three checkpoints, the best, the newest and the one being written, of weights and AdamW's two states, and the
     # final weights: (3 x 3 + 1) x 400 TB.
     with pytest.raises(
@@ -520,6 +565,8 @@ def test_too_little_room_is_said_before_training(workspace, tiny_model, limit):
     ):
         train.check_space(args, state, model, limit)
     train.check_space(args, state, torch.nn.Linear(10, 10), limit)
+    with pytest.raises(SystemExit, match="，4 个检查点和最后的权重"):  # no more than there will ever be
+        train.check_space(args, state, model, 100)
 
 
 @pytest.mark.parametrize(

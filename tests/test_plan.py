@@ -131,7 +131,7 @@ def test_trainers_own_flag_for_checkpointing_is_obeyed(flag, every):
 
 
 def test_steps_in_the_backward_pass_need_the_whole_step_at_once():
-    args = arguments(optimizer="8bit_in_backward", gradient_accumulation_steps=4)
+    args = arguments(optimizer="8bit_in_backward", gradient_accumulation_steps=4, memory_gb=12)
     with pytest.raises(SystemExit, match="8bit_in_backward 要一个进程把一步的样本一次算完"):
         make_plan(args, on_meta(), LENGTHS)
 

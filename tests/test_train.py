@@ -63,7 +63,7 @@ def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
     args = arguments(tiny_model, train_lora.LoraArguments, max_steps=2, learning_rate=1e-1)
     trainer = train.run(args, train_lora.add_adapter)
     model, tokenizer = inference_lora.load_adapter(data.LORA_OUTPUT_DIR)
-    inference_lora.merge_to("merged", model, tokenizer)
+    inference_lora.merge_to("merged", model, tokenizer, data.LORA_OUTPUT_DIR)
     ids = torch.tensor([data.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
     plain, _ = inference.load_trained("merged")
     with torch.no_grad():

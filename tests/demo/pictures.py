@@ -103,9 +103,7 @@ def draw_memory():
     for name, end in ends.items():
         axes.text(end + 0.2, name, f"{end:.1f}", va="center")
     axes.invert_yaxis()
-    axes.set(
-        xlabel="GB", title="Qwen3-1.7B, 2,048 tokens a pass, plain kernels, every layer recomputed: arithmetic only"
-    )
+    axes.set(xlabel="GB", title="Qwen3-1.7B, examples of 2,048 tokens: arithmetic, not a measurement")
     axes.set_xlim(0, max(ends.values()) * 1.08)
     axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=5, frameon=False)
     return figure
