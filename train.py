@@ -40,6 +40,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import data
@@ -69,6 +70,17 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
     "8bit": (2.04, "8 位 AdamW，随机舍入"),
     "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
     "optim": (8, "由 --optim 指定，默认 AdamW"),
+}
+LOG_PARTS = {  # of a log, as they stand in its line
+    "loss": "loss {:.4f}",
+    "eval_loss": "评估 eval_loss {:.4f}",
+    "eval_token_loss": "按 token {:.4f}",
+    "grad_norm": "梯度 {:.2f}",
+    "learning_rate": "学习率 {:.3g}",
+    "tokens_per_second": "{:,.0f} token/秒",
+    "peak_memory_gb": "{:.2f} GB",
+    "eval_runtime": "{:.1f} 秒",
+    "train_runtime": "训练用时 {:.0f} 秒",
 }
 RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
 TRACKER_SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
@@ -1194,6 +1206,22 @@ class MedicalTrainer(SafeTrainer):
         super().log(logs, *args, **kwargs)
 
 
+class Bar(transformers.ProgressCallback):
+    """Trainer's bar without the logs, which are LogLines'."""
+
+    def on_log(self, *args, **kwargs):
+        pass
+
+
+class LogLines(transformers.TrainerCallback):
+    """A line of at most 80 columns for each log, where Trainer would print a dict."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        parts = [form.format(logs[name]) for name, form in LOG_PARTS.items() if name in logs]
+        if state.is_world_process_zero and parts:
+            tqdm.write("  ".join([f"第 {state.global_step} 步", *parts]))
+
+
 def token_batches(dataset, rank: int, world_size: int, most: int) -> list[list[int]]:
     """This rank's share of the examples, by length, in batches of `most` tokens at most (or of one example)."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -1291,6 +1319,10 @@ def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_da
         optimizer_cls_and_kwargs=pick_optimizer(args, model),
     )
     trainer.varlen = varlen
+    if bar := trainer.pop_callback(transformers.ProgressCallback):  # a notebook's table stays
+        trainer.add_callback(Bar())
+    if bar or trainer.pop_callback(transformers.PrinterCallback):
+        trainer.add_callback(LogLines())
     return trainer
 
 

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,8 @@ CURVE = ROOT / "tests" / "loss_curve.json"
 
 def arguments(model: Path, cls=train.TrainArguments, **changes):
     """Arguments for a few steps on the CPU; all else is the recipe."""
-    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "sample_tokens": 4} | changes
-    return cls(model_name=str(model), report_to=values.pop("report_to", "none"), disable_tqdm=True, **values)
+    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "sample_tokens": 4, "report_to": "none"}
+    return cls(model_name=str(model), **values | {"disable_tqdm": True} | changes)
 
 
 def weights(folder: str | Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
@@ -213,3 +215,22 @@ def test_real_out_of_memory_of_the_cpu_is_recognised():
 def test_other_runtime_errors_pass():
     with pytest.raises(RuntimeError, match="shape"), inference.explain_out_of_memory(train.OUT_OF_MEMORY):
         raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize("bar", [True, False], ids=["bar", "no bar"])
+def test_each_log_is_one_line_that_fits_a_terminal(workspace, tiny_model, bar, capsys):
+    train.run(arguments(tiny_model, max_steps=2, logging_steps=1, eval_steps=2, disable_tqdm=not bar))
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("第 ")]
+    assert [re.match(r"第 (\d) 步  (loss|评估 eval_loss|训练用时) ", line).groups() for line in lines] == [
+        ("1", "loss"),
+        ("2", "loss"),
+        ("2", "评估 eval_loss"),
+        ("2", "训练用时"),
+    ]
+    assert "{'loss'" not in out and ("2/2" in err) == bar
+    longest = {"loss": 1.1234, "grad_norm": 12.34, "learning_rate": 9.88e-5, "tokens_per_second": 40000.0}
+    state = train.transformers.TrainerState(global_step=1000)
+    train.LogLines().on_log(None, state, None, longest | {"peak_memory_gb": 12.34})
+    line = capsys.readouterr().out.rstrip()
+    assert sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line) <= 80
