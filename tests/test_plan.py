@@ -87,6 +87,17 @@ def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layer
     assert found <= sum(estimate.values()) <= 1.15 * found
 
 
+def test_all_logits_and_the_copies_of_other_processes_are_counted():
+    def peak_bytes(world_size: int = 1, **changes) -> float:
+        args = arguments(**changes)
+        args.world_size = world_size
+        return train.estimate_memory(on_meta(), args, False, 2048, False, 1, "kahan")["一步之内"]
+
+    gradients = 2 * on_meta().num_parameters()
+    assert peak_bytes(full_logits=True) - peak_bytes() > 0.8 * 14 * 2048 * 151936
+    assert peak_bytes(world_size=2) - peak_bytes() == pytest.approx(gradients, rel=0.01)
+
+
 def make_plan(args, model, lengths):
     return train.make_plan(args, model, lengths, True, train.free_memory(args, model))
 
