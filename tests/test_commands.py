@@ -97,7 +97,7 @@ def test_training_reports_data_tokens_and_where_the_model_is(workspace, tiny_mod
     for part in (
         "train.jsonl：108 条，token 数平均",
         "监督部分：<think>⏎",
-        "tokens_per_second",
+        " token/秒",
         "【问题】",
         "【回答】",
     ):
