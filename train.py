@@ -1049,7 +1049,10 @@ class Interruption(transformers.TrainerCallback):
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
-        self.previous = {number: signal.signal(number, self.note) for number in numbers}
+        heard = [
+            number for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+        ]  # a shell's & ignores Ctrl-C
+        self.previous = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def __exit__(self, kind, *_):

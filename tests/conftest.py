@@ -1,6 +1,7 @@
 """What several tests share: the tiny model, the sample data, and a way to run a script as a person would."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
 os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", SWANLAB_MODE="local", MODELSCOPE_ENDPOINT="http://127.0.0.1:9"
 )
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which some are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(hub.LIMITS)  # before the client's import, which reads them
 for name in ("SWANLAB_PROJECT", "SWANLAB_API_KEY"):
     os.environ.pop(name, None)

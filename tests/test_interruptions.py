@@ -319,6 +319,16 @@ def test_second_ctrl_c_leaves_at_once(workspace, tiny_model, monkeypatch):
     assert [path.name for path in inference.checkpoint_folders(data.OUTPUT_DIR)] == ["checkpoint-5"]
 
 
+def test_a_signal_that_the_shell_ignores_is_ignored(workspace, tiny_model, monkeypatch):
+    """As in `nohup python train.py &`, where Ctrl-C is meant for another command."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(tiny_model).state.global_step == 20
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def torchrun(*flags, port: int) -> subprocess.Popen:
     command = [Path(sysconfig.get_path("scripts"), "torchrun"), "--nproc_per_node=2", f"--master_port={port}"]
     command += [ROOT / "train.py", *flags]
