@@ -68,6 +68,8 @@ def refused(message: str, run, *args, **kwargs) -> None:
         ({"early_stopping_patience": -1}, "--early_stopping_patience -1：要一个不小于 0 的整数"),
         ({"lora_rank": 0}, "--lora_rank 0：要一个大于 0 的数"),
         ({"output_dir": ""}, "--output_dir 是空的"),
+        ({"memory_gb": 0.4}, "--memory_gb 0.4：驱动自己就要约 0.5 GB"),
+        ({"save_only_model": True}, "--save_only_model：这样的检查点不能继续训练，不支持"),
     ],
     ids=str,
 )
