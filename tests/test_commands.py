@@ -165,6 +165,7 @@ def test_adapter_is_asked_and_merged(trained):
     assert result.returncode == 0 and "【问题】头痛？" in result.stdout
     result = run_script("inference_lora.py", "--merge_to", "merged", cwd=trained)
     assert result.returncode == 0 and "python inference.py --model_path merged" in result.stdout
+    assert "**它不是医生。**" in Path(trained, "merged", "README.md").read_text(encoding="utf-8")  # the card goes along
     result = run_script("inference.py", "--model_path", "merged", "--max_new_tokens", 5, cwd=trained)
     assert result.returncode == 0, result.stdout
     fails(run_script("inference_lora.py", "--merge_to", "merged", cwd=trained), "merged 不是可写的空文件夹")
