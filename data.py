@@ -398,20 +398,20 @@ def to_jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_files(parts: dict[str, list[dict]]) -> None:
-    """Write {path: rows} as JSONL. Each file appears whole, and none before all could be written."""
-    drafts = {path: Path(f"{path}.{os.getpid()}.tmp") for path in parts}
+def write_files(texts: dict[str, str]) -> None:
+    """Write {path: text}. Each file appears whole, and none before all could be written."""
+    drafts = {path: Path(f"{path}.{os.getpid()}.tmp") for path in texts}
     try:
         for path, draft in drafts.items():
             draft.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(to_jsonl(parts[path]))
-        if taken := [path for path in parts if Path(path).is_dir()]:
+                file.write(texts[path])
+        if taken := [path for path in texts if Path(path).is_dir()]:
             raise IsADirectoryError(0, "是一个文件夹", taken[0])
         for path, draft in drafts.items():
             os.replace(draft, path)
     except OSError as error:
-        names = "、".join(path for path in parts if not path.endswith(SOURCE_SUFFIX))
+        names = "、".join(path for path in texts if not path.endswith(SOURCE_SUFFIX))
         raise SystemExit(
             f"错误：无法写入 {names}（{error.strerror}）；请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
         ) from None
@@ -456,8 +456,9 @@ def prepare(dataset=DATASET_NAME, train_file=TRAIN_FILE, val_file=VAL_FILE, revi
     parts = {train_file: train, val_file: val}
     local = os.path.exists(dataset)  # its folder may name people
     origin = {"source": Path(source).name if local else source, "revision": revision, "sha256": found}
-    origin["train_sha256"] = hashlib.sha256(to_jsonl(train).encode()).hexdigest()
-    write_files(parts | {train_file + SOURCE_SUFFIX: [origin]})
+    texts = {path: to_jsonl(part) for path, part in parts.items()}
+    origin["train_sha256"] = hashlib.sha256(texts[train_file].encode()).hexdigest()
+    write_files(texts | {train_file + SOURCE_SUFFIX: to_jsonl([origin])})
     print(summary(source, found, len(rows), parts, problems))
 
 

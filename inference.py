@@ -104,10 +104,14 @@ def weights_sha256(folder: str | Path) -> str:
     return sha256(*sorted(Path(folder).glob("*.safetensors")))
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def checkpoint_folders(folder: str | Path) -> list[Path]:
     """All of a run's checkpoint-N below `folder`, whole or not, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    return sorted(found, key=step_of)
 
 
 def find_damage(checkpoint: Path, hashes: bool) -> str | None:

@@ -69,8 +69,8 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     """Save the merged model, so that inference.py and any other tool can load it, with the card of its training."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for card in ("README.md", "loss.png"):
-        if Path(adapter, inference.FINISHED_MARK).is_file():
+    if Path(adapter, inference.FINISHED_MARK).is_file():
+        for card in ("README.md", "loss.png"):
             shutil.copy(Path(adapter, card), folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
 

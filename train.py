@@ -69,7 +69,7 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
     "kahan": (6, "AdamW，Kahan 求和"),
     "8bit": (2.04, "8 位 AdamW，随机舍入"),
     "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
-    "optim": (8, "由 --optim 指定，默认 AdamW"),
+    "optim": (None, "由 --optim 指定，默认 AdamW"),  # of AdamW two states, each as large as the weight
 }
 LOG_PARTS = {  # of a log, as they stand in its line
     "loss": "loss {:.4f}",
@@ -586,11 +586,16 @@ def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
     return kept
 
 
+def state_bytes(trained: list, optimizer: str) -> float:
+    """Bytes of the optimizer's states for the trained weights."""
+    each, _ = OPTIMIZERS[optimizer]
+    return sum(2 * p.nbytes for p in trained) if each is None else each * sum(p.numel() for p in trained)
+
+
 def estimate_memory(model, args, fused: bool, tokens: int, whole_step: bool, every: int, optimizer: str) -> dict:
     """Bytes at the peak of training, part by part. `tokens` in one pass; `whole_step`: they are all of a step's."""
     config, size = model.config, model.dtype.itemsize
     trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
     gradients = 0 if optimizer == "8bit_in_backward" else sum(p.nbytes for p in trained)
     gradients *= 1 + (args.world_size > 1)  # DistributedDataParallel sends copies of them
     output = model.get_output_embeddings().weight
@@ -603,11 +608,9 @@ def estimate_memory(model, args, fused: bool, tokens: int, whole_step: bool, eve
     loss = tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * 8)
     working = max(loss, (0.9 + (every == 1)) * layer) + tail
     forward = kept + working + output_gradient + (0 if whole_step else gradients)
-    state, _ = OPTIMIZERS[optimizer]
-    state = 2 * model.dtype.itemsize if optimizer == "optim" else state
     return {
         "权重": float(model.get_memory_footprint()),
-        "优化器": float(count * state),
+        "优化器": float(state_bytes(trained, optimizer)),
         # The output layer is the embedding too: at the end there are two gradients of it, and their sum.
         "一步之内": max(forward, max(gradients, output_gradient) + 2 * output_gradient),
         "余量": RESERVE_BYTES,
@@ -879,15 +882,16 @@ def check_space(args: TrainArguments, state: transformers.TrainerState, model, l
     the newest always), the one that is written before an older one goes, and the final weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.nbytes for p in trained)
-    bytes_of_state, _ = OPTIMIZERS[args.optimizer]  # of AdamW two, each as large as the weight
-    states = sum(2 * p.nbytes if args.optimizer == "optim" else p.numel() * bytes_of_state for p in trained)
     steps = state.max_steps / args.num_train_epochs if args.save_strategy == "epoch" else state.save_steps
     count = math.ceil(state.max_steps / steps)
     if limit and limit > 0:
         count = min(count, max(limit, 1 + args.load_best_model_at_end) + 1)
     count = 1 if args.save_strategy == "no" else count  # one, at a signal
     there = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
-    need, free = count * (weights + states) + weights - there, shutil.disk_usage(args.output_dir).free
+    need, free = (
+        count * (weights + state_bytes(trained, args.optimizer)) + weights - there,
+        shutil.disk_usage(args.output_dir).free,
+    )
     if need > free:
         raise SystemExit(
             f"错误：{args.output_dir} 所在的磁盘剩余 {free / 1e9:.2f} GB，{count} 个检查点和最后的权重还需要约 "
@@ -961,7 +965,7 @@ class SafeTrainer(transformers.Trainer):
         if not args.process_index:
             self.finish_checkpoint()
             for folder in inference.checkpoint_folders(args.output_dir):
-                if int(folder.name[11:]) >= step:  # this run passed it over when it continued from an older one
+                if inference.step_of(folder) >= step:  # this run passed it over when it continued from an older one
                     shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         try:
@@ -974,9 +978,8 @@ class SafeTrainer(transformers.Trainer):
         if not args.process_index:
             self.sealing = Sealing(checkpoint, self.state.best_model_checkpoint, self.limit)
 
-    def _load_from_checkpoint(self, checkpoint, *args, **kwargs):
-        super()._load_from_checkpoint(checkpoint, *args, **kwargs)
-        self.saved_step = int(Path(checkpoint).name.split("-")[-1])
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
         self.restore_dtype()
 
     def _load_best_model(self):
@@ -1049,9 +1052,8 @@ class Interruption(transformers.TrainerCallback):
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
-        heard = [
-            number for number in numbers if signal.getsignal(number) != signal.SIG_IGN
-        ]  # a shell's & ignores Ctrl-C
+        # A shell's & lets a process ignore Ctrl-C; it stays ignored.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self.note) for number in heard}
         return self
 
@@ -1080,6 +1082,7 @@ class Interruption(transformers.TrainerCallback):
         return came
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.trainer.saved_step = state.global_step
         if not args.process_index:
             check_space(args, state, model, self.trainer.limit)
 
@@ -1093,8 +1096,9 @@ class Interruption(transformers.TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if not args.process_index and (whole := inference.find_checkpoints(args.output_dir)):
-            step = whole[-1].name.split("-")[-1]
-            self.message = f"\n已中断：第 {step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
+            self.message = (
+                f"\n已中断：第 {inference.step_of(whole[-1])} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
+            )
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -1246,7 +1250,7 @@ def peak_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def pick_optimizer(args: TrainArguments, model):
+def pick_optimizer(args: TrainArguments):
     """(optimizer class, its arguments) of the plan, or None: what --optim says. Raises SystemExit without torchao.
 
     A bfloat16 weight has 8 significant bits: added to it, an update smaller than 1/512 of it is rounded away, and at a
@@ -1319,7 +1323,7 @@ def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_da
         processing_class=tokenizer,
         data_collator=PackedCollator(),
         callbacks=[BestCheckpoint()] if args.load_best_model_at_end else [],
-        optimizer_cls_and_kwargs=pick_optimizer(args, model),
+        optimizer_cls_and_kwargs=pick_optimizer(args),
     )
     trainer.varlen = varlen
     if bar := trainer.pop_callback(transformers.ProgressCallback):  # a notebook's table stays

@@ -26,7 +26,6 @@ import train
 import train_lora
 
 STEPS = {"max_steps": 20, "eval_steps": 5, "learning_rate": 1e-3, "gradient_accumulation_steps": 1, "logging_steps": 5}
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
 class Straight:

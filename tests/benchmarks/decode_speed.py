@@ -12,12 +12,13 @@ is timed apart; the timed run has one for each 512 tokens by which the cache gro
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+from train_speed import build_model, in_turn  # noqa: E402
 
 PROMPT_TOKENS = 64  # about the published rows'
 WEIGHT_GB = 3.44  # of Qwen3-1.7B in bfloat16, all of it read at each step
@@ -37,7 +38,6 @@ ARMS = {  # name -> (rows, our loop, torch's norms)
 def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     """Seconds of the first and the timed run, steps a second, seconds of a capture, peak GB of one arm."""
     import torch
-    from train_speed import build_model
 
     import inference
 
@@ -100,29 +100,23 @@ def main() -> None:
     if args.one_arm:
         print(json.dumps(run_arm(args.one_arm, args.small, tokens)))
         return
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.arms}
-    for _ in range(args.rounds):
-        for name in args.arms:
-            command = [sys.executable, __file__, "--one_arm", name, "--tokens", str(tokens)] + ["--small"] * args.small
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                print(f"{name}: failed\n{result.stderr[-2000:]}", file=sys.stderr)
-            else:
-                results[name].append(json.loads(result.stdout.splitlines()[-1]))
+    options = ["--tokens", str(tokens)] + ["--small"] * args.small
+    results = in_turn(
+        {name: [sys.executable, __file__, "--one_arm", name, *options] for name in args.arms}, args.rounds
+    )
     print("| arm | tokens/s | x plain | % of the limit | first run s | timed run s | capture s | peak GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     plain: dict[int, float] = {}
     for name, runs in results.items():
-        if runs:
-            median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            rows = ARMS[name][0]
-            speed = rows * median["steps"]
-            ratio = speed / plain.setdefault(rows, speed)
-            limit = "-" if args.small else f"{100 * WEIGHT_GB * median['steps'] / args.bandwidth:.0f}"
-            print(
-                f"| {name} | {speed:.0f} | {ratio:.2f} | {limit} | {median['first']:.2f} | {median['seconds']:.2f} | "
-                f"{median['capture']:.2f} | {median['peak_gb']:.1f} |"
-            )
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        rows = ARMS[name][0]
+        speed = rows * median["steps"]
+        ratio = speed / plain.setdefault(rows, speed)
+        limit = "-" if args.small else f"{100 * WEIGHT_GB * median['steps'] / args.bandwidth:.0f}"
+        print(
+            f"| {name} | {speed:.0f} | {ratio:.2f} | {limit} | {median['first']:.2f} | {median['seconds']:.2f} | "
+            f"{median['capture']:.2f} | {median['peak_gb']:.1f} |"
+        )
 
 
 if __name__ == "__main__":
