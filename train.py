@@ -57,6 +57,7 @@ EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which 
 LOSS_BYTES = 500_000_000  # of logits and their gradient at any time; all at once are 14 bytes x vocabulary a token
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
+STEP_WEIGHTS = 2**22  # updated at a time in the backward pass: torchao's 4-bit step works with 24 bytes for each
 PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
 KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
@@ -69,6 +70,7 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
     "kahan": (6, "AdamW，Kahan 求和"),
     "8bit": (2.04, "8 位 AdamW，随机舍入"),
     "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
+    "4bit_in_backward": (1.07, "4 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
     "optim": (None, "由 --optim 指定，默认 AdamW"),  # of AdamW two states, each as large as the weight
 }
 LOG_PARTS = {  # of a log, as they stand in its line
@@ -134,6 +136,9 @@ class TrainArguments(transformers.TrainingArguments):
     checkpoint_every: int | None = field(
         default=None, metadata={"help": "recompute every n-th layer; 0: none, 1: all; default: planned"}
     )
+    offload_activations: bool | None = field(
+        default=None, metadata={"help": "keep the recomputed layers' inputs in the CPU's memory; default: planned"}
+    )
     optimizer: str | None = field(
         default=None,
         metadata={"help": "of bfloat16 weights; optim: what --optim says; default: planned", "choices": OPTIMIZERS},
@@ -179,6 +184,8 @@ class TrainArguments(transformers.TrainingArguments):
         if self.checkpoint_every is None and asked is not None:
             self.checkpoint_every = int(asked)
         self.gradient_checkpointing = self.activation_checkpointing = False  # until the plan says otherwise
+        if self.offload_activations and self.checkpoint_every == 0:
+            raise ValueError("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
         # Less is lost between blocks of memory. Has to be set before the first one is asked for.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         # Without torchrun Trainer would spread one process over all GPUs with DataParallel, slower than one of them.
@@ -190,6 +197,8 @@ class TrainArguments(transformers.TrainingArguments):
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
         super().__post_init__()
+        if self.offload_activations and self.device.type == "cpu":
+            raise ValueError("--offload_activations 要 GPU")
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     def check_numbers(self):
@@ -560,6 +569,7 @@ class Plan(NamedTuple):
 
     batch_tokens: int
     checkpoint_every: int
+    offload: bool
     optimizer: str
     memory: dict[str, float]  # bytes: weights, optimizer states, the peak within a step, and what no formula counts
     cost: float  # time of a step, relative to the fastest plan's; an estimate
@@ -592,27 +602,34 @@ def state_bytes(trained: list, optimizer: str) -> float:
     return sum(2 * p.nbytes for p in trained) if each is None else each * sum(p.numel() for p in trained)
 
 
-def estimate_memory(model, args, fused: bool, tokens: int, whole_step: bool, every: int, optimizer: str) -> dict:
+def estimate_memory(
+    model, args, fused: bool, tokens: int, whole_step: bool, every: int, offload: bool, optimizer: str
+) -> dict:
     """Bytes at the peak of training, part by part. `tokens` in one pass; `whole_step`: they are all of a step's."""
     config, size = model.config, model.dtype.itemsize
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = 0 if optimizer == "8bit_in_backward" else sum(p.nbytes for p in trained)
+    gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained)
     gradients *= 1 + (args.world_size > 1)  # DistributedDataParallel sends copies of them
     output = model.get_output_embeddings().weight
     output_gradient = output.numel() * size * output.requires_grad
     layer = tokens * layer_bytes(model, fused, getattr(args, "lora_dropout", 0) * (output_gradient == 0))
     checkpointed = math.ceil(config.num_hidden_layers / every) if every else 0
-    kept = (config.num_hidden_layers - checkpointed) * layer + checkpointed * tokens * size * config.hidden_size
+    kept = (config.num_hidden_layers - checkpointed) * layer
+    kept += 0 if offload else checkpointed * tokens * size * config.hidden_size
     tail = tokens * (4 + 4 * size) * config.hidden_size  # last norm, and the gradient on its way down
-    # The gradients of a layer in work take 0.9 of what it keeps; the recomputed layer's activations come on top.
     loss = tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * 8)
-    working = max(loss, (0.9 + (every == 1)) * layer) + tail
-    forward = kept + working + output_gradient + (0 if whole_step else gradients)
+    # Gradients on their way down through an MLP, while its activations, kept or recomputed, are still there.
+    flowing = tokens * size * (4 * config.intermediate_size + 2 * config.hidden_size)
+    flowing += 24 * STEP_WEIGHTS * (optimizer == "4bit_in_backward")
+    # The output layer is the embedding too: the second gradient of it is added to the first one in place, unless that
+    # had to be added to the sum of earlier passes.
+    second = output_gradient * (1 if whole_step else 2)
+    top = kept + max(loss + tail, flowing + layer * (every == 1)) + output_gradient + (0 if whole_step else gradients)
+    bottom = max(gradients, output_gradient) + max(second, layer + flowing)
     return {
         "权重": float(model.get_memory_footprint()),
         "优化器": float(state_bytes(trained, optimizer)),
-        # The output layer is the embedding too: at the end there are two gradients of it, and their sum.
-        "一步之内": max(forward, max(gradients, output_gradient) + 2 * output_gradient),
+        "一步之内": max(top, bottom),
         "余量": RESERVE_BYTES,
     }
 
@@ -635,35 +652,42 @@ def make_plan(args, model, lengths: list[int], fused: bool, free: float) -> Plan
     worst = sum(lengths[-args.per_device_train_batch_size :])
     at_once = [args.batch_tokens] if args.batch_tokens else sorted({worst, max(lengths[-1], worst // 2), lengths[-1]})
     layers = [0, 4, 2, 1] if args.checkpoint_every is None else [args.checkpoint_every]
+    offloads = [False, True] if args.device.type == "cuda" else [False]
+    offloads = offloads if args.offload_activations is None else [args.offload_activations]
     optimizers = [args.optimizer]
     if args.optimizer is None:
         rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
         optimizers = ["kahan"] if rounded else ["optim"]
         if rounded and not hasattr(args, "lora_rank") and args.device.type == "cuda":
-            optimizers += ["8bit", "8bit_in_backward"]
+            optimizers += ["8bit", "8bit_in_backward", "4bit_in_backward"]
     plans = []
-    for tokens, every, optimizer in itertools.product(at_once, layers, optimizers):
-        whole = tokens >= worst and args.gradient_accumulation_steps == 1
-        if optimizer == "8bit_in_backward" and not (whole and args.world_size == 1):
+    for tokens, every, offload, optimizer in itertools.product(at_once, layers, offloads, optimizers):
+        if offload and not every:
             continue
-        memory = estimate_memory(model, args, fused, min(tokens, worst), whole, every, optimizer)
+        whole = tokens >= worst and args.gradient_accumulation_steps == 1
+        if optimizer.endswith("in_backward") and not (whole and args.world_size == 1):
+            continue
+        memory = estimate_memory(model, args, fused, min(tokens, worst), whole, every, offload, optimizer)
         # Recomputing every layer is one forward pass more, 27 % of the FLOPs; the rest orders what costs the same.
-        cost = 1 + (0.27 / every if every else 0) + 0.02 * (worst / tokens - 1) + 0.03 * optimizers.index(optimizer)
-        plans.append(Plan(tokens, every, optimizer, memory, cost))
+        cost = 1 + ((0.27 + 0.1 * offload) / every if every else 0)
+        cost += 0.02 * (worst / tokens - 1) + 0.03 * optimizers.index(optimizer)
+        cost += 0.2 * (optimizer == "4bit_in_backward")  # only where 8 bits do not fit
+        plans.append(Plan(tokens, every, offload, optimizer, memory, cost))
     if not plans:
         raise SystemExit(
-            "错误：--optimizer 8bit_in_backward 要一个进程把一步的样本一次算完；"
+            f"错误：--optimizer {args.optimizer} 要一个进程把一步的样本一次算完；"
             "请去掉 --batch_tokens 和梯度累积，只用一张 GPU。"
         )
     fitting = [plan for plan in plans if plan.total <= free]
     if importlib.util.find_spec("torchao") is None:  # then it is asked for only where nothing else fits
-        fitting = [plan for plan in fitting if not plan.optimizer.startswith("8bit")] or fitting
+        fitting = [plan for plan in fitting if plan.optimizer in ("kahan", "optim")] or fitting
     return min(fitting, key=lambda plan: plan.cost) if fitting else min(plans, key=lambda plan: plan.total)
 
 
 def describe_plan(plan: Plan, free: float, kind: str) -> str:
     """The plan as a table: what, GB, why."""
     layers = {0: "全部保留", 1: "每层重算"}.get(plan.checkpoint_every, f"每 {plan.checkpoint_every} 层重算一层")
+    layers += "，各层的输入放在内存里" * plan.offload
     why = {
         "优化器": OPTIMIZERS[plan.optimizer][1],
         "一步之内": f"一次最多 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失分块",
@@ -681,11 +705,12 @@ def describe_plan(plan: Plan, free: float, kind: str) -> str:
 
 def apply_plan(args, model, plan: Plan) -> None:
     """Write the plan into the arguments, and switch the recomputing of layers on."""
-    args.batch_tokens, args.checkpoint_every, args.optimizer = plan.batch_tokens, plan.checkpoint_every, plan.optimizer
+    args.batch_tokens, args.optimizer = plan.batch_tokens, plan.optimizer
+    args.checkpoint_every, args.offload_activations = plan.checkpoint_every, plan.offload
     if plan.checkpoint_every:
         # Its name from transformers 5.23 on, and before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(every_n_layers=plan.checkpoint_every)
+        enable(every_n_layers=plan.checkpoint_every, offload=plan.offload)
     if args.memory_gb and args.device.type == "cuda":
         share = free_memory(args, model) / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
@@ -1190,7 +1215,7 @@ class MedicalTrainer(SafeTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.optimizer == "8bit_in_backward":
+        if self.args.optimizer.endswith("in_backward"):
             self.args.max_grad_norm = 0  # the norm of all gradients is never known
             self.step_hooks = step_in_backward(optimizer)
         return optimizer
@@ -1266,10 +1291,10 @@ def pick_optimizer(args: TrainArguments):
         # Without its kernel one tensor at a time: foreach would hold copies of all weights and states at once.
         return optimi.AdamW, common | {"foreach": False, "triton": args.use_liger_kernel}  # Triton runs here
     try:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW4bit, AdamW8bit
     except ImportError:
         raise SystemExit(f"错误：--optimizer {args.optimizer} 要用 torchao；请先运行 pip install torchao") from None
-    return AdamW8bit, common | {"bf16_stochastic_round": True}
+    return AdamW4bit if args.optimizer.startswith("4bit") else AdamW8bit, common | {"bf16_stochastic_round": True}
 
 
 def choose_kernels(args: TrainArguments, model) -> bool:
@@ -1292,16 +1317,27 @@ def choose_kernels(args: TrainArguments, model) -> bool:
 def step_in_backward(optimizer) -> list:
     """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once.
 
-    Only one weight has a gradient whenever `optimizer.step` runs, so it is that one's step. Trainer's own finds none.
-    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes. Returns the hooks.
+    The optimizer is given views of the weights, of STEP_WEIGHTS at most. Only one weight's have gradients whenever it
+    steps, so it is that one's step; Trainer's own finds none. Clipping by the norm of all gradients is not possible,
+    nor is a step of several backward passes. Returns the hooks.
     """
+    hooks = []
+    for group in optimizer.param_groups:
+        weights, group["params"] = group["params"], []
+        for weight in weights:
+            rows = max(1, STEP_WEIGHTS // weight[0].numel())
+            parts = weight.detach().split(rows)
+            group["params"] += parts
 
-    def step(weight: torch.Tensor) -> None:
-        optimizer.step()
-        weight.grad = None
+            def step(weight: torch.Tensor, rows=rows, parts=parts) -> None:
+                for part, grad in zip(parts, weight.grad.split(rows)):
+                    part.grad = grad
+                optimizer.step()
+                for part in (*parts, weight):
+                    part.grad = None
 
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return [weight.register_post_accumulate_grad_hook(step) for weight in weights]
+            hooks.append(weight.register_post_accumulate_grad_hook(step))
+    return hooks
 
 
 def build_trainer(args: TrainArguments, model, tokenizer, train_dataset, eval_dataset) -> MedicalTrainer:

@@ -421,7 +421,7 @@ def test_the_plan_is_kept_when_a_run_continues(workspace, tiny_model, straight, 
     """Whatever memory is free then: passes of other sizes round otherwise, other optimizers have other states."""
     expected = straight(tiny_model, batch_tokens=130)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "make_plan", lambda *args, **kwargs: train.Plan(130, 0, "optim", {}, 1))
+        patch.setattr(train, "make_plan", lambda *args, **kwargs: train.Plan(130, 0, False, "optim", {}, 1))
         at_step(patch, 13, lambda: signal.raise_signal(signal.SIGTERM))
         run(tiny_model)
     with pytest.raises(SystemExit, match="optimizer optim -> kahan"):

@@ -61,13 +61,21 @@ def test_a_layer_keeps_the_bytes_that_the_plan_counts(dtype):
     assert train.layer_bytes(model, False, 0) == pytest.approx((kept[4] - kept[2]) / 2, rel=0.01)
 
 
-def peak(layers: int, tokens: int, every: int) -> float:
+# The account below adds the two gradients of a tied embedding out of place, which autograd does to such tensors alone:
+# with a small vocabulary that matters little.
+FEW_WORDS = QWEN | {"vocab_size": 32768}
+
+
+def peak(layers: int, tokens: int, every: int, optimizer: str) -> float:
     """Bytes that weights, gradients and activations of Qwen3-1.7B's layers take at most in a forward and backward pass:
     torch's own account of the real operations, on tensors without storage."""
     with FakeTensorMode():
-        model = build(layers=layers)
+        model = build(layers=layers, shape=FEW_WORDS)
+        for weight in model.parameters():
+            if optimizer.endswith("in_backward"):
+                weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         args = arguments(checkpoint_every=every)
-        train.apply_plan(args, model, train.Plan(tokens, every, "kahan", {}, 1))
+        train.apply_plan(args, model, train.Plan(tokens, every, False, "kahan", {}, 1))
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         tracker = MemTracker()
         tracker.track_external(model)
@@ -79,19 +87,69 @@ def peak(layers: int, tokens: int, every: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("layers", "tokens", "every"), [(4, 2048, 0), (8, 8192, 0), (8, 8192, 1), (8, 8192, 2), (8, 8192, 4), (8, 2048, 1)]
+    ("layers", "tokens", "every", "optimizer"),
+    [
+        (8, 2048, 0, "kahan"),
+        (8, 8192, 0, "kahan"),
+        (8, 8192, 4, "kahan"),
+        (8, 8192, 2, "kahan"),
+        (8, 8192, 1, "kahan"),
+        (8, 2048, 1, "kahan"),
+        (16, 8192, 1, "kahan"),
+        (8, 8192, 1, "8bit_in_backward"),
+        (16, 8192, 1, "8bit_in_backward"),
+    ],
 )
-def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layers, tokens, every):
-    estimate = train.estimate_memory(on_meta(layers=layers), arguments(), False, tokens, True, every, "kahan")
-    found = peak(layers, tokens, every) + estimate["优化器"]
+def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layers, tokens, every, optimizer):
+    model = on_meta(layers=layers, shape=FEW_WORDS)
+    estimate = train.estimate_memory(model, arguments(), False, tokens, True, every, False, optimizer)
+    found = peak(layers, tokens, every, optimizer) + estimate["优化器"]
     assert found <= sum(estimate.values()) <= 1.15 * found
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_two_gradients_of_the_tied_embedding_are_added_in_place(monkeypatch, passes):
+    """So that there are never three; what a second pass adds to is there besides."""
+    model, places = build(layers=1, shape=SMALL), []
+    backward = train.LinearCrossEntropy.backward
+
+    def noting(*args):
+        gradients = backward(*args)
+        places.append(gradients[1].data_ptr())
+        return gradients
+
+    monkeypatch.setattr(train.LinearCrossEntropy, "backward", staticmethod(noting))
+    seen = []
+    model.lm_head.weight.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    ids = torch.arange(16)[None]
+    for _ in range(passes):
+        hidden = model.model(input_ids=ids, position_ids=ids, lengths=(16,), use_cache=False).last_hidden_state
+        train.LinearCrossEntropy.apply(hidden[0], model.lm_head.weight, ids[0])[0].backward()
+    assert seen == places and len(seen) == passes
+
+
+def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
+    """transformers' own way of keeping them, in memory that is not pinned, for which it would take a GPU."""
+    kept, on_cpu = [], transformers.modeling_utils.save_on_cpu
+    monkeypatch.setattr(
+        transformers.modeling_utils, "save_on_cpu", lambda **_: kept.append(1) or on_cpu(pin_memory=False)
+    )
+    gradients, ids = {}, torch.arange(64)[None]
+    model = build(torch.float32, 2, SMALL)
+    for offload in (False, True):
+        model.zero_grad()
+        train.apply_plan(arguments(), model, train.Plan(64, 1, offload, "kahan", {}, 1))
+        model.model(input_ids=ids, position_ids=ids, lengths=(64,)).last_hidden_state.square().sum().backward()
+        gradients[offload] = [p.grad.clone() for p in model.model.parameters()]
+    assert len(kept) == 2  # layers
+    assert all(torch.equal(*pair) for pair in zip(*gradients.values()))
 
 
 def test_all_logits_and_the_copies_of_other_processes_are_counted():
     def peak_bytes(world_size: int = 1, **changes) -> float:
         args = arguments(**changes)
         args.world_size = world_size
-        return train.estimate_memory(on_meta(), args, False, 2048, False, 1, "kahan")["一步之内"]
+        return train.estimate_memory(on_meta(), args, False, 2048, False, 1, False, "kahan")["一步之内"]
 
     gradients = 2 * on_meta().num_parameters()
     assert peak_bytes(full_logits=True) - peak_bytes() > 0.8 * 14 * 2048 * 151936
@@ -106,14 +164,21 @@ LENGTHS = [700] * 50 + [2048] * 4
 
 
 @pytest.mark.parametrize(
-    ("memory", "most", "every", "optimizer"),
-    [(140, 8192, 0, "kahan"), (32, 4096, 0, "kahan"), (24, 2048, 0, "kahan"), (12, 8192, 1, "8bit_in_backward")],
+    ("memory", "most", "every", "offload", "optimizer"),
+    [
+        (140, 8192, 0, False, "kahan"),
+        (32, 4096, 0, False, "kahan"),
+        (24, 2048, 0, False, "kahan"),
+        (12, 8192, 1, False, "8bit_in_backward"),
+        (10, 8192, 1, True, "8bit_in_backward"),
+        (8, 8192, 1, True, "4bit_in_backward"),
+    ],
 )
-def test_each_card_gets_the_fastest_plan_that_fits(memory, most, every, optimizer):
+def test_each_card_gets_the_fastest_plan_that_fits(memory, most, every, offload, optimizer):
     """Without torchao, which is asked for only where nothing else fits."""
     plan = make_plan(arguments(memory_gb=memory), on_meta(), LENGTHS)
     assert plan.total <= memory * 1e9
-    assert (plan.batch_tokens, plan.checkpoint_every, plan.optimizer) == (most, every, optimizer)
+    assert plan[:4] == (most, every, offload, optimizer)
 
 
 def test_less_memory_never_gives_a_larger_plan():
@@ -124,16 +189,18 @@ def test_less_memory_never_gives_a_larger_plan():
 
 
 def test_lora_fits_where_full_training_does_not():
-    args = arguments(train_lora.LoraArguments, memory_gb=6)
+    args = arguments(train_lora.LoraArguments, memory_gb=5)
     lora = make_plan(args, train_lora.add_adapter(on_meta(), args), LENGTHS)
-    assert lora.total <= 6e9 < make_plan(arguments(memory_gb=6), on_meta(), LENGTHS).total
+    assert lora.total <= 5e9 < make_plan(arguments(memory_gb=5), on_meta(), LENGTHS).total
     assert lora.optimizer == "kahan"
 
 
 def test_flags_are_obeyed():
     flags = {"batch_tokens": 4096, "checkpoint_every": 2, "optimizer": "8bit"}
-    plan = make_plan(arguments(memory_gb=140, **flags), on_meta(), LENGTHS)
-    assert (plan.batch_tokens, plan.checkpoint_every, plan.optimizer) == (4096, 2, "8bit")
+    for offload in (False, True):
+        args = arguments(memory_gb=140, **flags)
+        args.offload_activations = offload
+        assert make_plan(args, on_meta(), LENGTHS)[:4] == (4096, 2, offload, "8bit")
 
 
 @pytest.mark.parametrize(("flag", "every"), [(True, 1), (False, 0), (None, None)])

@@ -39,34 +39,42 @@ def trainer_on(tiny_model, tokenizer, **changes):
 
 
 @needs("torchao")
-def test_8_bit_states_and_steps_in_the_backward_pass_follow_the_kahan_curve(workspace, tiny_model, tokenizer):
+def test_states_of_few_bits_and_steps_in_the_backward_pass_follow_the_kahan_curve(workspace, tiny_model, tokenizer):
     curves = {}
-    for optimizer in ("kahan", "8bit", "8bit_in_backward"):
+    for optimizer in ("kahan", "8bit", "8bit_in_backward", "4bit_in_backward"):
         changes = {"optimizer": optimizer, "max_steps": 12, "eval_steps": 12, "output_dir": optimizer}
         trainer = trainer_on(tiny_model, tokenizer, learning_rate=1e-3, **changes)
         trainer.train()
         curves[optimizer] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        in_backward = optimizer == "8bit_in_backward"
-        assert (trainer.args.max_grad_norm == 0) == in_backward
+        assert (trainer.args.max_grad_norm == 0) == optimizer.endswith("in_backward")
     assert curves["kahan"][-1] < curves["kahan"][0] - 0.2
-    for name in ("8bit", "8bit_in_backward"):
-        assert curves[name] == pytest.approx(curves["kahan"], rel=0.02), name
+    for name, far in {"8bit": 0.02, "8bit_in_backward": 0.02, "4bit_in_backward": 0.04}.items():
+        assert curves[name] == pytest.approx(curves["kahan"], rel=far), name
 
 
 @needs("torchao")
-def test_gradients_do_not_outlive_their_own_step(workspace, tiny_model, tokenizer):
-    trainer = trainer_on(tiny_model, tokenizer, optimizer="8bit_in_backward", learning_rate=0.1)
+@pytest.mark.parametrize(("optimizer", "bits"), [("8bit_in_backward", 8), ("4bit_in_backward", 4)])
+def test_gradients_do_not_outlive_their_own_step(workspace, tiny_model, tokenizer, monkeypatch, optimizer, bits):
+    monkeypatch.setattr(train, "STEP_WEIGHTS", 4096)
+    trainer = trainer_on(tiny_model, tokenizer, optimizer=optimizer, learning_rate=0.1)
     trainer.create_optimizer()
     before = [p.detach().clone() for p in trainer.model.parameters()]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(100))
     assert all(p.grad is None for p in trainer.model.parameters())
-    assert not any(torch.equal(old, new) for old, new in zip(before, trainer.model.parameters()))
+    moved = [old != new for old, new in zip(before, trainer.model.parameters(), strict=True)]
+    assert all(rows.any(dim=-1).all() for rows in moved)  # each row of each part
+    states = trainer.optimizer.state
+    assert len(states) > len(moved) and max(part.numel() for part in states) == 4096
+    assert all(part.grad is None for part in states)
+    codes = next(state["exp_avg"].codes for part, state in states.items() if part.numel() == 4096)
+    assert codes.numel() * 8 == 4096 * bits
 
 
 @needs("torchao")
-def test_8_bit_training_resumes_where_it_was(workspace, tiny_model, tokenizer):
-    changes = {"optimizer": "8bit", "max_steps": 4, "eval_steps": 2}
+@pytest.mark.parametrize("optimizer", ["8bit", "4bit_in_backward"])
+def test_training_with_states_of_few_bits_resumes_where_it_was(workspace, tiny_model, tokenizer, optimizer):
+    changes = {"optimizer": optimizer, "max_steps": 4, "eval_steps": 2}
     trainer_on(tiny_model, tokenizer, output_dir="run", **changes).train()
     shutil.rmtree("run/checkpoint-4")
     resumed = trainer_on(tiny_model, tokenizer, output_dir="run", **changes)

@@ -51,8 +51,13 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
         "tokens_per_second": statistics.median(speeds[1:]),
         "peak_gb": train.peak_memory(args.device) / 1e9,
         "estimate_gb": plan.total / 1e9,
-        "plan": f"{args.batch_tokens} tokens, every {args.checkpoint_every}, {args.optimizer}",
+        "plan": describe(plan),
     }
+
+
+def describe(plan) -> str:
+    offload = " offloaded" * plan.offload
+    return f"{plan.batch_tokens} tokens, every {plan.checkpoint_every}{offload}, {plan.optimizer}"
 
 
 def plan_only(cap: float) -> None:
@@ -92,8 +97,7 @@ def plan_only(cap: float) -> None:
         free = train.free_memory(args, model)
         plan = train.make_plan(args, model, [2048] * 4, True, free)
         fits = "yes" if plan.total <= free else "no"
-        what = f"{plan.batch_tokens} tokens, every {plan.checkpoint_every}, {plan.optimizer}"
-        print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {what} |")
+        print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {describe(plan)} |")
 
 
 def main() -> None:

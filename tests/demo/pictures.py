@@ -80,10 +80,10 @@ def memory_parts(model, optimizer: str, tokens: int, whole_step: bool) -> dict[s
     """train.py's estimate, with the gradients apart from what else a step takes."""
     args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, world_size=1, full_logits=False)
     weights, states, peak, reserve = train.estimate_memory(
-        model, args, False, tokens, whole_step, every=1, optimizer=optimizer
+        model, args, False, tokens, whole_step, every=1, offload=False, optimizer=optimizer
     ).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-    gradients *= optimizer != "8bit_in_backward"
+    gradients *= not optimizer.endswith("in_backward")
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
     parts |= {"activations and loss": peak - gradients + reserve, "full logits": 0}
     return {part: size / 1e9 for part, size in parts.items()}
