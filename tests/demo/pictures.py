@@ -70,17 +70,21 @@ def memory() -> dict[str, dict[str, float]]:
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
     table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *step)
+    table["… 4bit_in_backward --offload_activations"] = memory_parts(model, "4bit_in_backward", *step, offload=True)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.LORA_RANK)
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
+    table["train_lora.py --load_in_4bit"] = memory_parts(adapted, "kahan", *one)
+    linear = sum(weight.numel() for name, weight in adapted.named_parameters() if name.endswith("base_layer.weight"))
+    table["train_lora.py --load_in_4bit"]["weights"] -= linear * (16 - n["nf4_bits"]) / 8e9
     return table
 
 
-def memory_parts(model, optimizer: str, tokens: int, whole_step: bool) -> dict[str, float]:
+def memory_parts(model, optimizer: str, tokens: int, whole_step: bool, offload: bool = False) -> dict[str, float]:
     """train.py's estimate, with the gradients apart from what else a step takes."""
     args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, world_size=1, full_logits=False)
     weights, states, peak, reserve = train.estimate_memory(
-        model, args, False, tokens, whole_step, every=1, offload=False, optimizer=optimizer
+        model, args, False, tokens, whole_step, every=1, offload=offload, optimizer=optimizer
     ).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     gradients *= not optimizer.endswith("in_backward")
