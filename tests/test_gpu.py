@@ -1,0 +1,133 @@
+"""What only a GPU shows: the kernels chosen there agree with the plain ones, and graphs with decoding step by step.
+CI has none; where there is one, `pytest tests/test_gpu.py` comes before the benchmarks."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import run_script
+from test_packing import LENGTHS, examples, gradient
+
+import data
+import inference
+import train
+import train_lora
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+def needs(library: str):
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"{library} is optional")
+
+
+@pytest.fixture
+def build(workspace, tiny_model, tokenizer):
+    """A trainer of the tiny model in bfloat16, with these flags."""
+
+    def build(cls=train.TrainArguments, in_4bit=False, **changes):
+        args = cls(
+            report_to="none", disable_tqdm=True, logging_steps=1, eval_strategy="no", save_strategy="no", **changes
+        )
+        model = inference.load_weights(str(tiny_model), args.device, in_4bit)
+        model = train_lora.add_adapter(model, args) if cls is train_lora.LoraArguments else model
+        dataset, _ = data.load_dataset(data.TRAIN_FILE, tokenizer, 2048)
+        return train.build_trainer(args, model, tokenizer, dataset, dataset)
+
+    return build
+
+
+def losses(trainer) -> list[float]:
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_the_fast_kernels_are_chosen(build, capsys):
+    trainer = build()
+    said = capsys.readouterr().out
+    assert trainer.varlen == (torch.cuda.get_device_capability() >= (8, 0)), said
+    assert trainer.args.use_liger_kernel == (importlib.util.find_spec("liger_kernel") is not None), said
+
+
+def test_losses_follow_those_of_plain_kernels_one_example_at_a_time(build):
+    fast = losses(build(max_steps=20))
+    plain = losses(build(max_steps=20, fast_kernels=False, batch_tokens=1, output_dir="plain"))
+    assert fast == pytest.approx(plain, rel=5e-3)
+    assert fast[0] == pytest.approx(plain[0], rel=1e-3)
+
+
+def test_gradients_are_those_of_plain_kernels(build):
+    fast, plain = (gradient(build(fast_kernels=flag), examples()).float() for flag in (True, False))
+    assert (fast - plain).norm() < 0.02 * plain.norm()
+
+
+def test_evaluation_losses_are_those_of_plain_kernels(build):
+    fast, plain = (build(fast_kernels=flag).evaluate() for flag in (True, False))
+    for name in ("eval_loss", "eval_token_loss"):
+        assert fast[name] == pytest.approx(plain[name], rel=1e-3)
+
+
+def test_no_example_sees_another(build):
+    trainer = build()
+    hidden = []
+    trainer.model.get_decoder().register_forward_hook(lambda module, args, output: hidden.append(output[0][0]))
+    for change in (0, 1):
+        batch = trainer._prepare_inputs(train.PackedCollator()(examples()))
+        batch["input_ids"][0, LENGTHS[0] + 10] += change
+        with torch.no_grad():
+            trainer.supervised_losses(trainer.model, batch)
+    changed = (hidden[0] != hidden[1]).any(dim=-1)
+    assert changed[LENGTHS[0] + 10] and not changed[: LENGTHS[0] + 10].any() and not changed[sum(LENGTHS[:2]) :].any()
+
+
+def test_offloaded_inputs_change_no_gradient(build):
+    kept, offloaded = (
+        gradient(build(checkpoint_every=1, offload_activations=flag), examples()) for flag in (False, True)
+    )
+    torch.testing.assert_close(kept, offloaded, rtol=0.01, atol=1e-6)  # atomic additions vary
+
+
+@pytest.mark.parametrize("optimizer", ["8bit", "8bit_in_backward", "4bit_in_backward"])
+@needs("torchao")
+def test_states_of_few_bits_follow_the_kahan_curve(build, optimizer):
+    kahan = losses(build(max_steps=20, learning_rate=1e-3, optimizer="kahan", output_dir="kahan"))
+    other = losses(build(max_steps=20, learning_rate=1e-3, optimizer=optimizer, output_dir=optimizer))
+    assert other == pytest.approx(kahan, rel=0.05) and kahan[-1] < kahan[0] - 0.2
+
+
+@needs("bitsandbytes")
+def test_qlora_learns(build):
+    curve = losses(build(train_lora.LoraArguments, in_4bit=True, load_in_4bit=True, max_steps=30, learning_rate=3e-3))
+    assert sum(curve[-5:]) < sum(curve[:5])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
+    """In float32, past the first growth of the cache, with padding on the left; each step's logits."""
+    model = inference.load_weights(str(tiny_model), CUDA).float()
+    inference.fuse_norms(model)
+    ids = torch.randint(10, 4000, (rows, 30), device=CUDA)
+    mask = torch.ones_like(ids)
+    mask[1:, :7] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    tokens = torch.randint(10, 4000, (inference.CACHE_STEP + 40, rows), device=CUDA)
+    decoders = [inference.Decoder(model, ids, positions, mask if rows > 1 else None) for _ in range(2)]
+    decoders[1].capturable = False
+    with torch.inference_mode():
+        for token in tokens:
+            for decoder in decoders:
+                decoder.advance(token)
+            torch.testing.assert_close(decoders[0].logits, decoders[1].logits, rtol=1e-3, atol=1e-3)
+    assert decoders[0].graph and decoders[0].room > 30 + inference.CACHE_STEP
+
+
+def test_the_whole_way_from_training_to_a_reply(workspace, tiny_model):
+    flags = ("--model_name", tiny_model, "--max_steps", "20", "--eval_steps", "10", "--sample_tokens", "300")
+    trained = run_script("train.py", *flags, "--report_to", "none", cwd=workspace)
+    assert trained.returncode == 0 and "CUDA graph 用不了" not in trained.stdout, trained.stdout
+    folder = workspace / data.OUTPUT_DIR
+    history = json.loads((folder / inference.FINISHED_MARK).read_text(encoding="utf-8"))["log_history"]
+    assert any("eval_loss" in log for log in history)
+    asked = run_script("inference.py", "头痛怎么办？", "--max_new_tokens", 300, cwd=workspace)
+    assert asked.returncode == 0 and "CUDA graph 用不了" not in asked.stdout, asked.stdout
