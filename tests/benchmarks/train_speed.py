@@ -243,8 +243,8 @@ def main() -> None:
         first = first or speed
         mfu = "-" if args.small else f"{speed * GFLOPS[ARMS[name][2]] / PEAK_TFLOPS / 10:.1f}"
         print(
-            f"| {name} | {median['first']:.1f} | {median['seconds']:.3f} | {speed:.0f} | {supervised:.0f} | {speed / first:.2f} | {mfu} | "
-            f"{median['peak_gb']:.1f} | {median['loss']:.4f} |"
+            f"| {name} | {median['first']:.1f} | {median['seconds']:.3f} | {speed:.0f} | {supervised:.0f} | "
+            f"{speed / first:.2f} | {mfu} | {median['peak_gb']:.1f} | {median['loss']:.4f} |"
         )
 
 
