@@ -687,10 +687,10 @@ def make_plan(args, model, lengths: list[int], fused: bool, free: float) -> Plan
 def describe_plan(plan: Plan, free: float, kind: str) -> str:
     """The plan as a table: what, GB, why."""
     layers = {0: "全部保留", 1: "每层重算"}.get(plan.checkpoint_every, f"每 {plan.checkpoint_every} 层重算一层")
-    layers += "，各层的输入放在内存里" * plan.offload
+    layers += "，输入放内存" * plan.offload
     why = {
         "优化器": OPTIMIZERS[plan.optimizer][1],
-        "一步之内": f"一次最多 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失分块",
+        "一步之内": f"一次 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失",
         "余量": "碎片和库自己的缓冲",
     }
     table = rich.table.Table(f"{kind}计划", rich.table.Column("GB", justify="right"), "", box=None, pad_edge=False)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import rich.cells
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -220,4 +221,11 @@ def test_a_plan_that_may_not_fit_says_so():
     text = train.describe_plan(plan, train.free_memory(args, None), "显存")
     assert "可能放不下" in text and "合计（估算）" in text
     assert "可能放不下" not in train.describe_plan(plan, 1e12, "显存")
-    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("memory", [8, 10, 12, 16, 24, 140])
+def test_the_plan_fits_a_terminal(memory):
+    args = arguments(memory_gb=memory)
+    text = train.describe_plan(make_plan(args, on_meta(), LENGTHS), 1e9, "显存")
+    assert max(map(rich.cells.cell_len, text.splitlines())) <= 80
+    assert ("输入放内存" in text) == (memory < 12)
