@@ -175,8 +175,9 @@ LENGTHS = [700] * 50 + [2048] * 4
         (8, 8192, 1, True, "4bit_in_backward"),
     ],
 )
-def test_each_card_gets_the_fastest_plan_that_fits(memory, most, every, offload, optimizer):
+def test_each_card_gets_the_fastest_plan_that_fits(monkeypatch, memory, most, every, offload, optimizer):
     """Without torchao, which is asked for only where nothing else fits."""
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     plan = make_plan(arguments(memory_gb=memory), on_meta(), LENGTHS)
     assert plan.total <= memory * 1e9
     assert plan[:4] == (most, every, offload, optimizer)
