@@ -57,7 +57,7 @@ EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which 
 LOSS_BYTES = 500_000_000  # of logits and their gradient at any time; all at once are 14 bytes x vocabulary a token
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
-STEP_WEIGHTS = 2**22  # updated at a time in the backward pass: torchao's 4-bit step works with 24 bytes for each
+STEP_WEIGHTS = 2**22  # that a 4-bit step updates at a time: torchao's works with 24 bytes for each
 PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
 KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
@@ -248,6 +248,8 @@ def parse_args(arguments_class: type[TrainArguments], description: str) -> Train
     inherited = {field.name: field.metadata.get("help") for field in fields(transformers.TrainingArguments)}
     for action in parser._actions:  # a field that is declared again has lost its help
         action.help = action.help or inherited.get(action.dest)
+        if action.type is transformers.hf_argparser.string_to_bool:  # of a field that may be None too: --flag is true
+            action.nargs, action.const = "?", True
     values = vars(parser.parse_args())
     try:
         return arguments_class(**values)
@@ -624,7 +626,9 @@ def estimate_memory(
     # The output layer is the embedding too: the second gradient of it is added to the first one in place, unless that
     # had to be added to the sum of earlier passes.
     second = output_gradient * (1 if whole_step else 2)
-    top = kept + max(loss + tail, flowing + layer * (every == 1)) + output_gradient + (0 if whole_step else gradients)
+    last_recomputed = every > 0 and (config.num_hidden_layers - 1) % every == 0  # while all others are still kept
+    top = kept + max(loss + tail, flowing + layer * last_recomputed)
+    top += output_gradient + (0 if whole_step else gradients)
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
     return {
         "权重": float(model.get_memory_footprint()),
@@ -671,7 +675,6 @@ def make_plan(args, model, lengths: list[int], fused: bool, free: float) -> Plan
         # Recomputing every layer is one forward pass more, 27 % of the FLOPs; the rest orders what costs the same.
         cost = 1 + ((0.27 + 0.1 * offload) / every if every else 0)
         cost += 0.02 * (worst / tokens - 1) + 0.03 * optimizers.index(optimizer)
-        cost += 0.2 * (optimizer == "4bit_in_backward")  # only where 8 bits do not fit
         plans.append(Plan(tokens, every, offload, optimizer, memory, cost))
     if not plans:
         raise SystemExit(
@@ -681,7 +684,9 @@ def make_plan(args, model, lengths: list[int], fused: bool, free: float) -> Plan
     fitting = [plan for plan in plans if plan.total <= free]
     if importlib.util.find_spec("torchao") is None:  # then it is asked for only where nothing else fits
         fitting = [plan for plan in fitting if plan.optimizer in ("kahan", "optim")] or fitting
-    return min(fitting, key=lambda plan: plan.cost) if fitting else min(plans, key=lambda plan: plan.total)
+    if not fitting:
+        return min(plans, key=lambda plan: plan.total)
+    return min(fitting, key=lambda plan: (plan.optimizer == "4bit_in_backward", plan.cost))  # 4 bits where 8 do not fit
 
 
 def describe_plan(plan: Plan, free: float, kind: str) -> str:
@@ -1215,9 +1220,10 @@ class MedicalTrainer(SafeTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.optimizer.endswith("in_backward"):
+        if self.args.optimizer.endswith("in_backward") and not self.step_hooks:
             self.args.max_grad_norm = 0  # the norm of all gradients is never known
-            self.step_hooks = step_in_backward(optimizer)
+            most = STEP_WEIGHTS if self.args.optimizer == "4bit_in_backward" else sys.maxsize
+            self.step_hooks = step_in_backward(optimizer, most)
         return optimizer
 
     def free_optimizer(self) -> None:
@@ -1230,6 +1236,8 @@ class MedicalTrainer(SafeTrainer):
         self.accelerator.free_memory()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.step_hooks:
+            logs.pop("grad_norm", None)  # Trainer's, of no gradients
         if "loss" in logs and self.window_start is not None:
             tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
             logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)
@@ -1314,23 +1322,23 @@ def choose_kernels(args: TrainArguments, model) -> bool:
     return no_varlen is None
 
 
-def step_in_backward(optimizer) -> list:
+def step_in_backward(optimizer, most: int) -> list:
     """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once.
 
-    The optimizer is given views of the weights, of STEP_WEIGHTS at most. Only one weight's have gradients whenever it
-    steps, so it is that one's step; Trainer's own finds none. Clipping by the norm of all gradients is not possible,
-    nor is a step of several backward passes. Returns the hooks.
+    The optimizer is given views of the weights, of about `most` numbers at most. Only one weight's have gradients
+    whenever it steps, so it is that one's step; Trainer's own finds none. Clipping by the norm of all gradients is not
+    possible, nor is a step of several backward passes. Returns the hooks.
     """
     hooks = []
     for group in optimizer.param_groups:
         weights, group["params"] = group["params"], []
         for weight in weights:
-            rows = max(1, STEP_WEIGHTS // weight[0].numel())
-            parts = weight.detach().split(rows)
+            count = math.ceil(weight.numel() / most)
+            parts = weight.detach().chunk(count)
             group["params"] += parts
 
-            def step(weight: torch.Tensor, rows=rows, parts=parts) -> None:
-                for part, grad in zip(parts, weight.grad.split(rows)):
+            def step(weight: torch.Tensor, count=count, parts=parts) -> None:
+                for part, grad in zip(parts, weight.grad.chunk(count)):
                     part.grad = grad
                 optimizer.step()
                 for part in (*parts, weight):

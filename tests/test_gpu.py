@@ -82,10 +82,20 @@ def test_no_example_sees_another(build):
 
 
 def test_offloaded_inputs_change_no_gradient(build):
-    kept, offloaded = (
-        gradient(build(checkpoint_every=1, offload_activations=flag), examples()) for flag in (False, True)
-    )
-    torch.testing.assert_close(kept, offloaded, rtol=0.01, atol=1e-6)  # atomic additions vary
+    batch = train.PackedCollator()(examples() * 20)
+    found, held = [], []
+    for offload in (False, True):
+        trainer = build(checkpoint_every=1, offload_activations=offload)
+        trainer.model.train()
+        before = torch.cuda.memory_allocated()
+        loss, *_ = trainer.supervised_losses(trainer.model, trainer._prepare_inputs(batch))
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        found.append(torch.cat([p.grad.float().flatten() for p in trainer.model.parameters()]))
+    kept, offloaded = found
+    assert (kept - offloaded).norm() < 0.01 * kept.norm()  # atomic additions vary
+    inputs = batch["input_ids"].numel() * trainer.model.config.hidden_size * 2
+    assert held[0] - held[1] > 0.9 * inputs  # of a layer, at least
 
 
 @pytest.mark.parametrize("optimizer", ["8bit", "8bit_in_backward", "4bit_in_backward"])
@@ -93,7 +103,7 @@ def test_offloaded_inputs_change_no_gradient(build):
 def test_states_of_few_bits_follow_the_kahan_curve(build, optimizer):
     kahan = losses(build(max_steps=20, learning_rate=1e-3, optimizer="kahan", output_dir="kahan"))
     other = losses(build(max_steps=20, learning_rate=1e-3, optimizer=optimizer, output_dir=optimizer))
-    assert other == pytest.approx(kahan, rel=0.05) and kahan[-1] < kahan[0] - 0.2
+    assert other == pytest.approx(kahan, rel=0.015) and kahan[-1] < kahan[0] - 0.2
 
 
 @needs("bitsandbytes")

@@ -70,12 +70,24 @@ def refused(message: str, run, *args, **kwargs) -> None:
         ({"output_dir": ""}, "--output_dir 是空的"),
         ({"memory_gb": 0.4}, "--memory_gb 0.4：驱动自己就要约 0.5 GB"),
         ({"save_only_model": True}, "--save_only_model：这样的检查点不能继续训练，不支持"),
+        ({"offload_activations": True, "use_cpu": True}, "--offload_activations 要 GPU"),
+        (
+            {"offload_activations": True, "gradient_checkpointing": False},
+            "--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放",
+        ),
     ],
     ids=str,
 )
 def test_numbers_that_make_no_sense_are_refused_at_once(flags, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train_lora.LoraArguments(**flags)
+
+
+def test_a_flag_that_is_true_false_or_planned_may_stand_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--gradient_checkpointing", "--report_to", "none"])
+    assert train.parse_args(train.TrainArguments, "").checkpoint_every == 1
+    monkeypatch.setattr(sys, "argv", ["train.py", "--gradient_checkpointing", "false", "--report_to", "none"])
+    assert train.parse_args(train.TrainArguments, "").checkpoint_every == 0
 
 
 def test_a_folder_with_anything_but_a_run_is_not_written_into(copies, tiny_model):

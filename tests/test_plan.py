@@ -1,5 +1,6 @@
 """The memory plan: its arithmetic against what autograd really keeps, and what it chooses."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,7 @@ def peak(layers: int, tokens: int, every: int, optimizer: str) -> float:
         (8, 8192, 2, "kahan"),
         (8, 8192, 1, "kahan"),
         (8, 2048, 1, "kahan"),
+        (10, 8192, 3, "kahan"),
         (16, 8192, 1, "kahan"),
         (8, 8192, 1, "8bit_in_backward"),
         (16, 8192, 1, "8bit_in_backward"),
@@ -130,19 +132,26 @@ def test_the_two_gradients_of_the_tied_embedding_are_added_in_place(monkeypatch,
 
 
 def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
-    """transformers' own way of keeping them, in memory that is not pinned, for which it would take a GPU."""
-    kept, on_cpu = [], transformers.modeling_utils.save_on_cpu
-    monkeypatch.setattr(
-        transformers.modeling_utils, "save_on_cpu", lambda **_: kept.append(1) or on_cpu(pin_memory=False)
+    """The CPU's memory stands for a GPU's here, and copies of tensors for those that would be moved out of it."""
+    moved, inputs = [], []
+    to_cpu = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: moved.append(tensor.shape) or tensor.clone(), torch.clone
     )
+    monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", lambda **_: to_cpu)
     gradients, ids = {}, torch.arange(64)[None]
     model = build(torch.float32, 2, SMALL)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
     for offload in (False, True):
         model.zero_grad()
         train.apply_plan(arguments(), model, train.Plan(64, 1, offload, "kahan", {}, 1))
-        model.model(input_ids=ids, position_ids=ids, lengths=(64,)).last_hidden_state.square().sum().backward()
+        output = model.model(input_ids=ids, position_ids=ids, lengths=(64,), use_cache=False).last_hidden_state
+        alive = [storage() is not None for storage in inputs]
+        inputs.clear()
+        assert alive == [not offload] * 2
+        output.square().sum().backward()
         gradients[offload] = [p.grad.clone() for p in model.model.parameters()]
-    assert len(kept) == 2  # layers
+    assert moved == [(1, 64, 128)] * 2
     assert all(torch.equal(*pair) for pair in zip(*gradients.values()))
 
 
@@ -181,6 +190,17 @@ def test_each_card_gets_the_fastest_plan_that_fits(monkeypatch, memory, most, ev
     plan = make_plan(arguments(memory_gb=memory), on_meta(), LENGTHS)
     assert plan.total <= memory * 1e9
     assert plan[:4] == (most, every, offload, optimizer)
+
+
+@pytest.mark.parametrize("longest", [256, 1024])
+def test_4_bits_are_only_for_cards_on_which_8_do_not_fit(longest):
+    """Also where 4 bits would leave room for recomputing nothing."""
+    for tenth in range(75, 130, 5):
+        args = arguments(memory_gb=tenth / 10)
+        plan = make_plan(args, on_meta(), [longest] * 8)
+        args.optimizer = "8bit_in_backward"
+        fits = make_plan(args, on_meta(), [longest] * 8).total <= train.free_memory(args, None)
+        assert (plan.optimizer == "4bit_in_backward") == (not fits)
 
 
 def test_less_memory_never_gives_a_larger_plan():

@@ -46,16 +46,18 @@ def test_states_of_few_bits_and_steps_in_the_backward_pass_follow_the_kahan_curv
         trainer = trainer_on(tiny_model, tokenizer, learning_rate=1e-3, **changes)
         trainer.train()
         curves[optimizer] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        assert (trainer.args.max_grad_norm == 0) == optimizer.endswith("in_backward")
+        in_backward = optimizer.endswith("in_backward")
+        assert (trainer.args.max_grad_norm == 0) == in_backward
+        assert ("grad_norm" in trainer.state.log_history[0]) == (not in_backward)
     assert curves["kahan"][-1] < curves["kahan"][0] - 0.2
-    for name, far in {"8bit": 0.02, "8bit_in_backward": 0.02, "4bit_in_backward": 0.04}.items():
+    for name, far in {"8bit": 0.003, "8bit_in_backward": 0.003, "4bit_in_backward": 0.01}.items():
         assert curves[name] == pytest.approx(curves["kahan"], rel=far), name
 
 
 @needs("torchao")
 @pytest.mark.parametrize(("optimizer", "bits"), [("8bit_in_backward", 8), ("4bit_in_backward", 4)])
 def test_gradients_do_not_outlive_their_own_step(workspace, tiny_model, tokenizer, monkeypatch, optimizer, bits):
-    monkeypatch.setattr(train, "STEP_WEIGHTS", 4096)
+    monkeypatch.setattr(train, "STEP_WEIGHTS", 2**15)
     trainer = trainer_on(tiny_model, tokenizer, optimizer=optimizer, learning_rate=0.1)
     trainer.create_optimizer()
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -64,24 +66,29 @@ def test_gradients_do_not_outlive_their_own_step(workspace, tiny_model, tokenize
     assert all(p.grad is None for p in trainer.model.parameters())
     moved = [old != new for old, new in zip(before, trainer.model.parameters(), strict=True)]
     assert all(rows.any(dim=-1).all() for rows in moved)  # each row of each part
-    states = trainer.optimizer.state
-    assert len(states) > len(moved) and max(part.numel() for part in states) == 4096
-    assert all(part.grad is None for part in states)
-    codes = next(state["exp_avg"].codes for part, state in states.items() if part.numel() == 4096)
-    assert codes.numel() * 8 == 4096 * bits
+    parts = trainer.optimizer.state
+    largest = max(parts, key=torch.numel)
+    assert all(part.grad is None for part in parts)
+    assert largest.numel() == (2**15 if bits == 4 else before[0].numel())
+    assert parts[largest]["exp_avg"].codes.nbytes * 8 == largest.numel() * bits
+    assert len(trainer.step_hooks) == len(before) == len([*trainer.model.parameters()])
+    trainer.create_optimizer()  # as Trainer does again when --auto_find_batch_size tries anew
+    assert len(trainer.step_hooks) == len(before)
 
 
 @needs("torchao")
 @pytest.mark.parametrize("optimizer", ["8bit", "4bit_in_backward"])
 def test_training_with_states_of_few_bits_resumes_where_it_was(workspace, tiny_model, tokenizer, optimizer):
     changes = {"optimizer": optimizer, "max_steps": 4, "eval_steps": 2}
-    trainer_on(tiny_model, tokenizer, output_dir="run", **changes).train()
+    straight = trainer_on(tiny_model, tokenizer, output_dir="run", **changes)
+    straight.train()
     shutil.rmtree("run/checkpoint-4")
     resumed = trainer_on(tiny_model, tokenizer, output_dir="run", **changes)
     resumed.train(resume_from_checkpoint="run/checkpoint-2")
     assert resumed.state.global_step == 4
     states = [state["step"].item() for state in resumed.optimizer.optimizer.state.values()]
     assert set(states) == {4}
+    assert all(map(torch.equal, straight.model.parameters(), resumed.model.parameters()))
 
 
 @needs("torchao")
