@@ -19,7 +19,7 @@ CUDA = torch.device("cuda")
 
 
 def needs(library: str):
-    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"{library} is optional")
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs a GPU and {library}")
 
 
 @pytest.fixture

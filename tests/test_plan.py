@@ -144,10 +144,10 @@ def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
     for offload in (False, True):
         model.zero_grad()
+        inputs.clear()
         train.apply_plan(arguments(), model, train.Plan(64, 1, offload, "kahan", {}, 1))
         output = model.model(input_ids=ids, position_ids=ids, lengths=(64,), use_cache=False).last_hidden_state
         alive = [storage() is not None for storage in inputs]
-        inputs.clear()
         assert alive == [not offload] * 2
         output.square().sum().backward()
         gradients[offload] = [p.grad.clone() for p in model.model.parameters()]
