@@ -271,7 +271,7 @@ def load_weights(path: str, device: torch.device, in_4bit: bool = False):
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():
             transformers.GenerationConfig.from_pretrained(path)  # one that is broken would be passed over in silence
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # missing, broken, of another shape
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # missing, broken, another shape
         raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
     return (model if in_4bit else model.to(device)).eval()
 
