@@ -151,7 +151,7 @@ def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
         assert alive == [not offload] * 2
         output.square().sum().backward()
         gradients[offload] = [p.grad.clone() for p in model.model.parameters()]
-    assert moved == [(1, 64, 128)] * 2
+    assert [shape for shape in moved if shape.numel()] == [(1, 64, 128)] * 2  # before torch 2.13 an empty tensor, too
     assert all(torch.equal(*pair) for pair in zip(*gradients.values()))
 
 
