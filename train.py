@@ -918,10 +918,8 @@ def check_space(args: TrainArguments, state: transformers.TrainerState, model, l
         count = min(count, max(limit, 1 + args.load_best_model_at_end) + 1)
     count = 1 if args.save_strategy == "no" else count  # one, at a signal
     there = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
-    need, free = (
-        count * (weights + state_bytes(trained, args.optimizer)) + weights - there,
-        shutil.disk_usage(args.output_dir).free,
-    )
+    need = count * (weights + state_bytes(trained, args.optimizer)) + weights - there
+    free = shutil.disk_usage(args.output_dir).free
     if need > free:
         raise SystemExit(
             f"错误：{args.output_dir} 所在的磁盘剩余 {free / 1e9:.2f} GB，{count} 个检查点和最后的权重还需要约 "

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import run_script
 from test_packing import LENGTHS, examples, gradient
+from test_train import losses
 
 import data
 import inference
@@ -16,10 +17,6 @@ import train_lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
-
-
-def needs(library: str):
-    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs a GPU and {library}")
 
 
 @pytest.fixture
@@ -38,9 +35,9 @@ def build(workspace, tiny_model, tokenizer):
     return build
 
 
-def losses(trainer) -> list[float]:
+def curve(trainer) -> list[float]:
     trainer.train()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return losses(trainer)
 
 
 def test_the_fast_kernels_are_chosen(build, capsys):
@@ -51,8 +48,8 @@ def test_the_fast_kernels_are_chosen(build, capsys):
 
 
 def test_losses_follow_those_of_plain_kernels_one_example_at_a_time(build):
-    fast = losses(build(max_steps=20))
-    plain = losses(build(max_steps=20, fast_kernels=False, batch_tokens=1, output_dir="plain"))
+    fast = curve(build(max_steps=20))
+    plain = curve(build(max_steps=20, fast_kernels=False, batch_tokens=1, output_dir="plain"))
     assert fast == pytest.approx(plain, rel=5e-3)
     assert fast[0] == pytest.approx(plain[0], rel=1e-3)
 
@@ -99,17 +96,17 @@ def test_offloaded_inputs_change_no_gradient(build):
 
 
 @pytest.mark.parametrize("optimizer", ["8bit", "8bit_in_backward", "4bit_in_backward"])
-@needs("torchao")
 def test_states_of_few_bits_follow_the_kahan_curve(build, optimizer):
-    kahan = losses(build(max_steps=20, learning_rate=1e-3, optimizer="kahan", output_dir="kahan"))
-    other = losses(build(max_steps=20, learning_rate=1e-3, optimizer=optimizer, output_dir=optimizer))
+    pytest.importorskip("torchao")
+    kahan = curve(build(max_steps=20, learning_rate=1e-3, optimizer="kahan", output_dir="kahan"))
+    other = curve(build(max_steps=20, learning_rate=1e-3, optimizer=optimizer, output_dir=optimizer))
     assert other == pytest.approx(kahan, rel=0.015) and kahan[-1] < kahan[0] - 0.2
 
 
-@needs("bitsandbytes")
 def test_qlora_learns(build):
-    curve = losses(build(train_lora.LoraArguments, in_4bit=True, load_in_4bit=True, max_steps=30, learning_rate=3e-3))
-    assert sum(curve[-5:]) < sum(curve[:5])
+    pytest.importorskip("bitsandbytes")
+    found = curve(build(train_lora.LoraArguments, in_4bit=True, load_in_4bit=True, max_steps=30, learning_rate=3e-3))
+    assert sum(found[-5:]) < sum(found[:5])
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -60,39 +60,30 @@ def describe(plan) -> str:
     return f"{plan.batch_tokens} tokens, every {plan.checkpoint_every}{offload}, {plan.optimizer}"
 
 
+def saved_by_4_bits(model) -> float:
+    """Bytes by which the bfloat16 weights under the adapters are smaller in 4 bits."""
+    weights = [weight for name, weight in model.named_parameters() if name.endswith("base_layer.weight")]
+    return sum(weight.numel() for weight in weights) * (2 - NF4_BITS / 8)
+
+
 def plan_only(cap: float) -> None:
     """The plans for a CUDA card of this size, from shapes alone."""
     import torch
-    import transformers
+    import train_speed
 
     import inference
     import train
     import train_lora
 
     inference.quiet_libraries()
-
-    def full():
-        with torch.device("meta"):
-            config = transformers.Qwen3Config(
-                vocab_size=151936,
-                hidden_size=2048,
-                intermediate_size=6144,
-                num_hidden_layers=28,
-                num_attention_heads=16,
-                num_key_value_heads=8,
-                head_dim=128,
-                tie_word_embeddings=True,
-            )
-            return transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
-
     for kind, (script, _) in KINDS.items():
         cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
         args = SimpleNamespace(**(vars(cls(memory_gb=cap, report_to="none")) | {"world_size": 1, "process_index": 1}))
         args.device = torch.device("cuda")
-        model = full() if kind == "full" else train_lora.add_adapter(full(), args)
+        model = train_speed.build_model(False, "meta")
+        model = model if kind == "full" else train_lora.add_adapter(model, args)
         if kind == "QLoRA":
-            linear = sum(p.numel() for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
-            size = model.get_memory_footprint() - linear * (2 - NF4_BITS / 8)
+            size = model.get_memory_footprint() - saved_by_4_bits(model)
             model.get_memory_footprint = lambda size=size: size
         free = train.free_memory(args, model)
         plan = train.make_plan(args, model, [2048] * 4, True, free)

@@ -49,7 +49,7 @@ ARMS = {
 }
 
 
-def build_model(small: bool):
+def build_model(small: bool, device: str | None = None):
     """Qwen3-1.7B's shape, or a small one with its vocabulary; random bfloat16 weights, on the GPU if there is one."""
     import torch
     import transformers
@@ -65,7 +65,7 @@ def build_model(small: bool):
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
     )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
         return transformers.AutoModelForCausalLM.from_config(config)
 
 

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
+
+import memory_budget  # noqa: E402
 
 import train  # noqa: E402
 import train_lora  # noqa: E402
@@ -75,8 +77,7 @@ def memory() -> dict[str, dict[str, float]]:
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
     table["train_lora.py --load_in_4bit"] = memory_parts(adapted, "kahan", *one)
-    linear = sum(weight.numel() for name, weight in adapted.named_parameters() if name.endswith("base_layer.weight"))
-    table["train_lora.py --load_in_4bit"]["weights"] -= linear * (16 - n["nf4_bits"]) / 8e9
+    table["train_lora.py --load_in_4bit"]["weights"] -= memory_budget.saved_by_4_bits(adapted) / 1e9
     return table
 
 
