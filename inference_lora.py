@@ -11,12 +11,10 @@ import shlex
 import shutil
 from pathlib import Path
 
-import peft
-from safetensors import SafetensorError
-
 import inference
-from data import LORA_OUTPUT_DIR, run_main
-from inference import ADAPTER_CONFIG
+from data import LORA_OUTPUT_DIR
+from parts import checkpoints, terminal
+from parts.checkpoints import ADAPTER_CONFIG
 
 
 def read_base(path: str) -> tuple[str, str | None]:
@@ -27,7 +25,7 @@ def read_base(path: str) -> tuple[str, str | None]:
         base, revision = settings["base_model_name_or_path"] or "", settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(
-            f"错误：{config} 无法读取（{inference.first_line(error)}）；请重新运行 python train_lora.py"
+            f"错误：{config} 无法读取（{terminal.first_line(error)}）；请重新运行 python train_lora.py"
         ) from None
     if not base or Path(base).is_absolute() and not Path(base).is_dir():
         raise SystemExit(
@@ -38,23 +36,28 @@ def read_base(path: str) -> tuple[str, str | None]:
 
 def load_adapter(name: str, revision: str | None = None):
     """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py."""
-    path = str(inference.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
+    import peft
+    from safetensors import SafetensorError
+
+    from parts import hub, models
+
+    path = str(checkpoints.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
-    base_path = inference.resolve_model(base, remedy, revision or trained_revision)
-    model = inference.load_weights(base_path, inference.pick_device())
+    base_path = hub.find_model(base, remedy, revision or trained_revision)
+    model = models.load_weights(base_path, models.pick_device())
     try:
         if not Path(path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
             raise FileNotFoundError("缺少 adapter_model.safetensors")
         model = peft.PeftModel.from_pretrained(model, path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(
-            f"错误：{path} 的适配器无法装到 {base} 上（{inference.first_line(error)}）；请重新运行 python train_lora.py"
+            f"错误：{path} 的适配器无法装到 {base} 上（{terminal.first_line(error)}）；请重新运行 python train_lora.py"
         ) from None
-    return model.merge_and_unload().eval(), inference.load_tokenizer(path)
+    return model.merge_and_unload().eval(), models.load_tokenizer(path)
 
 
-def check_free(folder: str) -> None:
+def refuse_unless_empty(folder: str) -> None:
     """Raises SystemExit unless `folder` is new or empty and can be written: merging never writes over a model."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,7 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     """Save the merged model, so that inference.py and any other tool can load it, with the card of its training."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if Path(adapter, inference.FINISHED_MARK).is_file():
+    if Path(adapter, checkpoints.FINISHED_MARK).is_file():
         for card in ("README.md", "loss.png"):
             shutil.copy(Path(adapter, card), folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
@@ -80,14 +83,14 @@ def main() -> None:
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
     args = inference.parse_flags(parser)
     if args.merge_to is not None:
-        check_free(args.merge_to)
-    with inference.explain_out_of_memory(inference.OUT_OF_MEMORY):
+        refuse_unless_empty(args.merge_to)
+    with terminal.explain_out_of_memory(inference.OUT_OF_MEMORY):
         model, tokenizer = load_adapter(args.model_path, args.revision)
         if args.merge_to:
             merge_to(args.merge_to, model, tokenizer, args.model_path)
         else:
-            inference.converse(model, tokenizer, args)
+            inference.predict(model, tokenizer, args)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    terminal.run_main(main)

@@ -1,0 +1,141 @@
+"""The flags of a training: transformers.TrainingArguments with what the parts add, checked at once, and the process's
+environment. Knows no recipe: its numbers and files are the script's."""
+
+import argparse
+import gc
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+gc.disable()  # it would look through what these imports build again and again: a fifth of a command's start
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
+
+gc.enable()
+
+from parts.memory import DRIVER_BYTES  # noqa: E402
+from parts.optimizers import OPTIMIZERS  # noqa: E402
+
+ABOVE_0 = (  # flags of the scripts are among them
+    "max_length sample_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
+    "max_steps lora_rank lora_alpha memory_gb batch_tokens"
+).split()
+NOT_BELOW_0 = ("early_stopping_patience", "seed", "checkpoint_every")
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """transformers.TrainingArguments and the flags of the parts. What the user wished: nothing is written into it once
+    it is made."""
+
+    model_revision: str | None = field(default=None, metadata={"help": "of the ModelScope model; default: master"})
+    model_sha256: str | None = field(default=None, metadata={"help": "that its safetensors files must have, by name"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the finished run that is there"})
+    memory_gb: float | None = field(
+        default=None, metadata={"help": "plan for a card of this size; default: what is free"}
+    )
+    batch_tokens: int | None = field(default=None, metadata={"help": "most tokens in one pass; default: planned"})
+    checkpoint_every: int | None = field(
+        default=None, metadata={"help": "recompute every n-th layer; 0: none, 1: all; default: planned"}
+    )
+    offload_activations: bool | None = field(
+        default=None, metadata={"help": "keep the recomputed layers' inputs in the CPU's memory; default: planned"}
+    )
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "of bfloat16 weights; optim: what --optim says; default: planned", "choices": OPTIMIZERS},
+    )
+    fast_kernels: bool = field(default=True, metadata={"help": "packed attention and fused layers where they run"})
+    full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
+
+    gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
+    save_strategy: str | None = None  # as eval_strategy, and
+    save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
+    restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
+    logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+    ddp_find_unused_parameters: bool | None = False
+    ddp_timeout: int = 7200  # seconds; the other processes wait while rank 0 downloads
+
+    # No flags here: an adapter's script says otherwise.
+    trains_adapter = False
+    lora_dropout = 0.0
+    load_in_4bit = False
+
+    def __post_init__(self):
+        self.check_numbers()
+        if self.save_only_model:
+            raise ValueError("--save_only_model：这样的检查点不能继续训练，不支持")
+        if self.eval_strategy == "no":  # then there is no best
+            self.load_best_model_at_end, self.early_stopping_patience = False, 0
+        self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
+        self.save_steps = (self.eval_steps or self.logging_steps) if self.save_steps is None else self.save_steps
+        self.run_name = self.run_name or Path(self.output_dir).name
+        asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on
+        asked = self.gradient_checkpointing if asked is None else asked
+        if self.checkpoint_every is None and asked is not None:
+            self.checkpoint_every = int(asked)
+        self.gradient_checkpointing = self.activation_checkpointing = False  # until the plan says otherwise
+        if self.offload_activations and self.checkpoint_every == 0:
+            raise ValueError("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
+        set_environment()
+        # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.disable_tqdm is None:  # in a file each move of a bar would be a line
+            self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
+        super().__post_init__()
+        if self.offload_activations and self.device.type == "cpu":
+            raise ValueError("--offload_activations 要 GPU")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def check_numbers(self):
+        """Raises ValueError for numbers with which training would fail late, or do nothing."""
+        for name in (*ABOVE_0, *NOT_BELOW_0):
+            value = getattr(self, name, None)
+            if value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
+                continue
+            if name == "seed" and value >= 2**32:
+                raise ValueError(f"--seed {value}：要一个小于 {2**32} 的整数")
+            if not 0 <= value < float("inf") or value == 0 and name in ABOVE_0:
+                raise ValueError(f"--{name} {value}：要一个{'大于 0 的数' if name in ABOVE_0 else '不小于 0 的整数'}")
+        if self.memory_gb and self.memory_gb * 1e9 <= DRIVER_BYTES:
+            raise ValueError(f"--memory_gb {self.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
+        if not self.output_dir:
+            raise ValueError("--output_dir 是空的")
+
+
+def set_environment() -> None:
+    """What libraries read from this process's environment later on."""
+    # Less is lost between blocks of memory. Has to be set before the first one is asked for.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Without torchrun Trainer would spread one process over all GPUs with DataParallel, slower than one of them.
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.pop("SWANLAB_DEBUG", None)  # it would write a stored key into a log; Trainer imports SwanLab
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it is written."""
+
+
+def parse_flags(arguments_class: type[Arguments], description: str) -> Arguments:
+    """The command line as `arguments_class`. An unknown flag or a value that does not fit ends with one sentence."""
+    parser = HfArgumentParser(
+        arguments_class,
+        description=description,
+        usage="%(prog)s [--flag value ...]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    inherited = {field.name: field.metadata.get("help") for field in fields(TrainingArguments)}
+    for action in parser._actions:  # a field that is declared again has lost its help
+        action.help = action.help or inherited.get(action.dest)
+        if action.type is transformers.hf_argparser.string_to_bool:  # of a field that may be None too: --flag is true
+            action.nargs, action.const = "?", True
+    values = vars(parser.parse_args())
+    try:
+        return arguments_class(**values)
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,48 @@
+"""SIGTERM and Ctrl-C while there are steps to interrupt: noted, told, and turned into an exit status at the end. Knows
+signals and processes, no trainer."""
+
+import os
+import signal
+
+import accelerate
+import torch
+
+from parts.terminal import in_main_thread
+
+
+class Interruption:
+    """Entered, it holds the two signals, which reach the main thread only; left, it gives them back and exits with 143
+    or 130 where one was `acted` upon. A second signal acts at once."""
+
+    number = 0  # the signal that came
+    acted = False  # it came while there were steps to interrupt, and not in what follows the last one
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+        # A shell's & lets a process ignore Ctrl-C; it stays ignored.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self.note) for number in heard}
+        return self
+
+    def __exit__(self, kind, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.acted and kind is None:
+            raise SystemExit(128 + self.number)
+
+    def note(self, number, frame):
+        """The handler: at a second signal what would have happened without us."""
+        if self.number:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+        self.number = number
+        # print() may be under way in the very thread that the signal interrupts
+        os.write(2, "\n做完这一步就保存检查点并退出；再来一次信号（Ctrl-C）立即退出。\n".encode())
+
+    def requested(self, args) -> bool:
+        """Whether any process got a signal: all have to stop at the same step."""
+        came = bool(self.number)
+        if args.world_size > 1:
+            came = bool(accelerate.utils.reduce(torch.tensor(float(came), device=args.device)).item())
+        self.number = self.number or came * signal.SIGTERM
+        return came

@@ -1,0 +1,102 @@
+"""README.md and loss.png of an output folder: what a model was trained from and how, and what it is not."""
+
+import importlib.metadata
+from pathlib import Path
+
+from parts.hub import HUB_ID
+from parts.run_settings import LORA_SETTINGS
+
+CARD = """\
+---
+base_model: {base}
+language: zh
+pipeline_tag: text-generation
+---
+
+# {name}
+
+由 {base} 微调的中文医学对话模型：先在 `<think>…</think>` 里思考，再回答。
+
+**它不是医生。** 回复可能有错，不能用于诊断和治疗；身体不适请就医，紧急情况请拨打 120。
+
+| 训练 | |
+| --- | --- |
+{rows}
+
+![损失曲线](loss.png)
+
+对话模板在分词器里（apply_chat_template）；训练用的系统提示词：
+
+> {system_prompt}
+"""
+
+
+def library_versions() -> dict[str, str]:
+    """Of those that decide a training."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def write(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> None:
+    """Into the trainer's output folder. `settings`: output_folder.Run's; `origin`: of the training file."""
+    folder = Path(trainer.args.output_dir)
+    draw_losses(trainer.state.log_history, folder / "loss.png")
+    (folder / "README.md").write_text(describe(trainer, settings, origin), encoding="utf-8")
+
+
+def draw_losses(log_history: list[dict], path: Path) -> None:
+    """plot_losses as a picture."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    plot_losses(axes, log_history)
+    figure.savefig(path, dpi=120)
+
+
+def plot_losses(axes, log_history: list[dict]) -> None:
+    """Training and evaluation loss over the steps, the best evaluation marked."""
+    for key in ("loss", "eval_loss"):
+        if points := [(log["step"], log[key]) for log in log_history if key in log]:
+            axes.plot(*zip(*points), marker="o" if key == "eval_loss" else None, markersize=4, label=key)
+    if evaluations := [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]:
+        loss, step = min(evaluations)
+        axes.plot(step, loss, "*", markersize=14, label=f"best: {loss:.3f} at step {step}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> str:
+    """The card's text."""
+    args, state, optimizer = trainer.args, trainer.state, trainer.plan.optimizer
+    base = args.model_name if HUB_ID.fullmatch(args.model_name) else Path(args.model_name).name
+    evaluations = [(log["eval_loss"], log["step"]) for log in state.log_history if "eval_loss" in log]
+    best = "{:.4f}（第 {} 步）".format(*min(evaluations)) if evaluations else "未评估"
+    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    rows = {
+        "learning_rate": f"{args.learning_rate:g}（{scheduler}）",
+        "每步样本数": settings["examples_per_step"],
+        "epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
+        "max_length": args.max_length,
+        "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
+        "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "master"),
+        "基础权重的 SHA-256": settings["model_sha256"],
+        "数据": describe_origin(origin),
+        f"{args.train_file} 的 SHA-256": origin["train_sha256"],
+        "最好的 eval_loss": best,
+        "优化器": args.optim if optimizer == "optim" else optimizer,
+        "梯度裁剪": args.max_grad_norm or "没有",
+        "精度": str(trainer.model.dtype).removeprefix("torch."),
+        "库": "，".join(f"{name} {version}" for name, version in library_versions().items()),
+    }
+    rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
+    table = "\n".join(f"| {name} | {getattr(value, 'value', value)} |" for name, value in rows.items())
+    return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=settings["system_prompt"])
+
+
+def describe_origin(origin: dict) -> str:
+    """What the training file was made from, in the model card."""
+    if "source" not in origin:
+        return "不是 data.py 写的，或之后改过"
+    revision = f"，版本 {origin['revision']}" if origin["revision"] else ""
+    return f"{origin['source']}{revision}，SHA-256 {origin['sha256']}"

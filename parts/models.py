@@ -1,0 +1,89 @@
+"""A folder's tokenizer and weights, on this machine's device and in the dtype that it computes in. Knows Qwen3's end of
+turn; does not know where folders come from."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from parts.encoding import encode_messages
+from parts.terminal import first_line
+
+END_OF_TURN = "<|im_end|>"  # generation stops here
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        has_bf16 = device.type == "npu"
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def quiet_libraries() -> None:
+    """Keep off the screen what libraries tell each other: weight-file progress bars, deprecations, tied weights."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    tied = "missing keys in the checkpoint model loaded: ['lm_head.weight']"  # it is the embedding, and is loaded
+    logging.getLogger("transformers.trainer").addFilter(lambda record: tied not in record.getMessage())
+
+
+def pick_device() -> torch.device:
+    """CUDA, NPU, MPS or the CPU: what accelerate, and so the Trainer, finds here."""
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a model folder. Raises SystemExit when it has no chat template."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if tokenizer.chat_template:
+            encode_messages(tokenizer, [{"role": "user", "content": "？"}], prompt_only=True)
+    except Exception as error:  # tokenizers raises that itself; of a broken template jinja tells only when it is used
+        raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
+    if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
+        raise SystemExit(
+            f"错误：{path} 的分词器没有 {END_OF_TURN} 或对话模板；请换一个 Qwen3 模型，例如 Qwen/Qwen3-1.7B。"
+        )
+    tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
+    return tokenizer
+
+
+def load_weights(path: str, device: torch.device, in_4bit: bool = False):
+    """The model of a folder, in `best_dtype(device)`, on `device`, in eval mode; its linear layers in 4 bits (NF4) if
+    asked, for training adapters on it."""
+    quiet_libraries()
+    if not any(Path(path).glob("*.safetensors")):
+        raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
+    dtype = best_dtype(device)
+    options = {"quantization_config": four_bits(dtype), "device_map": {"": device}} if in_4bit else {}
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+        if missing := sorted(found["missing_keys"]):  # else they would be random, with a warning at most
+            raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
+        if Path(path, "generation_config.json").is_file():
+            transformers.GenerationConfig.from_pretrained(path)  # one that is broken would be passed over in silence
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # missing, broken, another shape
+        raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
+    return (model if in_4bit else model.to(device)).eval()
+
+
+def four_bits(dtype: torch.dtype):
+    """QLoRA's quantization: NF4, its scales quantized too, products in `dtype`. Raises SystemExit without it."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise SystemExit("错误：--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes") from None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

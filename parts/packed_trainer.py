@@ -1,0 +1,169 @@
+"""Training on packed batches: a loss without logits, an evaluation that no batch changes, a step cut into passes, and
+its log lines. Knows the plan and the kernels that were chosen, not how."""
+
+import time
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from parts import memory
+from parts.encoding import IGNORE_INDEX
+from parts.kernels import Kernels
+from parts.loss import LinearCrossEntropy
+from parts.memory_plan import Plan
+from parts.optimizers import step_in_backward
+from parts.packing import PACKED, PackedCollator, split_batch, starts_of, token_batches
+from parts.safe_trainer import SafeTrainer
+
+EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which keeps neither activations nor logits
+LOG_PARTS = {  # of a log, as they stand in its line
+    "loss": "loss {:.4f}",
+    "eval_loss": "评估 eval_loss {:.4f}",
+    "eval_token_loss": "按 token {:.4f}",
+    "grad_norm": "梯度 {:.2f}",
+    "learning_rate": "学习率 {:.3g}",
+    "tokens_per_second": "{:,.0f} token/秒",
+    "peak_memory_gb": "{:.2f} GB",
+    "eval_runtime": "{:.1f} 秒",
+    "train_runtime": "训练用时 {:.0f} 秒",
+}
+
+
+class PackedTrainer(SafeTrainer):
+    """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs tokens
+    per second and peak memory beside the training loss."""
+
+    window_start: float | None = None  # of the steps since the last log; evaluations and saving come after a log
+    window_tokens = 0
+    last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
+    step_hooks: tuple = ()  # that step in the backward pass
+
+    def __init__(self, *args, plan: Plan, kernels: Kernels, **kwargs):
+        super().__init__(*args, data_collator=PackedCollator(), state_bytes=plan.parts["优化器"], **kwargs)
+        self.plan, self.kernels = plan, kernels
+        self.in_backward = plan.optimizer.endswith("in_backward")
+        if self.in_backward:
+            self.args.max_grad_norm = 0  # the norm of all gradients is never known
+        self.model.get_decoder().register_forward_hook(self.keep_hidden)
+        # A notebook's table stays.
+        if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
+            self.add_callback(LogLines())
+
+    def keep_hidden(self, module, args, output) -> None:
+        self.last_hidden = output.last_hidden_state
+
+    def supervised_losses(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sum, losses [N], where [B, T-1] the N supervised tokens stand). `model` is asked for no logits at all, but
+        is called as a whole, so that DistributedDataParallel sees the pass."""
+        inputs = self.for_attention(inputs)
+        targets = inputs.pop("labels")[:, 1:]
+        model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
+        hidden, self.last_hidden = self.last_hidden, None
+        where = targets != IGNORE_INDEX
+        weight = self.model.get_output_embeddings().weight
+        weight = weight if torch.is_grad_enabled() else weight.detach()  # else room is made for its gradient
+        return *LinearCrossEntropy.apply(hidden[:, :-1][where], weight, targets[where]), where
+
+    def for_attention(self, inputs: dict) -> dict:
+        """A copy of `inputs` with what the attention in use wants to know of where examples begin; transformers' own
+        sees it in the position ids."""
+        inputs = dict(inputs)
+        if self.model.config._attn_implementation != PACKED:
+            inputs.pop("lengths")
+        elif self.kernels.varlen:
+            inputs["starts"] = starts_of(inputs["lengths"], inputs["input_ids"].device)
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the supervised tokens of the whole optimizer step, on all devices, as Trainer's own."""
+        if self.args.full_logits:
+            return super().compute_loss(model, self.for_attention(inputs), return_outputs, num_items_in_batch)
+        total, losses, _ = self.supervised_losses(model, inputs)
+        if num_items_in_batch is None:
+            return total / len(losses)
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * scale / num_items_in_batch
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """{eval_loss: the mean over examples of each example's mean token loss, as published; eval_token_loss: the mean
+        over tokens; eval_runtime in seconds}. Neither loss depends on batch size or number of processes."""
+        started = time.perf_counter()
+        dataset = eval_dataset or self.eval_dataset
+        self.model.eval()
+        sums = torch.zeros(4, dtype=torch.float64)  # example means, examples, token losses, tokens
+        most = min(EVAL_TOKENS, self.plan.batch_tokens)
+        for batch in token_batches(dataset, self.args.process_index, self.args.world_size, most):
+            inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in batch]))
+            with self.compute_loss_context_manager():
+                total, losses, where = self.supervised_losses(self.model, inputs)
+            example = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[:, 1:][where]
+            means = torch.zeros(len(batch), device=losses.device).index_add_(0, example, losses)
+            means /= torch.bincount(example, minlength=len(batch))
+            sums += torch.tensor([means.sum().item(), len(batch), total.item(), len(losses)], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
+        metrics = {"loss": sums[0] / sums[1], "token_loss": sums[2] / sums[3], "runtime": time.perf_counter() - started}
+        metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The batch in parts of at most batch_tokens tokens; their losses and gradients add up to the batch's."""
+        if self.window_start is None:
+            self.window_start = time.perf_counter()
+        self.window_tokens += inputs["input_ids"].numel()
+        assert num_items_in_batch is not None  # else the parts' means would add up
+        *parts, last = split_batch(inputs, self.plan.batch_tokens)
+        with self.accelerator.no_sync(model):  # several GPUs add up their gradients once, after the last part
+            losses = [super(PackedTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        return sum(losses, super().training_step(model, last, num_items_in_batch))
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.in_backward and not self.step_hooks:
+            self.step_hooks = step_in_backward(optimizer)
+        return optimizer
+
+    def release(self):
+        """The model, ready to be asked. The optimizer's states are dropped: the replies need their memory."""
+        self.check_weights()
+        for hook in self.step_hooks:
+            hook.remove()
+        for holder in (self, self.callback_handler):
+            holder.optimizer = holder.lr_scheduler = None
+        self.model_wrapped = self.model  # DistributedDataParallel holds gradients
+        self.accelerator.free_memory()
+        self.model.config.use_cache = True  # Trainer switched it off for training
+        self.model.set_attn_implementation("sdpa")  # which knows padding and the cache
+        return self.model.eval()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.in_backward:
+            logs.pop("grad_norm", None)  # Trainer's, of no gradients
+        if "loss" in logs and self.window_start is not None:
+            tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
+            logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)
+            logs["peak_memory_gb"] = round(memory.peak(self.args.device) / 1e9, 2)
+            self.window_start, self.window_tokens = None, 0
+        super().log(logs, *args, **kwargs)
+
+
+class LogLines(transformers.TrainerCallback):
+    """A line of at most 80 columns for each log, where Trainer would print a dict, and the bar below them."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        parts = [form.format(logs[name]) for name, form in LOG_PARTS.items() if name in logs]
+        if state.is_world_process_zero and parts:
+            tqdm.write("  ".join([f"第 {state.global_step} 步", *parts]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

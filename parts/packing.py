@@ -1,0 +1,78 @@
+"""Examples end to end in one batch [1, T], without padding and blind to each other; batches cut between examples. Does
+not know which kernels run here: where `starts` come in, torch's kernel for such batches is used."""
+
+import inspect
+
+import torch
+import transformers
+from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+PACKED = "packed"  # name of packed_attention among transformers' attention implementations
+
+
+class PackedCollator(transformers.DataCollatorWithFlattening):
+    """A batch is its examples one after another, [1, T], without padding; position ids restart at each, and `lengths`
+    has their lengths in tokens, as whole numbers that stay on the CPU."""
+
+    def __call__(self, features, **kwargs):
+        lengths = tuple(len(feature["input_ids"]) for feature in features)
+        return super().__call__(features, **kwargs) | {"lengths": lengths}
+
+
+def split_batch(inputs: dict, most: int) -> list[dict]:
+    """The batch as batches of whole examples, of at most `most` tokens each, or of one example."""
+    groups: list[list[int]] = []
+    for length in inputs["lengths"]:
+        if not groups or sum(groups[-1]) + length > most:
+            groups.append([])
+        groups[-1].append(length)
+    sizes = [sum(group) for group in groups]
+    names = ("input_ids", "labels", "position_ids")
+    tensors = zip(*(inputs[name].split(sizes, dim=1) for name in names))
+    return [dict(zip(names, part)) | {"lengths": tuple(group)} for part, group in zip(tensors, groups)]
+
+
+def token_batches(dataset, rank: int, world_size: int, most: int) -> list[list[int]]:
+    """This rank's share of the examples, by length, in batches of `most` tokens at most (or of one example)."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    batches, tokens = [], most
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size]:
+        if tokens + lengths[i] > most:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling, lengths, starts=None, **_):
+    """Causal attention within each example of a packed batch, none between them.
+
+    query [1, heads, T, D], key and value [1, key heads, T, D], lengths of the examples, starts [examples + 1] where
+    torch's kernel for such batches runs -> ([1, T, heads, D], None). Elsewhere one example after another: a mask for
+    all of them would be T x T.
+    """
+    assert attention_mask is None and sum(lengths) == query.shape[2], (lengths, query.shape)
+    if starts is None:
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+        return torch.cat([sdpa_attention_forward(module, *part, None, scaling=scaling)[0] for part in parts], 1), None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Before torch 2.13 grouped heads need no word.
+    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    longest = max(lengths)
+    out = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **options
+    )
+    return out[None], None
+
+
+def starts_of(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[examples + 1], int32: where each example of a packed batch starts, and where the last one ends."""
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+
+
+def use(model) -> None:
+    """Let `model` attend with packed_attention."""
+    transformers.AttentionInterface.register(PACKED, packed_attention)
+    model.set_attn_implementation(PACKED)

@@ -1,0 +1,53 @@
+"""Conversations to replies, sampled in one batch. Knows prompts and sampling, not where questions come from."""
+
+import torch
+
+from parts.decoding import fast_loop
+from parts.encoding import Reply, encode_messages, split_reply
+
+# What Qwen advises without thinking; while thinking the model's own generation settings hold.
+NO_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+BATCH_TOKENS = 10_000  # of prompts and replies together, at most, where the free memory is not known: 2.3 GB in float32
+BATCH_MEMORY = 0.5  # share of the free GPU memory that the cache of a batch may take
+Messages = list[dict[str, str]]
+
+
+def generate(
+    model, tokenizer, conversations: list[Messages], max_new_tokens: int, thinking: bool = True, streamer=None
+) -> list[Reply]:
+    """A Reply for each conversation, sampled as one left-padded batch: never greedy, which makes thinking loop."""
+    prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
+    longest = max(map(len, prompts))
+    padding, device = tokenizer.pad_token_id, model.device
+    stops = model.generation_config.eos_token_id or []
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor([[padding] * (longest - len(ids)) + ids for ids in prompts], device=device),
+            attention_mask=torch.tensor(
+                [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device
+            ),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            streamer=streamer,
+            custom_generate=fast_loop(model, max_new_tokens, streamer),
+            pad_token_id=padding,
+            eos_token_id=list(stops),
+            **sampling,
+        )
+    replies = []
+    for ids in output[:, longest:].tolist():
+        length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        replies.append(split_reply(tokenizer, ids[:length], complete=length < len(ids)))
+    return replies
+
+
+def room_in_memory(model) -> int:
+    """Tokens of prompts and replies that a batch may have: their keys and values have to fit into the GPU's memory."""
+    if model.device.type != "cuda":
+        return BATCH_TOKENS
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes

@@ -1,0 +1,159 @@
+"""Files of rows (.jsonl, .json, .csv, .parquet) to objects and back. Text stays as typed; what cannot be read ends with
+the line and the remedy. Does not look into the rows: that is rows.py's."""
+
+import codecs
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+from parts.rows import FIELDS, SAME_FIELD_TWICE
+from parts.terminal import first_line
+
+SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")  # the first kind that a data set on the hub has is taken
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def read(path: str | Path) -> list[tuple[int, object]]:
+    """All rows of a file as (number, row): the line for .jsonl, else the row's place, both counted from 1.
+
+    Text stays as typed: nothing is turned into numbers, dates or NaN. Raises SystemExit with the line and the remedy
+    for a file that is missing, unreadable, empty, not UTF-8 or not of its format.
+    """
+    return parse(Path(path), read_bytes(Path(path)))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A data file's bytes."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise SystemExit(
+            f"错误：不认识 {path} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
+        )
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for a file
+        raise SystemExit(
+            f"错误：找不到数据文件 {path}；请检查路径，或不带 --dataset 运行 python data.py 下载公开数据集。"
+        )
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SystemExit(f"错误：无法读取 {path}（{error.strerror}）；请检查文件权限。") from None
+
+
+def parse(path: Path, content: bytes) -> list[tuple[int, object]]:
+    """The rows in a file's content; `path` tells the format, and the file in messages."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if not content.strip():
+        raise SystemExit(f"错误：{path} 是空文件；请换一个有内容的文件。")
+    rows = READERS[path.suffix.lower()](path, content)
+    if not rows:
+        raise SystemExit(f"错误：{path} 里没有一行数据；每行需要 {'、'.join(FIELDS)} 三个字段。")
+    return rows
+
+
+def decode(path: Path, line_number: int, line: bytes) -> str:
+    """One line as text."""
+    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)]
+    if b"\0" in line and not marked:
+        raise SystemExit(f"错误：{path} 第 {line_number} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        encoding = marked[0] if marked else "GB18030"
+        raise SystemExit(
+            f"错误：{path} 第 {line_number} 行不是 UTF-8 编码（该行第 {error.start + 1} 字节）；"
+            f"请另存为 UTF-8，例如：iconv -f {encoding} -t UTF-8 {path} > utf8{path.suffix}"
+        ) from None
+
+
+def decode_all(path: Path, content: bytes) -> str:
+    """A whole file as text; a bad byte is reported with its line."""
+    lines = content.split(b"\n")
+    return "\n".join(decode(path, number, line) for number, line in enumerate(lines, 1))
+
+
+def to_object(pairs: list[tuple[str, object]]) -> object:
+    """A JSON object as dict. Of a field's two values json alone would keep the last without a word."""
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else SAME_FIELD_TWICE
+
+
+def parse_json(path: Path, text: str, line: int = 1) -> object:
+    """A JSON text that begins on this line of its file."""
+    try:
+        # int() refuses long numbers; no number is used anyway
+        return json.loads(text, parse_int=float, object_pairs_hook=to_object)
+    except json.JSONDecodeError as error:
+        raise SystemExit(
+            f"错误：{path} 第 {line + error.lineno - 1} 行不是合法的 JSON"
+            f"（{error.msg}，第 {error.colno} 列）；请修正这一行。"
+        ) from None
+    except RecursionError:
+        raise SystemExit(f"错误：{path} 第 {line} 行的 JSON 嵌套过深；每行只要一个简单的对象。") from None
+
+
+def read_jsonl(path: Path, content: bytes) -> list[tuple[int, object]]:
+    # Split at \n alone: str.splitlines would also break at characters such as U+2028 that JSON allows inside texts.
+    lines = enumerate(content.split(b"\n"), 1)
+    return [(number, parse_json(path, decode(path, number, line), number)) for number, line in lines if line.strip()]
+
+
+def read_json(path: Path, content: bytes) -> list[tuple[int, object]]:
+    rows = parse_json(path, decode_all(path, content))
+    if not isinstance(rows, list):
+        raise SystemExit(f"错误：{path} 应是对象的数组 [{{…}}, …]；每行一个对象的文件请命名为 .jsonl。")
+    return list(enumerate(rows, 1))
+
+
+def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
+    import pandas
+
+    decode_all(path, content)
+    try:
+        table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8")
+        # Where the first row has more fields than the header, pandas makes its first ones the index: all would shift.
+        if not isinstance(table.index, pandas.RangeIndex):
+            raise ValueError("第 1 行数据比表头多出字段")
+    except ValueError as error:  # pandas' ParserError and EmptyDataError among them
+        raise SystemExit(
+            f"错误：{path} 不是合法的 CSV（{str(error).strip()}）；含逗号或换行的文字请用双引号括起。"
+        ) from None
+    return list(enumerate(table.to_dict("records"), 1))
+
+
+def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        # Only what is needed; all when something is missing, so that the message can name what is there.
+        rows = table.select(FIELDS if set(FIELDS) <= set(table.column_names) else table.column_names).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
+        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。") from None
+    return list(enumerate(rows, 1))
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+
+
+def to_jsonl(rows: list[dict]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(texts: dict[str, str]) -> None:
+    """Write {path: text}. Each file appears whole, and none before all could be written. Raises OSError."""
+    drafts = {path: Path(f"{path}.{os.getpid()}.tmp") for path in texts}
+    try:
+        for path, draft in drafts.items():
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(texts[path])
+        if taken := [path for path in texts if Path(path).is_dir()]:
+            raise IsADirectoryError(0, "是一个文件夹", taken[0])
+        for path, draft in drafts.items():
+            os.replace(draft, path)
+    finally:
+        for draft in drafts.values():
+            with contextlib.suppress(OSError):
+                draft.unlink()

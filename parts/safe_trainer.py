@@ -1,0 +1,163 @@
+"""A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are no numbers
+are never written. Knows nothing of what is trained."""
+
+import copy
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from parts import checkpoints
+from parts.terminal import explain_failed_write
+
+
+class SafeTrainer(transformers.Trainer):
+    """Trainer whose checkpoints count only when whole, that saves nothing after a loss that is no number, and that
+    takes no further step when it continues from its last one."""
+
+    sealing: checkpoints.Sealer | None = None
+    saved_step = -1  # of the checkpoint last written, or continued from
+    interruption = None  # the Interruption that this training listens to, if any
+
+    def __init__(self, *args, state_bytes: float = 0, **kwargs):
+        """`state_bytes` of the optimizer go into each checkpoint."""
+        super().__init__(*args, **kwargs)
+        self.state_bytes = state_bytes
+        self.args = copy.copy(self.args)  # Trainer's own, in which what is done here is switched off
+        # It would delete before there is a manifest.
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.add_callback(Stopping(self))
+
+    def interrupted(self) -> bool:
+        """Whether any process was asked to stop; all call this together."""
+        return self.interruption is not None and self.interruption.requested(self.args)
+
+    def check_space(self) -> None:
+        """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
+        and the newest always), the one that is written before an older one goes, and the final weights."""
+        args, state = self.args, self.state
+        steps = state.max_steps / args.num_train_epochs if args.save_strategy == "epoch" else state.save_steps
+        count = math.ceil(state.max_steps / steps)
+        if self.limit and self.limit > 0:
+            count = min(count, max(self.limit, 1 + args.load_best_model_at_end) + 1)
+        count = 1 if args.save_strategy == "no" else count  # one, at a signal
+        weights = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        checkpoints.check_space(args.output_dir, count, weights + self.state_bytes, weights)
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the manifest of the last checkpoint."""
+        if self.sealing:
+            self.sealing.join()
+            with explain_failed_write(self.sealing.checkpoint):
+                if self.sealing.error:
+                    raise self.sealing.error
+
+    def _save_checkpoint(self, model, trial):
+        args, step = self.args, self.state.global_step
+        self.saved_step = step
+        self.check_weights()
+        checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+        if not args.process_index:
+            self.finish_checkpoint()
+            for folder in checkpoints.folders(args.output_dir):
+                if checkpoints.step_of(folder) >= step:  # this run passed it over when it continued from an older one
+                    shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            with explain_failed_write(checkpoint):
+                super()._save_checkpoint(model, trial)
+        except SystemExit:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if not args.process_index:
+            self.sealing = checkpoints.Sealer(checkpoint, self.state.best_model_checkpoint, self.limit)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.restore_dtype()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.restore_dtype()
+
+    def restore_dtype(self) -> None:
+        """peft loads adapters as float32, whatever they were: training would go on with other rounding."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(self.model.dtype)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Continued from its last checkpoint, Trainer would take one step more.
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        if self.interrupted():
+            self.control.should_training_stop = self.interruption.acted = True
+            if self.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model, None)
+        self.finish_checkpoint()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        self.check_finite(logs)
+
+    def check_weights(self) -> None:
+        sums = [p.detach().sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
+        self.check_finite({"weights": torch.stack(sums).sum().item()})
+
+    def check_finite(self, numbers: dict[str, float]) -> None:
+        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined, or will be
+        at the next step."""
+        for name in ("loss", "grad_norm", "eval_loss", "weights"):
+            if not math.isfinite(numbers.get(name, 0)):
+                self.finish_checkpoint()
+                good = checkpoints.find_whole(self.args.output_dir)
+                rate = numbers.get("learning_rate", self._get_learning_rate())
+                raise SystemExit(
+                    f"错误：到第 {self.state.global_step} 步 {name} 成了 {numbers[name]}（学习率 {rate:g}），"
+                    f"训练停止，这之后的权重没有保存。最近的好检查点：{good[-1] if good else '还没有'}。"
+                    "请用更小的 --learning_rate 和另一个 --output_dir 重新训练。"
+                )
+
+
+class Stopping(transformers.TrainerCallback):
+    """Ends training where a signal asks for it, and says where it can go on; before it begins, whether the disk has
+    room for its checkpoints."""
+
+    def __init__(self, trainer: SafeTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.saved_step = state.global_step
+        if state.is_world_process_zero:
+            self.trainer.check_space()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.trainer.interrupted()  # and it is saved when the epoch is left
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        cut_off = state.epoch % 1 > 0 and state.global_step < state.max_steps
+        if cut_off and self.trainer.interrupted():  # Trainer evaluates and saves here, but the epoch has not ended
+            control.should_evaluate = control.should_save = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        whole = checkpoints.find_whole(args.output_dir)
+        if self.trainer.interruption and self.trainer.interruption.acted and whole and state.is_world_process_zero:
+            step = checkpoints.step_of(whole[-1])
+            where = f"\n已中断：第 {step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
+            print(where, file=sys.stderr)
+
+
+class BestCheckpoint(transformers.EarlyStoppingCallback):
+    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
+    is looked for where the output folder is now, not where it was then."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.early_stopping_patience = args.early_stopping_patience or sys.maxsize
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)

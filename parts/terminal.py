@@ -1,0 +1,93 @@
+"""How the project speaks to the person at the terminal: one sentence for each mistake, in any encoding, from the first
+of several processes only. Knows no model, no data and no flag's name."""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in one line; its class when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """In one line, of at most `most` characters and two more dots."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + "……"
+
+
+def in_main_thread() -> bool:
+    """Only the main thread hears signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def run_main(main) -> None:
+    """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`, and of several
+    processes (torchrun's RANK) only the first one speaks."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\n已中断。", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still to be flushed
+        raise SystemExit(141) from None
+    except SystemExit as ended:
+        if first or not isinstance(ended.code, str):
+            raise
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(message: str):
+    """Turn any device's out-of-memory error into `message`."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
+        text = str(error).lower()
+        if "out of memory" in text or "allocate memory" in text:
+            raise SystemExit(message) from None
+        raise
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: str | Path):
+    """Turn a write that failed, on a full disk say, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors, torch.save and tokenizers have errors of their own for it.
+        if not isinstance(error, OSError | SafetensorError) and not re.search("inline_container|os error", str(error)):
+            raise
+        free = shutil.disk_usage(Path(path).parent).free / 1e9
+        raise SystemExit(
+            f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
+            "此前的检查点都还在；请腾出空间，再用同一命令继续。"
+        ) from None
+
+
+def whole_number(least: int, text: str) -> int:
+    """A whole number from `least` on, as large as seeds may be, for argparse."""
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"要一个 {least} 到 {2**32 - 1} 的整数，不是 {text!r}")
+    return int(text)
+
+
+def some_text(text: str) -> str:
+    """A text that is not empty, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("问题是空的")
+    return text.strip()

@@ -1,0 +1,129 @@
+"""SwanLab, which never stops a training: what it cannot send stays on the disk, what it must not know is not told.
+Knows its run, not what is trained."""
+
+import atexit
+import contextlib
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+from parts.terminal import explain_failed_write, in_main_thread, shorten
+
+RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
+SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
+
+
+class Timeout(BaseException):
+    """Raised by time_limit. Not an Exception: SwanLab catches those and tries again."""
+
+
+@contextlib.contextmanager
+def time_limit():
+    """Timeout after SECONDS; Windows has no such signal, nor have other threads than the main one.
+    SwanLab's own lines stay off the screen."""
+
+    def late(*_):
+        raise Timeout(f"{SECONDS} 秒没有结果")
+
+    alarm = getattr(signal, "SIGALRM", None) if in_main_thread() else None
+    if alarm:
+        before = signal.signal(alarm, late)
+        signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as its_lines:
+            yield its_lines
+    finally:
+        if alarm:
+            signal.alarm(0)
+            signal.signal(alarm, before)
+
+
+def read_settings(args, project: str, run_id: str | None):
+    """(SwanLab's settings for this run, its mode). Raises SystemExit where the user has to mend something.
+
+    SWANLAB_MODE is obeyed; without it: online with a key or an earlier login, else local. No prompt blocks a run.
+    """
+    # SwanLab >= 0.8 reads SWANLAB_PROJECT as JSON settings and raises; older tutorials set it to a name.
+    project = os.environ.pop("SWANLAB_PROJECT", None) or project
+    import swanlab
+
+    try:
+        settings = swanlab.Settings(
+            project={"name": project},
+            experiment={"name": args.run_name},
+            run={"id": run_id, "resume": "allow"},
+            # Off: what names people, machines and folders (command line, packages, git remote), and the screen's text.
+            probe={"runtime": False, "requirements": False, "git": False, "swanlab": False},
+            terminal={"proxy_type": "none"},
+        )
+        mode = settings.mode if "mode" in settings.model_fields_set else "online" if settings.api_key else "local"
+        if mode == "online" and not settings.api_key:
+            raise ValueError("SWANLAB_MODE=online 需要先登录：swanlab login")
+    except ValueError as error:
+        cause = shorten(str(error).split("[type=")[0], 200)  # behind it pydantic shows what it was given
+        raise SystemExit(
+            f"错误：SwanLab 无法开始（{cause}）；请改正，或设 SWANLAB_MODE=local，或加 --report_to none。"
+        ) from None
+    return settings, mode
+
+
+def start(args, project: str, config: dict[str, object], goes_on: bool = False) -> None:
+    """Begin the SwanLab run that Trainer's own callback then writes to, or go on with the unfinished one. Only rank 0
+    does. What fails here, such as the network, makes the run a local one and never ends the training."""
+    if "swanlab" not in args.report_to or args.process_index:
+        return
+    import swanlab
+
+    id_file = Path(args.output_dir, RUN_ID_FILE)
+    settings, mode = read_settings(args, project, id_file.read_text() if goes_on and id_file.is_file() else None)
+    excepthook, on_interrupt, problem = sys.excepthook, signal.getsignal(signal.SIGINT), ""
+    for choice in dict.fromkeys((mode, "local", "disabled")):
+        try:
+            with time_limit():
+                run = swanlab.init(reinit=True, mode=choice, config=config, settings=settings)
+            break
+        except (Exception, Timeout) as error:
+            problem += f"{choice} 模式无法开始（{shorten(str(error))}），训练照常；"
+    # SwanLab's own would wait for its server without limit after an error or Ctrl-C.
+    sys.excepthook = excepthook
+    if in_main_thread():
+        signal.signal(signal.SIGINT, on_interrupt)
+    atexit.register(end, "aborted")  # a run that does not come to its end
+    with explain_failed_write(id_file):
+        id_file.write_text(run.id)
+    folder = run.dir.relative_to(Path.cwd()) if Path.cwd() in run.dir.parents else run.dir
+    how = {
+        "local": f"只记录在本地。查看：swanlab watch {folder.parent}；上传：swanlab login 后 swanlab sync {folder}",
+        "offline": f"只记录在本地。上传：swanlab login 后 swanlab sync {folder}",
+        "disabled": "不记录。",
+    }
+    print(f"SwanLab：{problem}{how.get(run.mode) or f'查看：{run.url}'}", flush=True)
+
+
+def end(state: str = "success") -> None:
+    """Close the SwanLab run, if there is one. What its server does not take in time stays on the disk only."""
+    import swanlab
+
+    if not swanlab.has_run():
+        return
+    run = swanlab.get_run()
+    try:
+        with time_limit() as its_lines:
+            run.finish(state)
+        if "| ERROR" in its_lines.getvalue():  # SwanLab gives up what its server refuses, and says so only there
+            raise RuntimeError("服务器拒绝接收")
+    except (Exception, Timeout) as error:
+        cause = shorten(str(error))
+        print(f"SwanLab：没有全部上传（{cause}）。补传本地的记录：swanlab sync --id {run.id} {run.dir}")
+
+
+def finish(args, samples: list[str]) -> None:
+    """The replies as text in the SwanLab run, and the end of that run."""
+    if "swanlab" in args.report_to and not args.process_index:
+        import swanlab
+
+        swanlab.log({"Prediction": [swanlab.Text(sample) for sample in samples]})
+        end()
+        Path(args.output_dir, RUN_ID_FILE).unlink(missing_ok=True)
