@@ -4,8 +4,7 @@ that would continue it."""
 import json
 from pathlib import Path
 
-from parts import checkpoints
-from parts.models import best_dtype
+from parts import checkpoints, models
 from parts.terminal import first_line
 
 # What decides the weights. Logging, saving, samples, patience and what only saves memory may change while continuing.
@@ -31,7 +30,7 @@ def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
             "请核对来源，或去掉 --model_sha256。"
         )
     values["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    values |= {"system_prompt": system_prompt, "dtype": str(best_dtype(args.device))}
+    values |= {"system_prompt": system_prompt, "dtype": str(models.best_dtype(args.device))}
     files = {f"{file} (sha256)": checkpoints.sha256(file) for file in (args.train_file, args.val_file)}
     return json.loads(json.dumps(values | files))
 

@@ -1,28 +1,25 @@
-"""What several tests share: the tiny model, the sample data, and a way to run a script as a person would."""
+"""The environment of all tests, and their fixtures: the tiny model, its tokenizer, a working folder with data."""
 
 import os
+import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import hub
+import hub_server
 import pytest
+from helpers import ROOT, SAMPLES, At, crash, run, run_steps, weights
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "real"  # the real tokenizer and rows, where a checkout has them
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo"), str(ROOT / "tests" / "benchmarks")]
 # Small tensors: threads cost more than they bring, and the sums stay in one order. No test needs a network.
 os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", SWANLAB_MODE="local", MODELSCOPE_ENDPOINT="http://127.0.0.1:9"
 )
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.update(hub.LIMITS)  # before the client's import, which reads them
+os.environ.update(hub_server.LIMITS)  # before the client's import, which reads them
 for name in ("SWANLAB_PROJECT", "SWANLAB_API_KEY"):
     os.environ.pop(name, None)
-
-SAMPLES = ROOT / "tests" / "demo" / "medical.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +34,9 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model):
-    import inference
+    from parts import models
 
-    return inference.load_tokenizer(str(tiny_model))
+    return models.load_tokenizer(str(tiny_model))
 
 
 @pytest.fixture
@@ -52,15 +49,66 @@ def workspace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run_script(script: str, *flags: str, cwd: Path, env: dict[str, str] | None = None, stdin: str | None = None):
-    """Run a script of the project in `cwd`; its output, standard error included, is in `.stdout`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        cwd=cwd,
-        env=(env or os.environ) | {"PYTHONUTF8": "1"},
-        input=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=300,
-    )
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, tiny_model):
+    """straight(lora, **changes): the weights of a run that nothing touched, each made once."""
+    import data
+
+    known = {}
+
+    def weights_of(lora: bool = False, **changes) -> dict:
+        key = (lora, *sorted(changes.items()))
+        if key not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder := tmp_path_factory.mktemp("straight"))
+                data.prepare(str(SAMPLES))
+                run_steps(tiny_model, lora, output_dir="straight", **changes)
+            known[key] = weights(folder / "straight")
+        return known[key]
+
+    return weights_of
+
+
+@pytest.fixture(scope="session")
+def cut_short(tmp_path_factory, tiny_model) -> Path:
+    """A working folder with runs that ended after step 12 of 20, `full` and `lora`: checkpoint-10 is their best."""
+    import data
+
+    folder = tmp_path_factory.mktemp("cut_short")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        data.prepare(str(SAMPLES))
+        for lora, name in ((False, "full"), (True, "lora")):
+            with pytest.raises(EOFError):
+                run_steps(tiny_model, lora, [At(13, crash)], output_dir=name)
+    return folder
+
+
+@pytest.fixture
+def interrupted(cut_short, tmp_path, monkeypatch) -> Path:
+    """A working folder of its own with the runs that were cut short."""
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def two_steps(tmp_path_factory, tiny_model) -> Path:
+    """A working folder with finished runs of two steps, `full` and `lora`."""
+    import data
+
+    folder = tmp_path_factory.mktemp("two_steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        data.prepare(str(SAMPLES))
+        run(tiny_model, max_steps=2, output_dir="full")
+        run(tiny_model, lora=True, max_steps=2, output_dir="lora")
+    return folder
+
+
+@pytest.fixture
+def finished(two_steps, tmp_path, monkeypatch) -> Path:
+    """A working folder of its own with the finished runs and the data."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -141,7 +141,7 @@ def test_inference_is_repeatable_with_a_seed(trained, capsys):
     loaded, outputs = inference.load_trained(str(trained / "base")), []
     for seed in ("1", "1", "2"):
         flags = ["头痛怎么办？", "--seed", seed, "--max_new_tokens", "30"]
-        inference.converse(*loaded, inference.build_parser("", "").parse_args(flags))
+        inference.predict(*loaded, inference.build_parser("", "").parse_args(flags))
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
 
@@ -179,7 +179,7 @@ def test_merging_is_refused_into_anything_but_a_new_folder(tmp_path, monkeypatch
     Path("full", "model.safetensors").touch()
     message = f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。"
     with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
-        inference_lora.check_free(folder)
+        inference_lora.refuse_unless_empty(folder)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tin
     before = {path.name: path.read_bytes() for path in workspace.glob("*.jsonl")}
     args = train.TrainArguments(**{"model_name": str(tiny_model), "report_to": "none"} | changes)
     with pytest.raises(SystemExit, match=f"^错误：{parts}$"):
-        train.run(args)
+        train.train(args)
     assert before == {path.name: path.read_bytes() for path in workspace.glob("*.jsonl")}
 
 
@@ -238,7 +238,7 @@ def test_bad_row_in_the_training_file_is_named(workspace, tiny_model):
         file.write('{"question": "头痛？", "think": "", "answer": "休息。"}\n')
     message = "错误：train.jsonl 第 109 行 think 为空；请用 python data.py --dataset <原始数据> 重新生成。"
     with pytest.raises(SystemExit, match=f"^{message}$"):
-        train.run(train.TrainArguments(model_name=str(tiny_model), report_to="none"))
+        train.train(train.TrainArguments(model_name=str(tiny_model), report_to="none"))
 
 
 def test_missing_data_and_model_come_from_the_hub(tmp_path, tiny_model):

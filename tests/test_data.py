@@ -25,35 +25,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def make_row(i: int, **changes) -> dict:
-    return {"question": f"问题{i}？", "think": f"思考{i}。", "answer": f"回答{i}。"} | changes
-
-
-def make_rows(last: int, first: int = 1) -> list[dict]:
-    return [make_row(i) for i in range(first, last + 1)]
-
-
-def as_jsonl(rows) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def as_parquet(columns: dict[str, list]) -> bytes:
-    # Bytes marked as text, unchecked, as another writer may leave them.
-    arrays = {name: pyarrow.array(values, pyarrow.binary()).view("string") for name, values in columns.items()}
-    pyarrow.parquet.write_table(pyarrow.table(arrays), sink := io.BytesIO())
-    return sink.getvalue()
-
-
-def save(rows: list[dict], name: str | Path, mark: bytes = b"") -> str:
-    """Write rows in the format of the name's ending, after a byte order mark where one is given."""
-    csv.writer(table := io.StringIO()).writerows([rows[0], *(row.values() for row in rows)])
-    forms = {".jsonl": as_jsonl(rows), ".json": json.dumps(rows, indent=1), ".csv": table.getvalue()}
-    text = forms.get(Path(name).suffix.lower())
-    columns = {field: [row[field] for row in rows] for field in rows[0]}
-    Path(name).write_bytes(mark + text.encode() if text else as_parquet(columns))
-    return str(name)
-
-
 def published(rows) -> tuple[list, list]:
     """The split of the published training script, in its own words."""
     rows = list(rows)
@@ -66,20 +37,6 @@ def published(rows) -> tuple[list, list]:
 def written(folder: Path = Path()) -> tuple[list[dict], list[dict]]:
     texts = (Path(folder, name).read_text(encoding="utf-8") for name in ("train.jsonl", "val.jsonl"))
     return tuple([json.loads(line) for line in text.split("\n")[:-1]] for text in texts)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, byte for byte."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {
-        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
-        for path in files
-    }
-
-
-def says(text: str, expected: str) -> bool:
-    """Whether text is the expected error; ~ stands for words of a library, on one line."""
-    return bool(re.fullmatch(".*".join(map(re.escape, f"错误：{expected}".split("~"))), text))
 
 
 @pytest.fixture
@@ -201,8 +158,8 @@ CLEANED = {
 
 @pytest.mark.parametrize("raw, cleaned", CLEANED.items())
 def test_text_is_cleaned_and_else_untouched(raw, cleaned):
-    data.prepare(save([dict.fromkeys(data.FIELDS, raw), make_row(1)], "rows.jsonl"))
-    assert dict.fromkeys(data.FIELDS, cleaned) in sum(written(), [])
+    data.prepare(save([dict.fromkeys(rows.FIELDS, raw), make_row(1)], "rows.jsonl"))
+    assert dict.fromkeys(rows.FIELDS, cleaned) in sum(written(), [])
 
 
 ENDINGS = [".jsonl", ".json", ".csv", ".parquet"]
@@ -215,8 +172,8 @@ ROWS = [{"question": f"{i}", "think": text, "answer": text * 2} for i, text in e
 
 @pytest.mark.parametrize("ending", [*ENDINGS, ".JSONL", ".Json", ".CSV", ".PARQUET"])
 def test_every_format_gives_the_same_rows_of_the_same_texts(ending):
-    assert data.read_rows(save(ROWS, "plain" + ending)) == list(enumerate(ROWS, 1))
-    assert data.read_rows(save(ROWS, "marked" + ending, codecs.BOM_UTF8)) == list(enumerate(ROWS, 1))
+    assert row_files.read(save(ROWS, "plain" + ending)) == list(enumerate(ROWS, 1))
+    assert row_files.read(save(ROWS, "marked" + ending, codecs.BOM_UTF8)) == list(enumerate(ROWS, 1))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -349,7 +306,7 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ("object.json", "{}", OBJECT),
     ("none.json", "[]", NO_ROWS),
     ("none.csv", HEAD, NO_ROWS),
-    ("none.parquet", as_parquet({field: [] for field in data.FIELDS}), NO_ROWS),
+    ("none.parquet", as_parquet({field: [] for field in rows.FIELDS}), NO_ROWS),
     ("columns.jsonl", as_jsonl([{"think": "思", "问": "b", "a": 1}]), COLUMNS % ("question、answer", "a、think、问")),
     ("columns.csv", "question,output\n问,答\n", COLUMNS % ("think、answer", "output、question")),
     ("columns.parquet", as_parquet({"think": ["t"], "x": ["x"]}), COLUMNS % ("question、answer", "think、x")),
@@ -364,8 +321,8 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ("comma.csv", f"{HEAD}q,t,a\nq,t,a,b\n", CSV % "~"),
     ("commas.csv", HEAD + "q,t,a,b\n" * 20, CSV % "第 1 行数据比表头多出字段"),
     ("words.parquet", "words", PARQUET),
-    ("cut.parquet", as_parquet(dict.fromkeys(data.FIELDS, ["q"]))[:-9], PARQUET),
-    ("gbk.parquet", as_parquet(dict.fromkeys(data.FIELDS, ["我".encode("gbk")])), PARQUET),
+    ("cut.parquet", as_parquet(dict.fromkeys(rows.FIELDS, ["q"]))[:-9], PARQUET),
+    ("gbk.parquet", as_parquet(dict.fromkeys(rows.FIELDS, ["我".encode("gbk")])), PARQUET),
     ("nonsense", None, NEITHER),
     ("a/b/c", None, NEITHER),
     ("n" * 300, None, NEITHER),

@@ -27,7 +27,7 @@ def build(workspace, tiny_model, tokenizer):
         args = cls(
             report_to="none", disable_tqdm=True, logging_steps=1, eval_strategy="no", save_strategy="no", **changes
         )
-        model = inference.load_weights(str(tiny_model), args.device, in_4bit)
+        model = models.load_weights(str(tiny_model), args.device, in_4bit)
         model = train_lora.add_adapter(model, args) if cls is train_lora.LoraArguments else model
         dataset, _ = data.load_dataset(data.TRAIN_FILE, tokenizer, 2048)
         return train.build_trainer(args, model, tokenizer, dataset, dataset)
@@ -70,7 +70,7 @@ def test_no_example_sees_another(build):
     hidden = []
     trainer.model.get_decoder().register_forward_hook(lambda module, args, output: hidden.append(output[0][0]))
     for change in (0, 1):
-        batch = trainer._prepare_inputs(train.PackedCollator()(examples()))
+        batch = trainer._prepare_inputs(packing.PackedCollator()(examples()))
         batch["input_ids"][0, LENGTHS[0] + 10] += change
         with torch.no_grad():
             trainer.supervised_losses(trainer.model, batch)
@@ -79,7 +79,7 @@ def test_no_example_sees_another(build):
 
 
 def test_offloaded_inputs_change_no_gradient(build):
-    batch = train.PackedCollator()(examples() * 20)
+    batch = packing.PackedCollator()(examples() * 20)
     found, held = [], []
     for offload in (False, True):
         trainer = build(checkpoint_every=1, offload_activations=offload)
@@ -112,21 +112,21 @@ def test_qlora_learns(build):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
     """In float32, past the first growth of the cache, with padding on the left; each step's logits."""
-    model = inference.load_weights(str(tiny_model), CUDA).float()
-    inference.fuse_norms(model)
+    model = models.load_weights(str(tiny_model), CUDA).float()
+    decoding.fuse_norms(model)
     ids = torch.randint(10, 4000, (rows, 30), device=CUDA)
     mask = torch.ones_like(ids)
     mask[1:, :7] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    tokens = torch.randint(10, 4000, (inference.CACHE_STEP + 40, rows), device=CUDA)
-    decoders = [inference.Decoder(model, ids, positions, mask if rows > 1 else None) for _ in range(2)]
+    tokens = torch.randint(10, 4000, (decoding.CACHE_STEP + 40, rows), device=CUDA)
+    decoders = [decoding.Decoder(model, ids, positions, mask if rows > 1 else None) for _ in range(2)]
     decoders[1].capturable = False
     with torch.inference_mode():
         for token in tokens:
             for decoder in decoders:
                 decoder.advance(token)
             torch.testing.assert_close(decoders[0].logits, decoders[1].logits, rtol=1e-3, atol=1e-3)
-    assert decoders[0].graph and decoders[0].room > 30 + inference.CACHE_STEP
+    assert decoders[0].graph and decoders[0].room > 30 + decoding.CACHE_STEP
 
 
 def test_the_whole_way_from_training_to_a_reply(workspace, tiny_model):
@@ -134,7 +134,7 @@ def test_the_whole_way_from_training_to_a_reply(workspace, tiny_model):
     trained = run_script("train.py", *flags, "--report_to", "none", cwd=workspace)
     assert trained.returncode == 0 and "CUDA graph 用不了" not in trained.stdout, trained.stdout
     folder = workspace / data.OUTPUT_DIR
-    history = json.loads((folder / inference.FINISHED_MARK).read_text(encoding="utf-8"))["log_history"]
+    history = json.loads((folder / checkpoints.FINISHED_MARK).read_text(encoding="utf-8"))["log_history"]
     assert any("eval_loss" in log for log in history)
     asked = run_script("inference.py", "头痛怎么办？", "--max_new_tokens", 300, cwd=workspace)
     assert asked.returncode == 0 and "CUDA graph 用不了" not in asked.stdout, asked.stdout

@@ -36,7 +36,7 @@ MODEL = {"what": "模型", "remedy": "用 --model_name 指定本地模型文件�
 def model(tiny_model, tmp_path) -> Path:
     """What the hub has as the model own/er: weights in three files, and some that are not to be downloaded."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    inference.load_weights(str(tiny_model), torch.device("cpu")).save_pretrained(folder, max_shard_size="500KB")
+    models.load_weights(str(tiny_model), torch.device("cpu")).save_pretrained(folder, max_shard_size="500KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     for name in ("pytorch_model.bin", "ONNX/model.ONNX"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -143,18 +143,18 @@ MODEL_FAULTS = ("list 404", "list is a page", "file 500", "file cut short", "fil
 def test_model_download_gives_up_in_time_and_the_next_try_is_whole(hub, model, name):
     hub.fault, cause = LASTING[name]
     started = time.monotonic()
-    said = ends(inference.resolve_model, "own/er")
+    said = ends(find_model, "own/er")
     assert time.monotonic() - started < 30
     assert matches(said, FAILED.format(url=hub.url, cause=cause.format(file="~"), **MODEL)), said
     hub.fault = None
-    folder = Path(inference.resolve_model("own/er"))
+    folder = Path(find_model("own/er"))
     expected = {name: content for name, content in contents(model).items() if not name.lower().endswith(("bin", "x"))}
     assert contents(folder) == expected
-    inference.load_weights(str(folder), torch.device("cpu"))
+    models.load_weights(str(folder), torch.device("cpu"))
 
 
 def test_model_weights_in_other_forms_are_not_downloaded(hub):
-    inference.resolve_model("own/er")
+    find_model("own/er")
     names = " ".join(downloads(hub))
     assert "model-00001-of" in names and "pytorch_model" not in names and "ONNX" not in names
 
@@ -162,7 +162,7 @@ def test_model_weights_in_other_forms_are_not_downloaded(hub):
 @pytest.mark.parametrize("kind", ["dataset", "model"])
 def test_connection_refused(hub, kind):
     hub.__exit__()
-    run, expected = {"dataset": (data.prepare, DATASET), "model": (inference.resolve_model, MODEL)}[kind]
+    run, expected = {"dataset": (data.prepare, DATASET), "model": (find_model, MODEL)}[kind]
     said = ends(run, "own/er")
     assert matches(said, FAILED.format(url=hub.url, cause="连接失败：~refused~", **expected)), said
 
@@ -199,7 +199,7 @@ def test_list_that_leaves_the_folder_is_refused_before_anything_is_written(hub, 
     (tmp_path / "home/.modelscope/credentials").mkdir(parents=True)
     (tmp_path / "home/.modelscope/credentials/session").write_text("0" * 32)  # else the client makes one
     before = contents(tmp_path)
-    run, expected = {"dataset": (data.prepare, DATASET), "model": (inference.resolve_model, MODEL)}[kind]
+    run, expected = {"dataset": (data.prepare, DATASET), "model": (find_model, MODEL)}[kind]
     assert ends(run, "own/er") == FAILED.format(url=hub.url, cause=f"{path} 会写到文件夹之外，已拒绝", **expected)
     assert contents(tmp_path) == before and downloads(hub) == []
 
@@ -214,16 +214,16 @@ def test_dots_that_leave_no_folder_are_names(hub, tmp_path, path):
 
 @pytest.mark.parametrize("revision", ["../..", "/tmp/x"])
 def test_revision_that_leaves_the_cache_is_refused(hub, tmp_path, revision):
-    said = ends(inference.resolve_model, "own/er", revision=revision)
+    said = ends(find_model, "own/er", revision=revision)
     assert said == FAILED.format(url=hub.url, cause=f"{revision} 会写到文件夹之外，已拒绝", **MODEL)
     assert downloads(hub) == []
 
 
 def test_limits_reach_the_client_and_add_up_to_what_is_stated(tmp_path):
     code = (
-        "import data, os\ntry: data.from_hub('own/er', 'dataset', '', list)\nexcept SystemExit: pass\n"
+        "import data, os\ntry: parts_hub.download('own/er', 'dataset', '', list)\nexcept SystemExit: pass\n"
         "from modelscope_hub import constants\n"
-        "print({name: getattr(constants, name.removeprefix('MODELSCOPE_')) for name in data.HUB_LIMITS"
+        "print({name: getattr(constants, name.removeprefix('MODELSCOPE_')) for name in parts_hub.LIMITS"
         " if name != 'MODELSCOPE_DOWNLOAD_MAX_RETRIES'})\n"
         "attempts = constants.DOWNLOAD_RETRY_TIMES + 1\n"
         "silent = max(constants.DOWNLOAD_TIMEOUT, constants.DOWNLOAD_LOW_SPEED_WINDOW_SECONDS)\n"
@@ -234,7 +234,7 @@ def test_limits_reach_the_client_and_add_up_to_what_is_stated(tmp_path):
     env |= {"HOME": str(tmp_path), "MODELSCOPE_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8")
     limits, listing, file = result.stdout.splitlines()
-    expected = {name: int(value) for name, value in data.HUB_LIMITS.items()}
+    expected = {name: int(value) for name, value in parts_hub.LIMITS.items()}
     del expected["MODELSCOPE_DOWNLOAD_MAX_RETRIES"]
     assert ast.literal_eval(limits) == expected
     assert (int(listing), int(file)) == (48, 150)
@@ -246,7 +246,7 @@ def test_limits_reach_the_client_and_add_up_to_what_is_stated(tmp_path):
 @pytest.fixture
 def downloaded(hub, capsys) -> Path:
     """The model in the cache, and the hub gone."""
-    folder = Path(inference.resolve_model("own/er"))
+    folder = Path(find_model("own/er"))
     hub.__exit__()
     capsys.readouterr()
     return folder
@@ -254,21 +254,21 @@ def downloaded(hub, capsys) -> Path:
 
 @pytest.mark.parametrize("fault", ["refused", "list 500", "list is a page"])
 def test_model_from_an_earlier_download_is_used_when_the_hub_is_not_there(hub, capsys, fault):
-    folder = inference.resolve_model("own/er")
+    folder = find_model("own/er")
     if fault == "refused":
         hub.__exit__()
     else:
         hub.fault = LASTING[fault][0]
     capsys.readouterr()
-    assert inference.resolve_model("own/er") == folder
+    assert find_model("own/er") == folder
     assert capsys.readouterr().out == f"提示：连不上 ModelScope，使用以前下载的模型 own/er：{folder}\n"
-    inference.load_weights(folder, torch.device("cpu"))
+    models.load_weights(folder, torch.device("cpu"))
 
 
 def test_model_that_the_hub_has_taken_back_is_not_used(hub):
-    inference.resolve_model("own/er")
+    find_model("own/er")
     hub.fault = LASTING["list 404"][0]
-    assert "没有这个名称" in ends(inference.resolve_model, "own/er")
+    assert "没有这个名称" in ends(find_model, "own/er")
 
 
 def shorten(path: Path) -> None:
@@ -291,31 +291,31 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_model_that_is_not_whole_in_the_cache_is_not_used(hub, downloaded, damage):
-    assert inference.find_downloaded("own/er", None) == downloaded
+    assert parts_hub.find_downloaded("own/er", None) == downloaded
     damage(downloaded)
-    assert inference.find_downloaded("own/er", None) is None
+    assert parts_hub.find_downloaded("own/er", None) is None
 
 
 def test_model_half_downloaded_is_not_used(hub, model):
     hub.fault = on("FilePath=model-00002", partial(status, 403))
-    ends(inference.resolve_model, "own/er")
+    ends(find_model, "own/er")
     hub.__exit__()
-    said = ends(inference.resolve_model, "own/er")
+    said = ends(find_model, "own/er")
     assert matches(said, FAILED.format(url=hub.url, cause="连接失败：~", **MODEL)), said
 
 
 def test_model_in_the_cache_serves_its_own_revision_only(hub, downloaded):
-    assert "连接失败" in ends(inference.resolve_model, "own/er", revision="v1")
+    assert "连接失败" in ends(find_model, "own/er", revision="v1")
     shutil.move(downloaded, downloaded.parent / "v1")
-    assert inference.find_downloaded("own/er", "v1") == downloaded.parent / "v1"
-    assert inference.find_downloaded("own/er", None) is None
+    assert parts_hub.find_downloaded("own/er", "v1") == downloaded.parent / "v1"
+    assert parts_hub.find_downloaded("own/er", None) is None
 
 
 def test_model_in_an_older_clients_folder_serves_no_pinned_revision(hub, downloaded, tmp_path):
     folder = tmp_path / "home" / "cache" / "models" / "own" / "er"
     shutil.move(downloaded, folder)
-    assert inference.find_downloaded("own/er", None) == folder
-    assert inference.find_downloaded("own/er", "v1") is None
+    assert parts_hub.find_downloaded("own/er", None) == folder
+    assert parts_hub.find_downloaded("own/er", "v1") is None
 
 
 # ---- revision, checksum, several files ----------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_model_in_an_older_clients_folder_serves_no_pinned_revision(hub, downloa
 def test_revision_is_what_is_asked_for(hub, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", "--dataset", "own/er", "--revision", "v1.2"])
     data.main()
-    assert inference.resolve_model("own/er", revision="v1.2").endswith("snapshots/v1.2")
+    assert find_model("own/er", revision="v1.2").endswith("snapshots/v1.2")
     asked = [path for _, path in hub.requests if "Revision=" in path]
     assert len(asked) > 10 and all("Revision=v1.2" in path for path in asked)
 
@@ -342,7 +342,7 @@ def test_revision_of_what_is_no_repository():
         "错误：--revision v1 只用于 ModelScope 上的数据集，而 here.jsonl 是本地文件。"
     )
     said = "错误：版本 v1 只用于 ModelScope 上的模型，而 . 是本地文件夹。"
-    assert ends(inference.resolve_model, ".", revision="v1") == said == ends(inference.load_trained, ".", "v1")
+    assert ends(find_model, ".", revision="v1") == said == ends(inference.load_trained, ".", "v1")
 
 
 @pytest.mark.parametrize("source", ["own/er", "local.jsonl"])
@@ -375,7 +375,9 @@ def test_problems_name_the_file_when_there_are_several(hub, tmp_path, capsys):
 
 def test_first_places_of_many_are_named():
     places = [("b.csv", 1), ("a.csv", 20), ("a.csv", 3), ("c.csv", 1)]
-    assert data.describe({"x": places}, most=3) == ["x：4 行（a.csv 第 3 行、a.csv 第 20 行、b.csv 第 1 行 等）"]
+    assert rows.describe_problems({"x": places}, most=3) == [
+        "x：4 行（a.csv 第 3 行、a.csv 第 20 行、b.csv 第 1 行 等）"
+    ]
 
 
 @pytest.mark.parametrize("name", ["DATA.JSONL", "Data.Json", "DATA.CSV", "data.PARQUET"])
@@ -389,11 +391,11 @@ def test_data_files_in_capitals_are_taken(hub, tmp_path, name):
 def test_card_names_revision_and_data(hub, tiny_model):
     data.prepare("own/er", revision="v6")
     changes = {"model_name": "own/er", "model_revision": "v7", "output_dir": "out", "max_steps": 1, "sample_tokens": 2}
-    parts = sorted(Path(inference.resolve_model("own/er", revision="v7")).glob("*.safetensors"))
+    parts = sorted(Path(find_model("own/er", revision="v7")).glob("*.safetensors"))
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
     with pytest.raises(SystemExit, match=f"own/er 的权重的 SHA-256 是 {weights}，不是 --model_sha256 0123；"):
-        train.run(train.TrainArguments(report_to="none", model_sha256="0123", **changes))
-    train.run(train.TrainArguments(report_to="none", model_sha256=weights, **changes))
+        train.train(train.TrainArguments(report_to="none", model_sha256="0123", **changes))
+    train.train(train.TrainArguments(report_to="none", model_sha256=weights, **changes))
     card = Path("out/README.md").read_text(encoding="utf-8")
     checksum = hashlib.sha256(Path("train.jsonl").read_bytes()).hexdigest()
     assert "\n| 基础模型的版本 | v7 |\n" in card and f"\n| train.jsonl 的 SHA-256 | {checksum} |\n" in card

@@ -18,12 +18,12 @@ def layer(dtype: torch.dtype, seed: int = 0):
     hidden = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 0.3).to(dtype).requires_grad_()
     labels = torch.randint(VOCAB, (1, TOKENS), generator=generator)
-    return hidden, weight, labels.masked_fill(torch.rand(1, TOKENS, generator=generator) < 0.3, data.IGNORE_INDEX)
+    return hidden, weight, labels.masked_fill(torch.rand(1, TOKENS, generator=generator) < 0.3, encoding.IGNORE_INDEX)
 
 
 def chunked(hidden, weight, labels):
-    where = labels[:, 1:] != data.IGNORE_INDEX
-    total, losses = train.LinearCrossEntropy.apply(hidden[:, :-1][where], weight, labels[:, 1:][where])
+    where = labels[:, 1:] != encoding.IGNORE_INDEX
+    total, losses = LinearCrossEntropy.apply(hidden[:, :-1][where], weight, labels[:, 1:][where])
     assert losses.dtype == total.dtype == torch.float32
     return total / len(losses)
 
@@ -70,7 +70,7 @@ def test_loss_in_float64_is_exact_but_for_its_float32_sums():
     hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
     labels, grads = torch.randint(11, (5,)), []
     for loss in (
-        lambda h, w: train.LinearCrossEntropy.apply(h, w, labels)[0],
+        lambda h, w: LinearCrossEntropy.apply(h, w, labels)[0],
         lambda h, w: F.cross_entropy(h @ w.T, labels, reduction="sum"),
     ):
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
@@ -79,10 +79,10 @@ def test_loss_in_float64_is_exact_but_for_its_float32_sums():
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
-def trainer_on(tiny_model, tokenizer) -> train.MedicalTrainer:
+def trainer_on(tiny_model, tokenizer) -> packed_trainer.PackedTrainer:
     dataset, _ = data.load_dataset("val.jsonl", tokenizer, 2048)
     args = train.TrainArguments(report_to="none", disable_tqdm=True)
-    model = inference.load_weights(str(tiny_model), torch.device("cpu"))
+    model = models.load_weights(str(tiny_model), torch.device("cpu"))
     return train.build_trainer(args, model, tokenizer, dataset, dataset)
 
 
@@ -98,13 +98,13 @@ def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, to
 @pytest.mark.parametrize("tokens", [1, 300, 100_000])
 def test_evaluation_losses_do_not_depend_on_the_batch(workspace, tiny_model, tokenizer, monkeypatch, tokens):
     trainer = trainer_on(tiny_model, tokenizer)
-    plain = inference.load_weights(str(tiny_model), torch.device("cpu"))
+    plain = models.load_weights(str(tiny_model), torch.device("cpu"))
     per_example, all_tokens = [], []
     with torch.no_grad():
         for example in trainer.eval_dataset:
             logits = plain(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
             losses = F.cross_entropy(logits, torch.tensor(example["labels"][1:]), reduction="none")
-            supervised = [label != data.IGNORE_INDEX for label in example["labels"][1:]]
+            supervised = [label != encoding.IGNORE_INDEX for label in example["labels"][1:]]
             all_tokens += losses[supervised].tolist()
             per_example.append(losses[supervised].mean().item())
     trainer.args.batch_tokens = tokens
@@ -116,7 +116,7 @@ def test_evaluation_losses_do_not_depend_on_the_batch(workspace, tiny_model, tok
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_example_is_evaluated_once(world_size):
     dataset = {"input_ids": [[0] * length for length in (9000, 10, 4000, 4200, 4100, 8192, 1)]}
-    shares = [train.token_batches(dataset, rank, world_size, 8192) for rank in range(world_size)]
+    shares = [packing.token_batches(dataset, rank, world_size, 8192) for rank in range(world_size)]
     batches = [batch for share in shares for batch in share]
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     totals = [sum(len(dataset["input_ids"][i]) for i in batch) for batch in batches]

@@ -29,10 +29,8 @@ def finished(tmp_path_factory, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         data.prepare(str(ROOT / "tests" / "demo" / "medical.jsonl"))
-        train.run(arguments(tiny_model, max_steps=2, output_dir="full"))
-        lora = arguments(tiny_model, train_lora.LoraArguments, max_steps=2, output_dir="lora")
-        train.run(lora, train_lora.add_adapter)
-        train_lora.name_base(lora)
+        run(tiny_model, max_steps=2, output_dir="full")
+        run(tiny_model, lora=True, max_steps=2, output_dir="lora")
     return folder
 
 
@@ -42,13 +40,6 @@ def copies(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def refused(message: str, run, *args, **kwargs) -> None:
-    """The call ends with exactly this error; ~ stands for words of a library."""
-    with pytest.raises(SystemExit) as ended:
-        run(*args, **kwargs)
-    assert says(str(ended.value), message), ended.value
 
 
 @pytest.mark.parametrize(
@@ -85,9 +76,9 @@ def test_numbers_that_make_no_sense_are_refused_at_once(flags, message):
 
 def test_a_flag_that_is_true_false_or_planned_may_stand_alone(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--gradient_checkpointing", "--report_to", "none"])
-    assert train.parse_args(train.TrainArguments, "").checkpoint_every == 1
+    assert parse_flags(train.TrainArguments, "").checkpoint_every == 1
     monkeypatch.setattr(sys, "argv", ["train.py", "--gradient_checkpointing", "false", "--report_to", "none"])
-    assert train.parse_args(train.TrainArguments, "").checkpoint_every == 0
+    assert parse_flags(train.TrainArguments, "").checkpoint_every == 0
 
 
 def test_a_folder_with_anything_but_a_run_is_not_written_into(copies, tiny_model):
@@ -96,14 +87,14 @@ def test_a_folder_with_anything_but_a_run_is_not_written_into(copies, tiny_model
     for folder in ("base", "."):
         first = min(path.name for path in Path(folder).iterdir())
         message = f"{folder} 里有别的文件（{first} 等）；请用 --output_dir 指定一个新文件夹。"
-        refused(message, train.check_output_dir, arguments(tiny_model, output_dir=folder))
+        refused(message, output_folder.check, arguments(tiny_model, output_dir=folder))
     assert contents(copies) == before
 
 
 def test_a_finished_run_is_given_up_only_when_training_can_start(copies, tiny_model):
     before = contents(copies)
     args = arguments(Path("no model"), output_dir="full", overwrite_output_dir=True)
-    refused(NO_MODEL.format("no model"), train.run, args)
+    refused(NO_MODEL.format("no model"), train.train, args)
     assert contents(copies) == before
 
 
@@ -112,12 +103,12 @@ def test_checkpoint_that_is_not_there(copies, tiny_model, checkpoint):
     message = f"--resume_from_checkpoint {checkpoint} 不是完整的检查点（没有写完（缺少 manifest.json））；"
     message += "不写这个参数，就会从最近的完整检查点继续。"
     args = arguments(tiny_model, output_dir="new", resume_from_checkpoint=checkpoint)
-    refused(message, train.choose_checkpoint, args)
+    refused(message, output_folder.choose_checkpoint, args)
 
 
 def test_adapter_as_the_model_to_train_or_to_ask(copies):
     merge = "请先合并：python inference_lora.py --model_path lora --merge_to output/merged"
-    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", inference.resolve_model, "lora")
+    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", hub.find_model, "lora", "")
     other = "{0} 要用另一个脚本来问：python {1} --model_path {0}"
     refused(other.format("lora", "inference_lora.py"), inference.load_trained, "lora")
     refused(other.format("full", "inference.py"), inference_lora.load_adapter, "full")
@@ -151,14 +142,14 @@ def test_checkpoint_cut_off_while_it_was_written_is_not_asked(copies):
     shutil.copytree("full/checkpoint-2", "full/checkpoint-7")
     Path("full/checkpoint-7/trainer_state.json").unlink()
     shutil.copytree("full/checkpoint-2", "full/checkpoint-best")  # a copy that a user made
-    assert inference.find_trained("full") == Path("full/checkpoint-2")
+    assert checkpoints.find_trained("full") == Path("full/checkpoint-2")
 
 
 def test_best_checkpoint_is_asked_before_training_is_finished_also_after_a_move(copies, tiny_model):
     Path("full/trainer_state.json").unlink()
     shutil.copytree("full/checkpoint-2", "full/checkpoint-4")
     shutil.move("full", "moved")
-    assert inference.find_trained("moved") == Path("moved/checkpoint-2")  # the state names full/checkpoint-2
+    assert checkpoints.find_trained("moved") == Path("moved/checkpoint-2")  # the state names full/checkpoint-2
 
 
 def test_model_that_ends_its_turn_with_another_token(tiny_model, tmp_path):
@@ -166,8 +157,8 @@ def test_model_that_ends_its_turn_with_another_token(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "base")
     config = tmp_path / "base" / "tokenizer_config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"<|im_end|>"', '"<|endoftext|>"'), encoding="utf-8")
-    tokenizer = inference.load_tokenizer(str(tmp_path / "base"))
-    example = data.encode_example(tokenizer, {"question": "问", "think": "想", "answer": "答"})
+    tokenizer = models.load_tokenizer(str(tmp_path / "base"))
+    example = encoding.encode_example(tokenizer, data.to_messages("问", "想", "答"))
     assert tokenizer.decode(example["labels"][-1]) == "<|im_end|>" == tokenizer.eos_token
 
 
@@ -179,7 +170,7 @@ def test_template_that_writes_no_thinking(workspace, tiny_model):
         text.replace("message.role == 'assistant' and loop.index0", "loop.index0 < 0 and 0"), encoding="utf-8"
     )
     message = f"{Path('silent')} 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
-    refused(message, train.run, arguments(Path("silent")))
+    refused(message, train.train, arguments(Path("silent")))
 
 
 NUMBER = "argument --{}: 要一个 {} 到 4294967295 的整数，不是 '{}'"
@@ -247,7 +238,7 @@ def test_file_that_cannot_be_trained_on(workspace, tiny_model, flag, content, me
     before = contents(workspace)
     files = {"train_file": "train.jsonl", "val_file": "val.jsonl"} | {flag: "bad.jsonl"}
     flags = " ".join(f"--{name} {file}" for name, file in files.items())
-    refused(message.format(flags=flags), train.run, arguments(tiny_model, **files))
+    refused(message.format(flags=flags), train.train, arguments(tiny_model, **files))
     assert contents(workspace) == before
 
 
@@ -314,16 +305,16 @@ def test_model_that_is_not_there(tmp_path, monkeypatch, name, message):
 def test_model_that_cannot_be_trained(workspace, tiny_model, file):
     shutil.copytree(tiny_model, "bad")
     Path("bad", file).write_bytes(b"[]")
-    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.run, arguments(Path("bad")))
+    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
 
 
 def test_folder_that_holds_no_model_cannot_be_trained(workspace):
     Path("bad").mkdir()
-    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.run, arguments(Path("bad")))
+    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
 
 
 def test_half_a_character_from_a_terminal_is_asked_all_the_same(tokenizer):
-    ids = data.encode_messages(tokenizer, data.to_messages("\udcff头痛？"), prompt_only=True)
+    ids = encoding.encode_messages(tokenizer, data.to_messages("\udcff头痛？"), prompt_only=True)
     assert "?头痛？" in tokenizer.decode(ids)
 
 
@@ -338,13 +329,13 @@ def test_terminals_of_other_encodings(copies, encoding):
 def test_tracking_that_cannot_start_says_how_to_go_on_without(workspace, tiny_model, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "nonsense")
     message = "SwanLab 无法开始（~）；请改正，或设 SWANLAB_MODE=local，或加 --report_to none。"
-    refused(message, train.start_tracking, arguments(tiny_model, report_to="swanlab"))
+    refused(message, tracking.start, arguments(tiny_model, report_to="swanlab"), "project", {})
 
 
 @pytest.mark.parametrize("strategy", ["no", "epoch"])
 def test_other_evaluation_strategies_work_with_one_flag(workspace, tiny_model, strategy):
     steps = {"max_steps": 28} if strategy == "epoch" else {"max_steps": 2}  # 27 steps an epoch
-    trainer = train.run(arguments(tiny_model, eval_strategy=strategy, **steps))
+    trainer = run(tiny_model, eval_strategy=strategy, **steps)
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert bool(evaluated) == (strategy == "epoch")
     assert Path(data.OUTPUT_DIR, "model.safetensors").is_file()
@@ -352,27 +343,9 @@ def test_other_evaluation_strategies_work_with_one_flag(workspace, tiny_model, s
 
 def test_patience_is_that_of_the_command_that_continues(workspace, tiny_model, monkeypatch):
     changes = {"max_steps": 40, "eval_steps": 1, "learning_rate": 1.0}
-    first = train.run(arguments(tiny_model, early_stopping_patience=3, **changes))
+    first = run(tiny_model, early_stopping_patience=3, **changes)
     stopped = first.state.global_step
-    Path(data.OUTPUT_DIR, inference.FINISHED_MARK).unlink()
-    again = train.run(arguments(tiny_model, early_stopping_patience=5, **changes))
+    Path(data.OUTPUT_DIR, checkpoints.FINISHED_MARK).unlink()
+    again = run(tiny_model, early_stopping_patience=5, **changes)
     evaluations = [log["eval_loss"] for log in again.state.log_history if "eval_loss" in log]
     assert stopped < again.state.global_step == evaluations.index(min(evaluations)) + 1 + 5 < 40
-
-
-def test_ctrl_c_ends_without_a_traceback_and_the_command_continues(workspace, tiny_model):
-    flags = ["--model_name", tiny_model, "--report_to", "none", "--max_steps", "60", "--eval_steps", "5"]
-    flags += ["--logging_steps", "5", "--sample_tokens", "4", "--disable_tqdm", "true"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
-    )
-    while not inference.find_checkpoints(data.OUTPUT_DIR) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "Traceback" not in output and "已中断" in output, output
-    result = run_script("train.py", *flags, cwd=workspace)
-    assert result.returncode == 0 and "resumed from step " in result.stdout
-    state = json.loads(Path(data.OUTPUT_DIR, "trainer_state.json").read_text(encoding="utf-8"))
-    assert state["global_step"] == 60
-    assert torch.isfinite(torch.tensor(state["best_metric"]))

@@ -15,12 +15,12 @@ def weights_of(model) -> torch.Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def build(tiny_model, dtype: torch.dtype, **changes) -> train.MedicalTrainer:
+def build(tiny_model, dtype: torch.dtype, **changes) -> packed_trainer.PackedTrainer:
     """A trainer for a few steps from the same weights, all of them bfloat16 numbers, held in `dtype`."""
-    tokenizer = inference.load_tokenizer(str(tiny_model))
+    tokenizer = models.load_tokenizer(str(tiny_model))
     dataset, _ = data.load_dataset(data.TRAIN_FILE, tokenizer, 2048)
     args = train.TrainArguments(logging_steps=1, disable_tqdm=True, report_to="none", **changes)
-    model = inference.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16).to(dtype)
+    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16).to(dtype)
     return train.build_trainer(args, model, tokenizer, dataset, dataset)
 
 

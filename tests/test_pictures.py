@@ -43,7 +43,7 @@ def test_memory_is_the_arithmetic_of_qwen3():
     assert published["optimizer states"] == pytest.approx(4 * parameters)
     assert kahan["optimizer states"] == pytest.approx(6 * parameters)
     assert small["optimizer states"] == pytest.approx(2.04 * parameters)
-    assert published["full logits"] == pytest.approx(14 * 151936 * 2048 / 1e9 - train.LOSS_BYTES / 1e9)
+    assert published["full logits"] == pytest.approx(14 * 151936 * 2048 / 1e9 - loss.LOSS_BYTES / 1e9)
     assert backward["gradients"] == 0 < lora["gradients"] < 0.02  # 8.7 million of the adapter, in bfloat16
     sums = [sum(parts.values()) for parts in table.values()]
     assert sums == sorted(sums, reverse=True) and qlora["gradients"] == lora["gradients"]

@@ -25,8 +25,8 @@ def build(dtype=torch.bfloat16, layers: int = 28, shape=QWEN, attention=True):
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(num_hidden_layers=layers, **shape))
     torch.set_default_dtype(before)
     if attention:
-        transformers.AttentionInterface.register(train.PACKED, train.packed_attention)
-        model.set_attn_implementation(train.PACKED)
+        transformers.AttentionInterface.register(packing.PACKED, packing.packed_attention)
+        model.set_attn_implementation(packing.PACKED)
     return model.train()
 
 
@@ -60,7 +60,7 @@ def test_a_layer_keeps_the_bytes_that_the_plan_counts(dtype):
             output = model.model(input_ids=ids, position_ids=positions, lengths=(128, 128), use_cache=False)
         kept[layers] = sum(storage.nbytes() for storage in seen.values()) / 256
         assert output.last_hidden_state.requires_grad
-    assert train.layer_bytes(model, False, 0) == pytest.approx((kept[4] - kept[2]) / 2, rel=0.01)
+    assert memory.layer_bytes(model, False, 0) == pytest.approx((kept[4] - kept[2]) / 2, rel=0.01)
 
 
 # The account below adds the two gradients of a tied embedding out of place, which autograd does to such tensors alone:
@@ -77,13 +77,13 @@ def peak(layers: int, tokens: int, every: int, optimizer: str) -> float:
             if optimizer.endswith("in_backward"):
                 weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         args = arguments(checkpoint_every=every)
-        train.apply_plan(args, model, train.Plan(tokens, every, False, "kahan", {}, 1))
+        memory_plan.apply(args, model, memory_plan.Plan(tokens, every, False, "kahan", {}, 1))
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
             output = model.model(input_ids=ids, position_ids=positions, lengths=(tokens // 4,) * 4, use_cache=False)
-            train.LinearCrossEntropy.apply(output.last_hidden_state[0], model.lm_head.weight, ids[0])[0].backward()
+            LinearCrossEntropy.apply(output.last_hidden_state[0], model.lm_head.weight, ids[0])[0].backward()
             [snapshot] = tracker.get_tracker_snapshot("peak").values()
     return snapshot["Total"]
 
@@ -105,7 +105,7 @@ def peak(layers: int, tokens: int, every: int, optimizer: str) -> float:
 )
 def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layers, tokens, every, optimizer):
     model = on_meta(layers=layers, shape=FEW_WORDS)
-    estimate = train.estimate_memory(model, arguments(), False, tokens, True, every, False, optimizer)
+    estimate = memory.estimate(model, arguments(), False, tokens, True, every, False, optimizer)
     found = peak(layers, tokens, every, optimizer) + estimate["优化器"]
     assert found <= sum(estimate.values()) <= 1.15 * found
 
@@ -114,20 +114,20 @@ def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layer
 def test_the_two_gradients_of_the_tied_embedding_are_added_in_place(monkeypatch, passes):
     """So that there are never three; what a second pass adds to is there besides."""
     model, places = build(layers=1, shape=SMALL), []
-    backward = train.LinearCrossEntropy.backward
+    backward = LinearCrossEntropy.backward
 
     def noting(*args):
         gradients = backward(*args)
         places.append(gradients[1].data_ptr())
         return gradients
 
-    monkeypatch.setattr(train.LinearCrossEntropy, "backward", staticmethod(noting))
+    monkeypatch.setattr(LinearCrossEntropy, "backward", staticmethod(noting))
     seen = []
     model.lm_head.weight.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
     ids = torch.arange(16)[None]
     for _ in range(passes):
         hidden = model.model(input_ids=ids, position_ids=ids, lengths=(16,), use_cache=False).last_hidden_state
-        train.LinearCrossEntropy.apply(hidden[0], model.lm_head.weight, ids[0])[0].backward()
+        LinearCrossEntropy.apply(hidden[0], model.lm_head.weight, ids[0])[0].backward()
     assert seen == places and len(seen) == passes
 
 
@@ -145,7 +145,7 @@ def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
     for offload in (False, True):
         model.zero_grad()
         inputs.clear()
-        train.apply_plan(arguments(), model, train.Plan(64, 1, offload, "kahan", {}, 1))
+        memory_plan.apply(arguments(), model, memory_plan.Plan(64, 1, offload, "kahan", {}, 1))
         output = model.model(input_ids=ids, position_ids=ids, lengths=(64,), use_cache=False).last_hidden_state
         alive = [storage() is not None for storage in inputs]
         assert alive == [not offload] * 2
@@ -159,7 +159,7 @@ def test_all_logits_and_the_copies_of_other_processes_are_counted():
     def peak_bytes(world_size: int = 1, **changes) -> float:
         args = arguments(**changes)
         args.world_size = world_size
-        return train.estimate_memory(on_meta(), args, False, 2048, False, 1, False, "kahan")["一步之内"]
+        return memory.estimate(on_meta(), args, False, 2048, False, 1, False, "kahan")["一步之内"]
 
     gradients = 2 * on_meta().num_parameters()
     assert peak_bytes(full_logits=True) - peak_bytes() > 0.8 * 14 * 2048 * 151936
@@ -167,7 +167,7 @@ def test_all_logits_and_the_copies_of_other_processes_are_counted():
 
 
 def make_plan(args, model, lengths):
-    return train.make_plan(args, model, lengths, True, train.free_memory(args, model))
+    return memory_plan.choose(args, model, lengths, True, memory.free(args, model))
 
 
 LENGTHS = [700] * 50 + [2048] * 4
@@ -199,7 +199,7 @@ def test_4_bits_are_only_for_cards_on_which_8_do_not_fit(longest):
         args = arguments(memory_gb=tenth / 10)
         plan = make_plan(args, on_meta(), [longest] * 8)
         args.optimizer = "8bit_in_backward"
-        fits = make_plan(args, on_meta(), [longest] * 8).total <= train.free_memory(args, None)
+        fits = make_plan(args, on_meta(), [longest] * 8).total <= memory.free(args, None)
         assert (plan.optimizer == "4bit_in_backward") == (not fits)
 
 
@@ -239,14 +239,14 @@ def test_steps_in_the_backward_pass_need_the_whole_step_at_once():
 def test_a_plan_that_may_not_fit_says_so():
     args = arguments(memory_gb=3)
     plan = make_plan(args, on_meta(), LENGTHS)
-    text = train.describe_plan(plan, train.free_memory(args, None), "显存")
+    text = memory_plan.describe(plan, memory.free(args, None), "显存")
     assert "可能放不下" in text and "合计（估算）" in text
-    assert "可能放不下" not in train.describe_plan(plan, 1e12, "显存")
+    assert "可能放不下" not in memory_plan.describe(plan, 1e12, "显存")
 
 
 @pytest.mark.parametrize("memory", [8, 10, 12, 16, 24, 140])
 def test_the_plan_fits_a_terminal(memory):
     args = arguments(memory_gb=memory)
-    text = train.describe_plan(make_plan(args, on_meta(), LENGTHS), 1e9, "显存")
+    text = memory_plan.describe(make_plan(args, on_meta(), LENGTHS), 1e9, "显存")
     assert max(map(rich.cells.cell_len, text.splitlines())) <= 80
     assert ("输入放内存" in text) == (memory < 12)

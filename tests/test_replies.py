@@ -24,7 +24,7 @@ STOP, PAD = 2, 0
 
 def load_attentive(tiny_model, device: str = "cpu"):
     """The tiny model with weights so large that its tokens hang on all that came before: else it repeats one token."""
-    model = inference.load_weights(str(tiny_model), torch.device("cpu")).to(device)
+    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -50,7 +50,7 @@ def both(model, prompts, **settings) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' loop and ours generate for the same prompts, without the prompts."""
     plain = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     settings = {"pad_token_id": PAD, "eos_token_id": [STOP]} | plain | settings
-    loops = (None, inference.decode)
+    loops = (None, decoding.decode)
     found = (model.generate(**prompts, **settings, custom_generate=loop) for loop in loops)
     return tuple(output[:, prompts["input_ids"].shape[1] :] for output in found)
 
@@ -77,7 +77,7 @@ def test_a_reply_ends_at_its_stop_token_and_the_batch_with_its_last_reply(model)
     assert (expected[0, 4:] == PAD).all() and found.equal(expected)
     stops.append(free[2, 60].item())
     expected, found = both(model, prompts, max_new_tokens=200, eos_token_id=stops)
-    assert expected.shape[1] <= found.shape[1] < expected.shape[1] + inference.READ_EVERY < 200
+    assert expected.shape[1] <= found.shape[1] < expected.shape[1] + decoding.READ_EVERY < 200
     assert found[:, : expected.shape[1]].equal(expected) and (found[:, expected.shape[1] :] == PAD).all()
 
 
@@ -109,10 +109,10 @@ def test_streamed_text_is_the_reply(model, tokenizer):
         pad_token_id=PAD,
         eos_token_id=free[0, 40].item(),
         streamer=streamer,
-        custom_generate=partial(inference.decode, streamer=streamer),
+        custom_generate=partial(decoding.decode, streamer=streamer),
     )
     end = free[0].tolist().index(free[0, 40].item()) + 1
-    assert end % inference.READ_EVERY and output.shape[1] > 20 + end  # some padding was generated behind it
+    assert end % decoding.READ_EVERY and output.shape[1] > 20 + end  # some padding was generated behind it
     assert "".join(streamer) == tokenizer.decode(free[0, :end])
 
 
@@ -144,7 +144,7 @@ def test_a_step_can_be_recorded_once_and_replayed(model, rows, padding):
     prompts = draw(rows, 20, padding)
     mask = prompts["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    decoder = inference.Decoder(model, prompts["input_ids"], positions, mask if padding else None)
+    decoder = decoding.Decoder(model, prompts["input_ids"], positions, mask if padding else None)
     tokens = draw(rows, 40)["input_ids"]
     decoder.token.copy_(tokens[:, :1])
     decoder.position += 1
@@ -164,7 +164,7 @@ def test_a_step_can_be_recorded_once_and_replayed(model, rows, padding):
 @torch.inference_mode()
 def test_a_capture_that_fails_says_why_in_one_line_and_decoding_goes_on(model, capsys):
     ids, tokens = draw(1, 20)["input_ids"], draw(1, 10)["input_ids"]
-    decoder = inference.Decoder(model, ids, torch.arange(20)[None])
+    decoder = decoding.Decoder(model, ids, torch.arange(20)[None])
     decoder.capturable = True
     for token in tokens.T:
         decoder.advance(token)
@@ -174,18 +174,18 @@ def test_a_capture_that_fails_says_why_in_one_line_and_decoding_goes_on(model, c
 
 
 def test_graphs_are_for_gpus_and_replies_that_are_not_short(model):
-    assert (inference.choose_loop(model, 2048) is None) == (DEVICE == "cpu")
-    assert inference.choose_loop(model, inference.SHORT_REPLY - 1) is None
+    assert (decoding.fast_loop(model, 2048) is None) == (DEVICE == "cpu")
+    assert decoding.fast_loop(model, decoding.SHORT_REPLY - 1) is None
 
 
 @torch.inference_mode()
 def test_fused_norms_change_no_logits(tiny_model):
-    model = inference.load_weights(str(tiny_model), torch.device("cpu"))
+    model = models.load_weights(str(tiny_model), torch.device("cpu"))
     for parameter in model.parameters():
         parameter.mul_(1 + 0.1 * torch.rand_like(parameter))  # new norms have weights of 1
     ids = draw(1, 20)["input_ids"].cpu()
     before, names = model(ids).logits, set(model.state_dict())
-    inference.fuse_norms(model)
+    decoding.fuse_norms(model)
     assert sum(isinstance(module, torch.nn.RMSNorm) for module in model.modules()) == 2 * 4 + 1
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == names
@@ -196,13 +196,13 @@ def test_fused_norms_change_no_logits(tiny_model):
 
 def answer(model, tokenizer, *flags: str) -> None:
     args = inference.build_parser("", "").parse_args(["--max_new_tokens", "30", *flags])
-    inference.check_replies(args.replies)
-    inference.answer_file(model, tokenizer, args, Console())
+    question_file.refuse_taken(args.replies)
+    question_file.answer(model, tokenizer, args, Console())
 
 
 @pytest.fixture
 def likeliest(tiny_model):
-    """A model that always takes the likeliest token, although inference.generate samples."""
+    """A model that always takes the likeliest token, although replies.generate samples."""
     model = load_attentive(tiny_model)
     model.generation_config.top_k = 1
     return model
@@ -221,7 +221,7 @@ def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokeni
     assert sorted(lengths) != lengths != sorted(lengths, reverse=True)
     assert len({row["think"] + row["answer"] for row in found}) == len(rows)
     for row in found:
-        [alone] = inference.generate(likeliest, tokenizer, [data.to_messages(row["question"])], max_new_tokens=30)
+        [alone] = replies.generate(likeliest, tokenizer, [data.to_messages(row["question"])], max_new_tokens=30)
         assert alone == (row["think"], row["answer"], row["complete"])
     output = capsys.readouterr().out
     assert "ROUGE-L" in output and f"/{len(rows)}" in output and "out.jsonl" in output
@@ -237,13 +237,13 @@ def test_questions_from_a_text_file_without_references(workspace, likeliest, tok
 
 def test_batches_hold_every_prompt_once_and_fit():
     lengths = [10, 3000, 40, 500, 500, 7] * 20
-    batches = inference.make_batches(lengths, max_new_tokens=2000, max_tokens=10_000)
+    batches = question_file.make_batches(lengths, max_new_tokens=2000, max_tokens=10_000)
     assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
     for batch in batches:
         longest = max(lengths[place] for place in batch)
-        assert len(batch) * (longest + 2000) <= 10_000 and len(batch) <= inference.BATCH_ROWS
-    assert [len(batch) for batch in inference.make_batches([9] * 130, 10, 10**9)] == [64, 64, 2]
-    assert inference.make_batches([9, 9], 10, 1) == [[0], [1]]  # too little memory: one at a time
+        assert len(batch) * (longest + 2000) <= 10_000 and len(batch) <= question_file.BATCH_ROWS
+    assert [len(batch) for batch in question_file.make_batches([9] * 130, 10, 10**9)] == [64, 64, 2]
+    assert question_file.make_batches([9, 9], 10, 1) == [[0], [1]]  # too little memory: one at a time
 
 
 def test_ctrl_c_keeps_what_is_answered(workspace, tiny_model):
@@ -264,7 +264,7 @@ def test_ctrl_c_keeps_what_is_answered(workspace, tiny_model):
     assert f"已答的 {len(rows)} 条在 {part}" in output and 0 < len(rows) < 108
     assert {row["question"] for row in rows} < {row["question"] for row in read_lines("train.jsonl")}
     with pytest.raises(SystemExit, match="replies.jsonl.part 已经存在"):
-        inference.check_replies("replies.jsonl")
+        question_file.refuse_taken("replies.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -279,20 +279,20 @@ def test_ctrl_c_keeps_what_is_answered(workspace, tiny_model):
     ],
 )
 def test_rouge_l(text, reference, expected):
-    assert inference.rouge_l(text, reference) == pytest.approx(expected)
+    assert scores.rouge_l(text, reference) == pytest.approx(expected)
 
 
 def test_scores_count_whole_replies_only():
     replies = [
-        inference.Reply("想", "多喝水", True),
-        inference.Reply("想想", "多喝水", False),
-        inference.Reply("想想想", "", True),
-        inference.Reply("", "多喝水", True),
+        encoding.Reply("想", "多喝水", True),
+        encoding.Reply("想想", "多喝水", False),
+        encoding.Reply("想想想", "", True),
+        encoding.Reply("", "多喝水", True),
     ]
     rows = [{"question": "问", "answer": "多喝水"}, {"question": "问", "answer": None}, *[{"question": "问"}] * 2]
-    values = [value for _, value in inference.score(rows, replies)]
+    values = [value for _, value in scores.count(rows, replies)]
     assert values[0].startswith("1/4") and values[1] == "2" and values[2] == "2" and values[3].startswith("1.000（1 条")
-    assert inference.score(rows, replies, thinking=False)[0][1].startswith("2/4")
+    assert scores.count(rows, replies, thinking=False)[0][1].startswith("2/4")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_files_without_questions_get_one_sentence(tmp_path, monkeypatch, name, c
     elif content is not None:
         Path(name).write_bytes(content)
     with pytest.raises(SystemExit, match=f"^错误：[^\n]*{part}[^\n]*$"):
-        inference.read_questions(name)
+        question_file.read(name)
 
 
 @pytest.mark.parametrize("script", ["inference.py", "inference_lora.py"])
@@ -335,7 +335,7 @@ def test_replies_that_are_there_are_kept_and_told_of_before_a_model_is_loaded(tm
 
 def test_replies_that_cannot_be_written():
     with pytest.raises(SystemExit, match="无法写入 --replies /proc/no/replies.jsonl"):
-        inference.check_replies("/proc/no/replies.jsonl")
+        question_file.refuse_taken("/proc/no/replies.jsonl")
 
 
 def test_questions_and_a_conversation_exclude_each_other(tmp_path, monkeypatch, capsys):

@@ -27,14 +27,14 @@ def needs(library: str):
 
 
 def losses(folder) -> list[float]:
-    history = json.loads((folder / inference.FINISHED_MARK).read_text(encoding="utf-8"))["log_history"]
+    history = json.loads((folder / checkpoints.FINISHED_MARK).read_text(encoding="utf-8"))["log_history"]
     return [log["loss"] for log in history if "loss" in log]
 
 
 def trainer_on(tiny_model, tokenizer, **changes):
     dataset, _ = data.load_dataset("train.jsonl", tokenizer, 2048)
     args = train.TrainArguments(report_to="none", disable_tqdm=True, logging_steps=1, **changes)
-    model = inference.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16)
+    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16)
     return train.build_trainer(args, model, tokenizer, dataset, dataset)
 
 
@@ -97,18 +97,18 @@ def test_training_with_steps_in_the_backward_pass_continues_and_frees_its_memory
     changes = {"optimizer": "8bit_in_backward", "max_steps": 6, "eval_steps": 2}
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-        train.run(arguments(tiny_model, **changes))
+        train.train(arguments(tiny_model, **changes))
     states = []
-    create = train.MedicalTrainer.create_optimizer
+    create = packed_trainer.PackedTrainer.create_optimizer
 
     def watched(self, *args, **kwargs):
         optimizer = create(self, *args, **kwargs)
         states.append(weakref.ref(getattr(optimizer, "optimizer", optimizer)))
         return optimizer
 
-    monkeypatch.setattr(train.MedicalTrainer, "create_optimizer", watched)
+    monkeypatch.setattr(packed_trainer.PackedTrainer, "create_optimizer", watched)
     monkeypatch.setattr(train, "answer_samples", lambda *_: gc.collect() * [] or states.append(states[0]()) or [])
-    trainer = train.run(arguments(tiny_model, **changes))
+    trainer = train.train(arguments(tiny_model, **changes))
     assert trainer.state.global_step == 6 and states[1] is None
 
 
@@ -118,7 +118,7 @@ def test_several_processes_cannot_step_in_the_backward_pass(workspace, tiny_mode
     args = train.TrainArguments(report_to="none", optimizer="8bit_in_backward")
     monkeypatch.setattr(train.TrainArguments, "world_size", 2)
     with pytest.raises(SystemExit, match="只用一张 GPU"):
-        train.make_plan(args, inference.load_weights(str(tiny_model), torch.device("cpu")), [100] * 8, False, 1e9)
+        memory_plan.choose(args, models.load_weights(str(tiny_model), torch.device("cpu")), [100] * 8, False, 1e9)
 
 
 @needs("bitsandbytes")
@@ -133,7 +133,7 @@ def test_qlora_trains_an_adapter_that_the_plain_model_can_use(workspace, tiny_mo
 
 @needs("bitsandbytes")
 def test_qlora_weights_take_a_third_of_the_memory(tiny_model):
-    plain, small = (inference.load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
+    plain, small = (models.load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
     weights = [model.model.layers[0].mlp.up_proj.weight for model in (plain, small)]
     assert weights[1].nbytes * 8 == weights[0].nbytes  # float32 against 4 bits
 

@@ -34,7 +34,7 @@ def fresh(workspace, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(workspace))
     yield
-    train.end_tracking("aborted")
+    tracking.end("aborted")
     if client.exists():
         client.reset()
     set_global_settings(None)
@@ -47,7 +47,7 @@ def untracked(tmp_path_factory, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("untracked"))
         data.prepare(str(ROOT / "tests" / "demo" / "medical.jsonl"))
-        train.run(arguments(tiny_model, max_steps=2, sample_tokens=1))
+        train.train(arguments(tiny_model, max_steps=2, sample_tokens=1))
         return weights(data.OUTPUT_DIR)
 
 
@@ -78,7 +78,7 @@ def tracker_line(output: str) -> str:
 
 def test_local_run_holds_losses_speed_memory_configuration_and_samples(workspace, tiny_model, monkeypatch, capfd):
     monkeypatch.setenv("SWANLAB_PROJECT", "an-older-tutorial")  # crashes swanlab >= 0.8 when left in place
-    trainer = train.run(arguments(tiny_model, report_to="swanlab"))
+    trainer = train.train(arguments(tiny_model, report_to="swanlab"))
     [run] = Path("swanlog").glob("run-*")
     series = [[point["data"] for point in points] for points in local_series(run)]
     for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"):
@@ -91,7 +91,7 @@ def test_local_run_holds_losses_speed_memory_configuration_and_samples(workspace
         assert part in config
     line = tracker_line(capfd.readouterr().out)
     assert line.startswith("SwanLab：只记录在本地。查看：swanlab watch swanlog；")
-    assert not Path(data.OUTPUT_DIR, train.RUN_ID_FILE).exists()
+    assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
 
 
 @pytest.mark.parametrize(("mode", "connects"), [("local", False), ("offline", False), ("online", True)])
@@ -101,7 +101,7 @@ def test_only_online_mode_connects_and_sends_samples(workspace, tiny_model, monk
         monkeypatch.setenv("SWANLAB_MODE", mode)
         connections.clear()
         capfd.readouterr()
-        train.run(arguments(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab"))
+        train.train(arguments(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab"))
         assert any(isinstance(address, tuple) for address in connections) == connects  # a string is a local socket
         assert any("Prediction" in body for _, _, body in tracker.requests) == connects
     tracker_line(capfd.readouterr().out)
@@ -119,7 +119,7 @@ def test_settings_to_be_mended_end_the_run_before_training(workspace, tiny_model
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"SwanLab 无法开始.*{part}.*SWANLAB_MODE=local.*report_to none") as error:
-        train.start_tracking(arguments(tiny_model, report_to="swanlab"))
+        tracking.start(arguments(tiny_model, report_to="swanlab"))
     assert KEY not in str(error.value) and "input_value" not in str(error.value)  # where pydantic shows settings
 
 
@@ -130,7 +130,7 @@ def test_server_that_does_not_let_a_run_begin(workspace, tiny_model, monkeypatch
     with Tracker("ok" if later else mode, later) as tracker:
         login(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else tracker.url)
         started = time.monotonic()
-        train.run(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
+        train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
         assert time.monotonic() - started < 25  # without a limit: 33 s refused, 75 s and more unanswered
     line = tracker_line(capfd.readouterr().out)
     assert "online 模式无法开始" in line and "训练照常；只记录在本地。查看：swanlab watch swanlog" in line
@@ -140,7 +140,7 @@ def test_server_that_does_not_let_a_run_begin(workspace, tiny_model, monkeypatch
 
 def test_training_goes_on_where_even_the_disk_refuses(workspace, tiny_model, monkeypatch, untracked, capfd):
     monkeypatch.setenv("SWANLAB_LOG_DIR", "/proc/swanlog")
-    train.run(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
+    train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
     line = tracker_line(capfd.readouterr().out)
     assert "local 模式无法开始" in line and line.endswith("训练照常；不记录。")
     assert same_weights(untracked)
@@ -151,7 +151,7 @@ def test_training_goes_on_where_even_the_disk_refuses(workspace, tiny_model, mon
 )
 def test_server_that_dies_during_training(workspace, tiny_model, untracked, after_points, interrupt):
     """In a process of its own, because a wait without limit would also keep that from ending."""
-    code = "import data, train; train.TRACKER_SECONDS = 1; data.run_main(train.main)"
+    code = "import data, train; tracking.SECONDS = 1; terminal.run_main(train.main)"
     steps = ["--max_steps", "100000", "--eval_strategy", "no"] if interrupt else []
     env = os.environ | {"SWANLAB_API_KEY": KEY, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     with Tracker(after_points=after_points) as tracker, open("output.txt", "wb") as output:
@@ -179,7 +179,7 @@ def test_server_that_dies_during_training(workspace, tiny_model, untracked, afte
 def test_server_that_refuses_at_the_end(workspace, tiny_model, monkeypatch, untracked, capfd):
     with Tracker(after_points="401") as tracker:
         login(monkeypatch, tracker.url)
-        train.run(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
+        train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
     assert "SwanLab：没有全部上传（服务器拒绝接收）。补传本地的记录：" in capfd.readouterr().out
     assert same_weights(untracked)
 
@@ -188,7 +188,7 @@ def killed_and_resumed(tiny_model, monkeypatch) -> None:
     """A run that stops at step 5, one after a checkpoint, and the same command again, up to step 8."""
     args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "report_to": "swanlab"}
 
-    class Killed(train.MedicalTrainer):
+    class Killed(packed_trainer.PackedTrainer):
         def log(self, logs, *args, **kwargs):
             super().log(logs, *args, **kwargs)
             if self.state.global_step == 5:
@@ -196,9 +196,9 @@ def killed_and_resumed(tiny_model, monkeypatch) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "MedicalTrainer", Killed)
-        train.run(arguments(tiny_model, **args))
-    train.end_tracking("aborted")  # what is registered for the end of the process
-    train.run(arguments(tiny_model, **args))
+        train.train(arguments(tiny_model, **args))
+    tracking.end("aborted")  # what is registered for the end of the process
+    train.train(arguments(tiny_model, **args))
 
 
 def test_resumed_online_run_is_continued_without_a_point_twice(workspace, tiny_model, monkeypatch):
@@ -209,8 +209,8 @@ def test_resumed_online_run_is_continued_without_a_point_twice(workspace, tiny_m
         assert first == second
         assert len(tracker.points) == len(set(tracker.points))
         assert sorted(step for key, step in tracker.points if key == "train/loss") == list(range(1, 9))
-        assert not Path(data.OUTPUT_DIR, train.RUN_ID_FILE).exists()
-        train.run(arguments(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab", overwrite_output_dir=True))
+        assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
+        train.train(arguments(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab", overwrite_output_dir=True))
         assert tracker.experiments[2] != first  # another training is another run
 
 
@@ -237,7 +237,7 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     assert result.returncode == 0, result.stdout
     stored.unlink()
     monkeypatch.setenv("SWANLAB_API_KEY", KEY)
-    train.run(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab", output_dir="given"))
+    train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab", output_dir="given"))
     Path("screen.txt").write_text(result.stdout + "".join(capfd.readouterr()), encoding="utf-8")
     files = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.parts[0] != ".git"}
     assert {"config.yaml", "debug.log", "README.md", "trainer_state.json"} <= {path.name for path in files}

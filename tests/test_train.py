@@ -21,37 +21,19 @@ import train_lora
 CURVE = ROOT / "tests" / "loss_curve.json"
 
 
-def arguments(model: Path, cls=train.TrainArguments, **changes):
-    """Arguments for a few steps on the CPU; all else is the recipe."""
-    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "sample_tokens": 4, "report_to": "none"}
-    return cls(model_name=str(model), **values | {"disable_tqdm": True} | changes)
-
-
-def weights(folder: str | Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder, file))
-
-
-def losses(trainer) -> list[float]:
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
 def test_full_training_moves_every_parameter(workspace, tiny_model):
-    train.run(arguments(tiny_model, max_steps=2, learning_rate=1e-3))
+    run(tiny_model, max_steps=2, learning_rate=1e-3)
     before, after = weights(tiny_model), weights(data.OUTPUT_DIR)
     assert before.keys() == after.keys()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
 def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
-    args = arguments(tiny_model, train_lora.LoraArguments, max_steps=2, learning_rate=1e-2)
-    trainer = train.run(args, train_lora.add_adapter)
-    train_lora.name_base(args)
+    trainer = run(tiny_model, lora=True, max_steps=2, learning_rate=1e-2)
     before = weights(tiny_model)
     base = {name.replace(".base_layer", ""): value for name, value in trainer.model.get_base_model().named_parameters()}
     assert all(torch.equal(before[name], base[name]) for name in before)
-    adapter = weights(data.LORA_OUTPUT_DIR, "adapter_model.safetensors")
+    adapter = weights(data.LORA_OUTPUT_DIR)
     linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert len(adapter) == 2 * 2 * len(linear)  # A and B, two layers
     assert all(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)  # B begins at 0
@@ -62,15 +44,14 @@ def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_
 
 
 def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
-    args = arguments(tiny_model, train_lora.LoraArguments, max_steps=2, learning_rate=1e-1)
-    trainer = train.run(args, train_lora.add_adapter)
+    trainer = run(tiny_model, lora=True, max_steps=2, learning_rate=1e-1)
     model, tokenizer = inference_lora.load_adapter(data.LORA_OUTPUT_DIR)
     inference_lora.merge_to("merged", model, tokenizer, data.LORA_OUTPUT_DIR)
-    ids = torch.tensor([data.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
+    ids = torch.tensor([encoding.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
     plain, _ = inference.load_trained("merged")
     with torch.no_grad():
         logits = [m.eval()(input_ids=ids).logits for m in (trainer.model, model, plain)]
-        untuned = inference.load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
+        untuned = models.load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1], logits[2], rtol=0, atol=0)
     assert (logits[0] - untuned).abs().max() > 1e-2
@@ -78,7 +59,7 @@ def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
 
 def test_output_folder_is_complete_and_holds_the_best_weights(workspace, tiny_model):
     # A learning rate that grows until the loss rises again: the best weights are not the last.
-    trainer = train.run(arguments(tiny_model, max_steps=16, eval_steps=4, learning_rate=0.3, warmup_steps=16))
+    trainer = run(tiny_model, max_steps=16, eval_steps=4, learning_rate=0.3, warmup_steps=16)
     folder = Path(data.OUTPUT_DIR)
     names = {path.name for path in folder.iterdir() if path.is_file()}
     assert names == {
@@ -107,8 +88,7 @@ def test_output_folder_is_complete_and_holds_the_best_weights(workspace, tiny_mo
 
 
 def test_training_stops_when_the_evaluation_loss_no_longer_improves(workspace, tiny_model):
-    args = arguments(tiny_model, max_steps=40, eval_steps=1, learning_rate=1.0, early_stopping_patience=3)
-    trainer = train.run(args)
+    trainer = run(tiny_model, max_steps=40, eval_steps=1, learning_rate=1.0, early_stopping_patience=3)
     evaluations = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert trainer.state.global_step == evaluations.index(min(evaluations)) + 1 + 3 < 40
 
@@ -118,12 +98,12 @@ def test_one_by_one_accumulated_and_all_at_once_give_the_same_losses(workspace, 
     batch of four."""
     published = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "checkpoint_every": 1}
     published |= {"full_logits": True, "fast_kernels": False, "optimizer": "optim"}
-    reference = train.run(arguments(tiny_model, output_dir="published", **published))
-    assert losses(train.run(arguments(tiny_model, output_dir="ours"))) == pytest.approx(losses(reference), rel=1e-5)
+    reference = run(tiny_model, output_dir="published", **published)
+    assert losses(run(tiny_model, output_dir="ours")) == pytest.approx(losses(reference), rel=1e-5)
 
 
 def test_evaluation_loss_is_the_mean_over_examples_of_their_mean_token_loss(workspace, tiny_model):
-    trainer = train.run(arguments(tiny_model))
+    trainer = run(tiny_model)
     per_example = []
     with torch.no_grad():
         for example in trainer.eval_dataset:
@@ -135,50 +115,20 @@ def test_evaluation_loss_is_the_mean_over_examples_of_their_mean_token_loss(work
 
 def test_twenty_steps_follow_the_committed_curve(workspace, tiny_model):
     """The recipe as it is, on the demo's data. When it changes on purpose, the failure shows the new curve."""
-    trainer = train.run(arguments(tiny_model, max_steps=20, eval_steps=20))
+    trainer = run(tiny_model, max_steps=20, eval_steps=20)
     curve = [[round(log["loss"], 4), round(log["grad_norm"], 4)] for log in trainer.state.log_history if "loss" in log]
     expected = json.loads(CURVE.read_text(encoding="utf-8"))
     assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], abs=2e-3), json.dumps(curve)
     assert [norm for _, norm in curve] == pytest.approx([norm for _, norm in expected], rel=1e-2), json.dumps(curve)
 
 
-@pytest.mark.parametrize("cls", [train.TrainArguments, train_lora.LoraArguments], ids=["full", "lora"])
-def test_resuming_gives_the_same_weights_as_not_stopping(workspace, tiny_model, cls, monkeypatch, capfd):
-    file = "adapter_model.safetensors" if cls is train_lora.LoraArguments else "model.safetensors"
-    wrap = [train_lora.add_adapter] if cls is train_lora.LoraArguments else []
-    changes = {"max_steps": 30, "eval_steps": 10, "learning_rate": 1e-3}  # into the second epoch
-    train.run(arguments(tiny_model, cls, output_dir="straight", **changes), *wrap)
-
-    class Killed(train.MedicalTrainer):
-        """Dies at the end of step 24, four steps after a checkpoint."""
-
-        def log(self, logs, *args, **kwargs):
-            super().log(logs, *args, **kwargs)
-            if self.state.global_step == 24:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "MedicalTrainer", Killed)
-        train.run(arguments(tiny_model, cls, output_dir="resumed", **changes), *wrap)
-    assert not Path("resumed", file).exists()
-    # What a kill in the middle of a save leaves: a newer folder without its last file.
-    shutil.copytree("resumed/checkpoint-20", "resumed/checkpoint-24")
-    Path("resumed/checkpoint-24/trainer_state.json").unlink()
-
-    trainer = train.run(arguments(tiny_model, cls, output_dir="resumed", **changes), *wrap)
-    assert "resumed from step 20" in capfd.readouterr().out.splitlines()
-    assert trainer.state.global_step == 30
-    straight, resumed = weights("straight", file), weights("resumed", file)
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-
-
 def test_a_finished_run_is_not_overwritten_without_being_told(workspace, tiny_model):
-    train.run(arguments(tiny_model, max_steps=2))
+    run(tiny_model, max_steps=2)
     before = {path: path.stat().st_mtime_ns for path in Path(data.OUTPUT_DIR).rglob("*")}
     with pytest.raises(SystemExit, match="已有训练完的模型.*--output_dir.*--overwrite_output_dir"):
-        train.run(arguments(tiny_model, max_steps=2))
+        run(tiny_model, max_steps=2)
     assert before == {path: path.stat().st_mtime_ns for path in Path(data.OUTPUT_DIR).rglob("*")}
-    trainer = train.run(arguments(tiny_model, max_steps=4, overwrite_output_dir=True))
+    trainer = run(tiny_model, max_steps=4, overwrite_output_dir=True)
     assert trainer.state.global_step == 4 and len(losses(trainer)) == 4  # anew, not continued
 
 
@@ -192,7 +142,7 @@ def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(wo
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", watched)
-    train.run(arguments(tiny_model, sample_tokens=5))
+    run(tiny_model, sample_tokens=5)
     samples = [(training, shape[1]) for training, use_cache, shape in seen if use_cache and shape[0] == train.SAMPLES]
     # Three questions in one batch; after the prompt one new token at a time, which only a cache allows.
     assert samples[0][1] > 1 and samples[1:] == [(False, 1)] * 4
@@ -200,7 +150,7 @@ def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(wo
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "MPS backend out of memory"])
 def test_out_of_memory_says_what_to_lower_in_order(message):
-    with pytest.raises(SystemExit) as error, inference.explain_out_of_memory(train.OUT_OF_MEMORY):
+    with pytest.raises(SystemExit) as error, terminal.explain_out_of_memory(train.OUT_OF_MEMORY):
         raise RuntimeError(message)
     steps = ("--memory_gb", "--max_length 1024", "train_lora.py", "Qwen/Qwen3-0.6B")
     places = [str(error.value).index(step) for step in steps]
@@ -208,18 +158,18 @@ def test_out_of_memory_says_what_to_lower_in_order(message):
 
 
 def test_real_out_of_memory_of_the_cpu_is_recognised():
-    with pytest.raises(SystemExit, match="显存（内存）不足"), inference.explain_out_of_memory(train.OUT_OF_MEMORY):
+    with pytest.raises(SystemExit, match="显存（内存）不足"), terminal.explain_out_of_memory(train.OUT_OF_MEMORY):
         torch.empty(2**60)
 
 
 def test_other_runtime_errors_pass():
-    with pytest.raises(RuntimeError, match="shape"), inference.explain_out_of_memory(train.OUT_OF_MEMORY):
+    with pytest.raises(RuntimeError, match="shape"), terminal.explain_out_of_memory(train.OUT_OF_MEMORY):
         raise RuntimeError("shape mismatch")
 
 
 @pytest.mark.parametrize("bar", [True, False], ids=["bar", "no bar"])
 def test_each_log_is_one_line_that_fits_a_terminal(workspace, tiny_model, bar, capsys):
-    train.run(arguments(tiny_model, max_steps=2, logging_steps=1, eval_steps=2, disable_tqdm=not bar))
+    run(tiny_model, max_steps=2, logging_steps=1, eval_steps=2, disable_tqdm=not bar)
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("第 ")]
     assert [re.match(r"第 (\d) 步  (loss|评估 eval_loss|训练用时) ", line).groups() for line in lines] == [
@@ -231,6 +181,6 @@ def test_each_log_is_one_line_that_fits_a_terminal(workspace, tiny_model, bar, c
     assert "{'loss'" not in out and ("2/2" in err) == bar
     longest = {"loss": 1.1234, "grad_norm": 12.34, "learning_rate": 9.88e-5, "tokens_per_second": 40000.0}
     state = train.transformers.TrainerState(global_step=1000)
-    train.LogLines().on_log(None, state, None, longest | {"peak_memory_gb": 12.34})
+    packed_trainer.LogLines().on_log(None, state, None, longest | {"peak_memory_gb": 12.34})
     line = capsys.readouterr().out.rstrip()
     assert rich.cells.cell_len(line) <= 80

@@ -44,7 +44,7 @@ def tokenize(folder: str) -> None:
     import data
     import inference
 
-    tokenizer = inference.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
+    tokenizer = models.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
     started = time.perf_counter()
     _, lengths = data.load_dataset(f"{folder}/train.jsonl", tokenizer, max_length=10**6)
     print(json.dumps({"seconds": time.perf_counter() - started, "tokens": sum(lengths)}))

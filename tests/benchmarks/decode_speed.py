@@ -45,7 +45,7 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     model = build_model(small).eval()
     device = model.device
     if fused:
-        inference.fuse_norms(model)
+        decoding.fuse_norms(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 150_000, (rows, PROMPT_TOKENS), generator=generator).to(device)
 
@@ -56,7 +56,7 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             pad_token_id=0,  # and no stop token: every reply is as long
-            custom_generate=inference.decode if ours else None,
+            custom_generate=decoding.decode if ours else None,
             **SAMPLING,
         )
         assert output.shape == (rows, PROMPT_TOKENS + tokens), output.shape
@@ -76,8 +76,8 @@ def capture_seconds(model, ids) -> float:
 
     import inference
 
-    decoder = inference.Decoder(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
-    for _ in range(inference.WARM_UP):
+    decoder = decoding.Decoder(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
+    for _ in range(decoding.WARM_UP):
         decoder.advance(ids[:, 0])
     torch.cuda.synchronize()
     begin = time.perf_counter()

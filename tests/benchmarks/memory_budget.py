@@ -40,16 +40,16 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
         train_speed.build_model(small).save_pretrained(folder)
         common = {"output_dir": f"{folder}/output", "max_steps": steps + 1, "report_to": "none", "disable_tqdm": True}
         common |= {"logging_steps": 1, "train_sampling_strategy": "sequential"}
-        with inference.explain_out_of_memory("out of memory"):
+        with terminal.explain_out_of_memory("out of memory"):
             trainer = train_speed.our_trainer(script, flags | {"memory_gb": cap}, folder, common, examples)
             trainer.train()
     args = trainer.args
     lengths = [len(ids) for ids in examples["input_ids"]]
-    plan = train.make_plan(args, trainer.model, lengths, args.use_liger_kernel, train.free_memory(args, trainer.model))
+    plan = memory_plan.choose(args, trainer.model, lengths, args.use_liger_kernel, memory.free(args, trainer.model))
     speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
     return {
         "tokens_per_second": statistics.median(speeds[1:]),
-        "peak_gb": train.peak_memory(args.device) / 1e9,
+        "peak_gb": memory.peak(args.device) / 1e9,
         "estimate_gb": plan.total / 1e9,
         "plan": describe(plan),
     }
@@ -75,7 +75,7 @@ def plan_only(cap: float) -> None:
     import train
     import train_lora
 
-    inference.quiet_libraries()
+    models.quiet_libraries()
     for kind, (script, _) in KINDS.items():
         cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
         args = SimpleNamespace(**(vars(cls(memory_gb=cap, report_to="none")) | {"world_size": 1, "process_index": 1}))
@@ -85,8 +85,8 @@ def plan_only(cap: float) -> None:
         if kind == "QLoRA":
             size = model.get_memory_footprint() - saved_by_4_bits(model)
             model.get_memory_footprint = lambda size=size: size
-        free = train.free_memory(args, model)
-        plan = train.make_plan(args, model, [2048] * 4, True, free)
+        free = memory.free(args, model)
+        plan = memory_plan.choose(args, model, [2048] * 4, True, free)
         fits = "yes" if plan.total <= free else "no"
         print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {describe(plan)} |")
 

@@ -91,7 +91,7 @@ def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
         sys.modules["liger_kernel"] = None  # as if it were not installed
     cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
     args = cls(eval_strategy="no", save_strategy="no", **common, **flags)
-    model = inference.load_weights(folder, args.device, flags.get("load_in_4bit", False))
+    model = models.load_weights(folder, args.device, flags.get("load_in_4bit", False))
     model = train_lora.add_adapter(model, args) if script == "train_lora" else model
     trainer = train.build_trainer(args, model, None, examples, None)
     for layer in model.model.layers if compiled else ():
@@ -178,7 +178,7 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
         "seconds": statistics.median(seconds[warmup:]),
         "tokens": len(labels) / total,
         "supervised": sum(label != -100 for label in labels) / total,
-        "peak_gb": train.peak_memory(trainer.args.device) / 1e9,
+        "peak_gb": memory.peak(trainer.args.device) / 1e9,
         "loss": trainer.state.log_history[-1]["train_loss"],
     }
 

@@ -50,7 +50,7 @@ def draw_losses():
     figure = Figure(figsize=(10, 4), layout="constrained")
     curves, titles = read_numbers("curves.json"), {"demo": "the demo", "published": "Qwen3-1.7B, one published run"}
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items()):
-        train.plot_losses(axes, curves[name])
+        model_card.plot_losses(axes, curves[name])
         axes.set_title(title)
     return figure
 
@@ -68,7 +68,7 @@ def memory() -> dict[str, dict[str, float]]:
     one, step = (n["tokens"], False), (n["tokens"] * train.BATCH_SIZE, True)
     table = {"published recipe": memory_parts(model, "optim", *one)}
     # All logits and their gradients at once, in place of chunks of them.
-    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - train.LOSS_BYTES) / 1e9
+    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - loss.LOSS_BYTES) / 1e9
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
     table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *step)
@@ -84,7 +84,7 @@ def memory() -> dict[str, dict[str, float]]:
 def memory_parts(model, optimizer: str, tokens: int, whole_step: bool, offload: bool = False) -> dict[str, float]:
     """train.py's estimate, with the gradients apart from what else a step takes."""
     args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, world_size=1, full_logits=False)
-    weights, states, peak, reserve = train.estimate_memory(
+    weights, states, peak, reserve = memory.estimate(
         model, args, False, tokens, whole_step, every=1, offload=offload, optimizer=optimizer
     ).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)

@@ -1,0 +1,311 @@
+"""What several tests share: the tiny model's trainings, a moment in a training at which something happens, rows and
+files, and a way to run a script as a person would."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "real"  # the real tokenizer and rows, where a checkout has them
+SAMPLES = ROOT / "tests" / "demo" / "medical.jsonl"
+SCRIPTS = ("data.py", "train.py", "train_lora.py", "inference.py", "inference_lora.py")
+
+
+# ---- rows and files -----------------------------------------------------------------------------------------------
+
+
+def make_row(i: int, **changes) -> dict:
+    return {"question": f"问题{i}？", "think": f"思考{i}。", "answer": f"回答{i}。"} | changes
+
+
+def make_rows(last: int, first: int = 1) -> list[dict]:
+    return [make_row(i) for i in range(first, last + 1)]
+
+
+def as_jsonl(rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def as_parquet(columns: dict[str, list]) -> bytes:
+    import pyarrow.parquet
+
+    # Bytes marked as text, unchecked, as another writer may leave them.
+    arrays = {name: pyarrow.array(values, pyarrow.binary()).view("string") for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(arrays), sink := io.BytesIO())
+    return sink.getvalue()
+
+
+def save(rows: list[dict], name: str | Path, mark: bytes = b"") -> str:
+    """Write rows in the format of the name's ending, after a byte order mark where one is given."""
+    csv.writer(table := io.StringIO()).writerows([rows[0], *(row.values() for row in rows)])
+    forms = {".jsonl": as_jsonl(rows), ".json": json.dumps(rows, indent=1), ".csv": table.getvalue()}
+    text = forms.get(Path(name).suffix.lower())
+    columns = {field: [row[field] for row in rows] for field in rows[0]}
+    Path(name).write_bytes(mark + text.encode() if text else as_parquet(columns))
+    return str(name)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, by their path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def says(text: str, expected: str) -> bool:
+    """Whether a message is the expected one after 错误：; ~ stands for words of a library, on one line."""
+    return bool(re.fullmatch(".*".join(map(re.escape, f"错误：{expected}".split("~"))), text))
+
+
+def refused(message: str, run, *args, **kwargs) -> None:
+    """The call ends with exactly this error; ~ stands for words of a library."""
+    with pytest.raises(SystemExit) as ended:
+        run(*args, **kwargs)
+    assert says(str(ended.value), message), ended.value
+
+
+# ---- trainings ----------------------------------------------------------------------------------------------------
+
+
+def arguments(model: str | Path, lora: bool = False, **changes):
+    """Arguments for a few steps on the CPU; all else is the recipe."""
+    import train
+    import train_lora
+
+    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "sample_tokens": 4, "report_to": "none"}
+    cls = train_lora.LoraArguments if lora else train.TrainArguments
+    return cls(model_name=str(model), **values | {"disable_tqdm": True} | changes)
+
+
+def run(model: str | Path, lora: bool = False, callbacks=(), **changes):
+    """The Trainer after train.train with these arguments."""
+    import train
+    import train_lora
+
+    return train.train(arguments(model, lora, **changes), train_lora.add_adapter if lora else None, callbacks)
+
+
+# Twenty steps with a checkpoint at every fifth: what interruptions are tried on.
+STEPS = {"max_steps": 20, "eval_steps": 5, "learning_rate": 1e-3, "gradient_accumulation_steps": 1, "logging_steps": 5}
+
+
+def run_steps(model: str | Path, lora: bool = False, callbacks=(), **changes):
+    """`run` of STEPS."""
+    return run(model, lora, callbacks, **STEPS | changes)
+
+
+def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jsonl", **changes):
+    """A trainer on the tiny model as train.train would build it, from the rows of `file`."""
+    import data
+    import train
+    import train_lora
+    from parts import models
+
+    cls = train_lora.LoraArguments if lora else train.TrainArguments
+    args = cls(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
+    model = models.load_weights(str(model_path), args.device, args.load_in_4bit)
+    model = model.to(dtype) if dtype else model
+    model = train_lora.add_adapter(model, args) if lora else model
+    dataset = data.load_dataset(file, tokenizer, 2048)
+    return train.build_trainer(args, model, tokenizer, dataset, dataset)
+
+
+def At(step: int | None, act):
+    """A callback of Trainer: `act()` happens once while step `step` is computed; None: after the last one."""
+    import transformers
+
+    class At(transformers.TrainerCallback):
+        acted = False
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == step and not self.acted:
+                self.acted = True
+                act()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if step is None:
+                act()
+
+    return At()
+
+
+def crash() -> None:
+    """Ends a training as no part of it does."""
+    raise EOFError
+
+
+def terminate() -> None:
+    """What a cluster sends before it takes a machine away."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def weights(folder: str | Path) -> dict:
+    """{name: tensor} of what was trained."""
+    from safetensors.torch import load_file
+
+    adapter = Path(folder, "adapter_model.safetensors")
+    return load_file(adapter if adapter.is_file() else Path(folder, "model.safetensors"))
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def losses(trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def history(folder: str | Path) -> list[dict]:
+    """The log of a finished run."""
+    return json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+# ---- scripts ------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A process that has imported the scripts and forks for each that is run: an import takes 8 s. Started at the first
+    run, it ends with this process."""
+
+    process: subprocess.Popen | None = None
+
+    def fork(self, request: dict) -> int:
+        """The process id of the child that does what `request` says."""
+        if self.process is None:
+            code = f"import sys; sys.path[:0] = {sys.path!r}; import helpers; helpers.serve()"
+            env = os.environ | {"PYTHONUTF8": "1", "TOKENIZERS_PARALLELISM": "false"}
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        return self.ask(request)
+
+    def ask(self, request: dict):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+SERVER = Server()
+
+
+def serve() -> None:
+    """In the server: a line of JSON in, one out."""
+    import matplotlib.figure  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+
+    import inference_lora  # noqa: F401
+    import train_lora  # noqa: F401
+    from parts import conversation, packed_trainer, tracking  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            answer = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if not answer:
+                begin(request)
+        print(json.dumps(answer), flush=True)
+
+
+def begin(request: dict) -> None:
+    """In the child: run the script, or the function of a test file, as a process of its own would."""
+    os.setpgrp()
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = [request["script"], *request["flags"]]
+    os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
+    os.dup2(os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, encoding="utf-8", closefd=False, buffering=1) for number, mode in enumerate("rww")
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = 0
+    try:
+        sys.path.insert(0, str(Path(request["script"]).parent))
+        module = __import__(Path(request["script"]).stem)
+        if "call" in request:
+            getattr(module, request["call"])(*request["flags"])
+        else:
+            module.terminal.run_main(module.main)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        import atexit
+
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+class Started:
+    """A script that runs; what it printed, standard error included, is in `stdout`."""
+
+    def __init__(self, script: str, flags, cwd, env=None, stdin=None, **more):
+        folder = Path(tempfile.mkdtemp())
+        self.output, given = folder / "output.txt", folder / "stdin.txt"
+        given.write_text(stdin or "", encoding="utf-8")
+        environment = dict(env or os.environ) | {"PYTHONUTF8": "1"}
+        request = {"script": str(ROOT / script), "flags": [*map(str, flags)], "cwd": str(cwd), "env": environment}
+        self.pid = SERVER.fork(request | {"stdin": str(given), "output": str(self.output)} | more)
+        self.returncode = None
+
+    @property
+    def stdout(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = SERVER.ask({"wait": self.pid})
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise TimeoutError(self.stdout[-3000:])
+            time.sleep(0.01)
+        return self.returncode
+
+
+def run_script(script: str, *flags, cwd: Path, env=None, stdin: str | None = None, fresh: bool = False, **more):
+    """Run a script of the project in `cwd`; its exit status is in `.returncode`, its output, standard error included, in
+    `.stdout`. `fresh`: in a process that imports all anew, as a person's. `call`: a function of it instead of its main."""
+    if not fresh:
+        (started := Started(script, flags, cwd, env, stdin, **more)).wait()
+        return started
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        cwd=cwd,
+        env=dict(env or os.environ) | {"PYTHONUTF8": "1"},
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=300,
+    )
