@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +170,80 @@ def losses(trainer) -> list[float]:
 def history(folder: str | Path) -> list[dict]:
     """The log of a finished run."""
     return json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+# ---- models of a real shape --------------------------------------------------------------------------------------
+
+QWEN = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16}
+
+
+QWEN |= {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+
+
+SMALL |= {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
+
+
+def build_model(dtype=None, layers: int = 28, shape=QWEN):
+    """A Qwen3 in training mode with packed_attention, in bfloat16 unless told."""
+    import torch
+    import transformers
+
+    from parts import packing
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.bfloat16)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(num_hidden_layers=layers, **shape))
+    torch.set_default_dtype(before)
+    packing.use(model)
+    return model.train()
+
+
+def on_meta(**changes):
+    """A model that takes no memory: the plan asks for shapes and dtypes alone."""
+    import torch
+
+    with torch.device("meta"):
+        return build_model(**changes)
+
+
+def card_arguments(lora=False, device="cuda", **changes):
+    """The recipe's arguments as the plan reads them, on a card that this machine need not have."""
+    import torch
+
+    import train
+    import train_lora
+
+    cls = train_lora.LoraArguments if lora else train.TrainArguments
+    real = cls(report_to="none", **changes)
+    here = {"device": torch.device(device), "world_size": 1, "process_index": 0}
+    return SimpleNamespace(**(vars(real) | here | {"trains_adapter": lora, "lora_dropout": real.lora_dropout}))
+
+
+# ---- packed batches -----------------------------------------------------------------------------------------------
+
+LENGTHS = (40, 25, 60, 33)  # tokens of `examples`
+
+
+def examples() -> list[dict[str, list[int]]]:
+    """Random ids; of each example the first nine are its prompt."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(10, 4000, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [{"input_ids": ids, "labels": [-100] * 9 + ids[9:]} for ids in rows]
+
+
+def gradient(trainer, rows):
+    """[parameters] after one step of `rows`."""
+    import torch
+
+    batch = trainer.data_collator(rows)
+    trainer.model.zero_grad()
+    trainer.training_step(trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
 # ---- scripts ------------------------------------------------------------------------------------------------------

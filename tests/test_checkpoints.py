@@ -4,8 +4,10 @@ import json
 import random
 import shutil
 from pathlib import Path
+
 import pytest
 from helpers import STEPS, arguments, run_steps, same, weights
+
 import data
 from parts import checkpoints, output_folder
 

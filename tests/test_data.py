@@ -1,16 +1,13 @@
 """From a file or the hub to train.jsonl and val.jsonl: the published split, no text altered, no row lost in silence."""
 
 import codecs
-import csv
 import hashlib
-import io
 import json
 import random
 import re
 import sys
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 from conftest import run_script
 from hub import Hub

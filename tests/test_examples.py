@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-import inference
 
 
 @pytest.fixture(scope="session", params=["demo", "real"])

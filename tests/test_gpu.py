@@ -11,7 +11,6 @@ from test_packing import LENGTHS, examples, gradient
 from test_train import losses
 
 import data
-import inference
 import train
 import train_lora
 

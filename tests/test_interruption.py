@@ -2,10 +2,11 @@
 
 import signal
 from types import SimpleNamespace
+
 import pytest
 import torch
-from parts.interruption import Interruption
 
+from parts.interruption import Interruption
 
 ARGS = SimpleNamespace(world_size=1, device=torch.device("cpu"))
 

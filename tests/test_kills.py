@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+
 import pytest
 from helpers import run_script, same, weights
+
 import train
 import train_lora
 from parts import checkpoints, terminal
-
 
 KILLS = int(os.environ.get("KILLS", "12"))  # each of full and LoRA
 WRITING = ("w", "wb", "rb+")

@@ -1,13 +1,12 @@
-"""The loss without logits against transformers' own, and an evaluation loss that no batch changes."""
+"""The loss without logits against that of transformers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-import data
-import inference
-import train
+from parts import encoding, loss
+from parts.loss import LinearCrossEntropy
 
 HIDDEN, VOCAB, TOKENS = 64, 1000, 300
 
@@ -32,7 +31,7 @@ def chunked(hidden, weight, labels):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)], ids=["fp32", "bf16"])
 def test_loss_and_gradients_are_those_of_transformers(monkeypatch, dtype, tolerance, rows):
     """In bf16 against the reference in fp32 on the same numbers; its gradients are rounded once, hence the 1 %."""
-    monkeypatch.setattr(train, "LOSS_BYTES", rows * VOCAB * 8)
+    monkeypatch.setattr(loss, "LOSS_BYTES", rows * VOCAB * 8)
     hidden, weight, labels = layer(dtype)
     exact_hidden, exact_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
     expected = ForCausalLMLoss(exact_hidden @ exact_weight.T, labels, VOCAB)
@@ -69,55 +68,11 @@ def test_frozen_output_layer_gets_no_gradient():
 def test_loss_in_float64_is_exact_but_for_its_float32_sums():
     hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
     labels, grads = torch.randint(11, (5,)), []
-    for loss in (
+    for each in (
         lambda h, w: LinearCrossEntropy.apply(h, w, labels)[0],
         lambda h, w: F.cross_entropy(h @ w.T, labels, reduction="sum"),
     ):
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-        loss(*leaves).backward()
+        each(*leaves).backward()
         grads.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
-
-
-def trainer_on(tiny_model, tokenizer) -> packed_trainer.PackedTrainer:
-    dataset, _ = data.load_dataset("val.jsonl", tokenizer, 2048)
-    args = train.TrainArguments(report_to="none", disable_tqdm=True)
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
-    return train.build_trainer(args, model, tokenizer, dataset, dataset)
-
-
-def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, tokenizer):
-    trainer, shapes = trainer_on(tiny_model, tokenizer), []
-    trainer.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
-    batch = trainer.data_collator([trainer.eval_dataset[0], trainer.eval_dataset[1]])
-    trainer.compute_loss(trainer.model, batch).backward()
-    trainer.evaluate()
-    assert shapes and set(shapes) == {0}
-
-
-@pytest.mark.parametrize("tokens", [1, 300, 100_000])
-def test_evaluation_losses_do_not_depend_on_the_batch(workspace, tiny_model, tokenizer, monkeypatch, tokens):
-    trainer = trainer_on(tiny_model, tokenizer)
-    plain = models.load_weights(str(tiny_model), torch.device("cpu"))
-    per_example, all_tokens = [], []
-    with torch.no_grad():
-        for example in trainer.eval_dataset:
-            logits = plain(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
-            losses = F.cross_entropy(logits, torch.tensor(example["labels"][1:]), reduction="none")
-            supervised = [label != encoding.IGNORE_INDEX for label in example["labels"][1:]]
-            all_tokens += losses[supervised].tolist()
-            per_example.append(losses[supervised].mean().item())
-    trainer.args.batch_tokens = tokens
-    metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(sum(per_example) / len(per_example), rel=1e-5)
-    assert metrics["eval_token_loss"] == pytest.approx(sum(all_tokens) / len(all_tokens), rel=1e-5)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_every_example_is_evaluated_once(world_size):
-    dataset = {"input_ids": [[0] * length for length in (9000, 10, 4000, 4200, 4100, 8192, 1)]}
-    shares = [packing.token_batches(dataset, rank, world_size, 8192) for rank in range(world_size)]
-    batches = [batch for share in shares for batch in share]
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    totals = [sum(len(dataset["input_ids"][i]) for i in batch) for batch in batches]
-    assert all(total <= 8192 or len(batch) == 1 for total, batch in zip(totals, batches))

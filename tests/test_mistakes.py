@@ -3,16 +3,13 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, run_script
-from test_data import contents, says
+from conftest import ROOT
+from test_data import contents
 from test_train import arguments
 
 import data

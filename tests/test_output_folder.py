@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+
 import pytest
 import torch
-from helpers import At, STEPS, arguments, run_script, run_steps, same, terminate, weights
+from helpers import STEPS, At, arguments, run_script, run_steps, same, terminate, weights
+
 import data
 import train
 from parts import checkpoints, models, output_folder

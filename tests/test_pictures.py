@@ -7,8 +7,6 @@ import PIL.Image
 import pytest
 from conftest import ROOT
 
-import train
-
 IMAGES = ROOT / "readme_images"
 PUBLISHED = [1.390, 1.303, 1.246, 1.187, 1.146, 1.199, 1.190, 1.182, 1.171, 1.163]  # evaluation losses, every 100 steps
 

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import threading
 from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from helpers import At, build_trainer, crash, run_steps, same, terminate, weights
+
 import data
 from parts import checkpoints, models
 

@@ -42,7 +42,6 @@ def prepare(folder: str) -> None:
 
 def tokenize(folder: str) -> None:
     import data
-    import inference
 
     tokenizer = models.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
     started = time.perf_counter()

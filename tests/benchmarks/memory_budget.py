@@ -31,9 +31,6 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     """Train the worst step and `steps` drawn ones under the cap: {tokens_per_second, peak_gb, estimate_gb, plan}."""
     import train_speed
 
-    import inference
-    import train
-
     script, flags = KINDS[kind]
     examples = train_speed.draw_examples(4 * steps, first=(WORST,) * 4)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +68,6 @@ def plan_only(cap: float) -> None:
     import torch
     import train_speed
 
-    import inference
     import train
     import train_lora
 

@@ -82,7 +82,6 @@ def draw_examples(count: int, first: tuple = ()):
 
 
 def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
-    import inference
     import train
     import train_lora
 
@@ -144,8 +143,6 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
     """Median seconds and tokens of a step, and peak GB, of one arm in this process."""
     import torch
     import transformers
-
-    import train
 
     script, flags, _ = ARMS[name]
     total = warmup + steps

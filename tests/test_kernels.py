@@ -1,0 +1,47 @@
+"""No kernel is used that was not seen to run here and to agree with the plain one."""
+
+import pytest
+import torch
+from helpers import build_trainer
+
+from parts import kernels, models
+from parts.terminal import first_line, shorten
+
+
+def test_kernels_that_do_not_run_here_are_not_chosen_and_the_reason_is_said(workspace, tiny_model, tokenizer, capsys):
+    trainer = build_trainer(tiny_model, tokenizer)
+    assert not trainer.kernels.varlen and not trainer.kernels.fused
+    assert (
+        "注意力：逐条 sdpa（不用 torch varlen：它只在 sm80 及以上的 NVIDIA GPU 上）；融合算子：不用（"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.fixture
+def probe(tiny_model):
+    """The small model on which kernels are tried."""
+    return kernels.shrink(models.load_weights(str(tiny_model), torch.device("cpu")))
+
+
+def test_what_agrees_is_used(probe):
+    plain = kernels.outcome(probe, starts=False)
+    assert len(plain) == 1 + len([*probe.get_decoder().parameters()]) and kernels.disagreement(plain, plain) is None
+    barely = [tensor * (1 + 1e-3) for tensor in plain]
+    assert kernels.disagreement(plain, barely) is None
+
+
+@pytest.mark.parametrize("place", [0, 3, -1])
+@pytest.mark.parametrize(("factor", "reason"), [(1.1, "与普通算子相差 10.0%"), (float("nan"), "与普通算子相差 nan%")])
+def test_a_kernel_that_disagrees_anywhere_is_found_out(probe, place, factor, reason):
+    plain = kernels.outcome(probe, starts=False)
+    fast = [tensor.clone() for tensor in plain]
+    fast[place] = fast[place] * factor
+    assert kernels.disagreement(plain, fast) == reason
+
+
+def test_a_kernel_that_fails_is_found_out(probe):
+    """torch's kernel for packed batches has no CPU form: as on a GPU without it."""
+    plain, failed = (kernels.outcome(probe, starts=starts) for starts in (False, True))
+    assert isinstance(failed, Exception)
+    for pair in ((plain, failed), (failed, plain)):
+        assert kernels.disagreement(*pair) == shorten(first_line(failed), 100)

@@ -1,0 +1,40 @@
+"""QLoRA: frozen weights in 4 bits. bitsandbytes is optional."""
+
+import importlib
+
+import pytest
+import torch
+from helpers import history, run_script
+
+from parts import models
+
+FLAGS = ("--max_steps", "6", "--eval_steps", "3", "--logging_steps", "1", "--sample_tokens", "4")
+FLAGS += ("--disable_tqdm", "true", "--report_to", "none", "--model_name")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is optional and not installed; .ci/run has a run with it",
+)
+
+
+@needs_bitsandbytes
+def test_qlora_trains_an_adapter_that_the_plain_model_can_use(workspace, tiny_model):
+    result = run_script("train_lora.py", *FLAGS, tiny_model, "--load_in_4bit", "true", cwd=workspace)
+    assert result.returncode == 0, result.stdout
+    curve = [log["loss"] for log in history(workspace / "output" / "qwen3-medical-lora") if "loss" in log]
+    assert len(curve) == 6 and all(0 < loss < 20 for loss in curve)
+    asked = run_script("inference_lora.py", "头痛？", "--max_new_tokens", 4, cwd=workspace)
+    assert asked.returncode == 0, asked.stdout
+
+
+@needs_bitsandbytes
+def test_qlora_weights_take_a_third_of_the_memory(tiny_model):
+    plain, small = (models.load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in (plain, small)]
+    assert weights[1].nbytes * 8 == weights[0].nbytes  # float32 against 4 bits
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="is about its absence")
+def test_without_bitsandbytes_it_says_what_to_install(workspace, tiny_model):
+    result = run_script("train_lora.py", *FLAGS, tiny_model, "--load_in_4bit", "true", cwd=workspace)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "错误：--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes"

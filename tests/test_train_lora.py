@@ -1,0 +1,54 @@
+"""LoRA with the real peft: what moves, what is saved, and that base, adapter and merged model agree."""
+
+import json
+from pathlib import Path
+
+import torch
+from helpers import run, weights
+
+import data
+import inference
+import inference_lora
+import train_lora
+from parts import encoding, models
+
+
+def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
+    trainer = run(tiny_model, lora=True, max_steps=2, learning_rate=1e-2)
+    before = weights(tiny_model)
+    base = {name.replace(".base_layer", ""): value for name, value in trainer.model.get_base_model().named_parameters()}
+    assert all(torch.equal(before[name], base[name]) for name in before)
+    adapter = weights(data.LORA_OUTPUT_DIR)
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(adapter) == 2 * 2 * len(linear)  # A and B, two layers
+    assert all(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)  # B begins at 0
+    assert not Path(data.LORA_OUTPUT_DIR, "model.safetensors").exists()
+    config = json.loads(Path(data.LORA_OUTPUT_DIR, "adapter_config.json").read_text(encoding="utf-8"))
+    settings = [config[key] for key in ("r", "lora_alpha", "lora_dropout", "base_model_name_or_path")]
+    assert settings == [8, 32, 0.1, str(tiny_model)]
+
+
+def test_checkpoints_name_their_base_as_the_user_did(interrupted, tiny_model):
+    """An unfinished run can be asked too, on another machine, which does not have this one's download cache."""
+    config = json.loads(Path("lora/checkpoint-10/adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(tiny_model)
+
+
+def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
+    trainer = run(tiny_model, lora=True, max_steps=2, learning_rate=1e-1)
+    model, tokenizer = inference_lora.load_adapter(data.LORA_OUTPUT_DIR)
+    inference_lora.merge_to("merged", model, tokenizer, data.LORA_OUTPUT_DIR)
+    ids = torch.tensor([encoding.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
+    plain, _ = inference.load_trained("merged")
+    with torch.no_grad():
+        logits = [m.eval()(input_ids=ids).logits for m in (trainer.model, model, plain)]
+        untuned = models.load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], logits[2], rtol=0, atol=0)
+    assert (logits[0] - untuned).abs().max() > 1e-2
+
+
+def test_adapters_have_the_dtype_of_the_weights(workspace, tiny_model):
+    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16)
+    model = train_lora.add_adapter(model, train_lora.LoraArguments())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
