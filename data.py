@@ -17,8 +17,14 @@ import os
 import random
 from pathlib import Path
 
-from parts import encoding, hub, row_files, rows, terminal
-from parts.rows import FIELDS, Place, Row
+try:
+    from parts import encoding, hub, row_files, rows, terminal
+    from parts.rows import FIELDS, Place, Row
+except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
+    raise SystemExit(
+        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
+        "pip install -r requirements.txt"
+    ) from None
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows

@@ -14,8 +14,14 @@ import argparse
 import os
 from functools import partial
 
-from data import OUTPUT_DIR, SEED, to_messages
-from parts import checkpoints, question_file, terminal
+try:
+    from data import OUTPUT_DIR, SEED, to_messages
+    from parts import checkpoints, question_file, terminal
+except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
+    raise SystemExit(
+        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
+        "pip install -r requirements.txt"
+    ) from None
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048

@@ -11,10 +11,16 @@ import shlex
 import shutil
 from pathlib import Path
 
-import inference
-from data import LORA_OUTPUT_DIR
-from parts import checkpoints, terminal
-from parts.checkpoints import ADAPTER_CONFIG
+try:
+    import inference
+    from data import LORA_OUTPUT_DIR
+    from parts import checkpoints, terminal
+    from parts.checkpoints import ADAPTER_CONFIG
+except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
+    raise SystemExit(
+        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
+        "pip install -r requirements.txt"
+    ) from None
 
 
 def read_base(path: str) -> tuple[str, str | None]:

@@ -14,10 +14,16 @@ import os
 import shlex
 from dataclasses import dataclass, field
 
-import data
-from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-from parts import encoding, hub, terminal
-from parts.arguments import Arguments, parse_flags
+try:
+    import data
+    from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
+    from parts import encoding, hub, terminal
+    from parts.arguments import Arguments, parse_flags
+except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
+    raise SystemExit(
+        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
+        "pip install -r requirements.txt"
+    ) from None
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2

@@ -10,10 +10,16 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import LORA_OUTPUT_DIR
-from parts.arguments import parse_flags
-from parts.terminal import run_main
-from train import TrainArguments, report, train
+try:
+    from data import LORA_OUTPUT_DIR
+    from parts.arguments import parse_flags
+    from parts.terminal import run_main
+    from train import TrainArguments, report, train
+except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
+    raise SystemExit(
+        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
+        "pip install -r requirements.txt"
+    ) from None
 
 LORA_RANK = 8
 LORA_ALPHA = 32  # the adapter's output is scaled by alpha / rank

@@ -77,7 +77,7 @@ def find_trained(folder: str | Path, config: str = "config.json", train_script: 
     if not checkpoints:
         other = {"config.json": ADAPTER_CONFIG, ADAPTER_CONFIG: "config.json"}[config]
         if (folder / other).is_file():
-            script = "inference_lora.py" if other == ADAPTER_CONFIG else "py"
+            script = "inference_lora.py" if other == ADAPTER_CONFIG else "inference.py"
             raise SystemExit(
                 f"错误：{folder} 要用另一个脚本来问：python {script} --model_path {shlex.quote(str(folder))}"
             )

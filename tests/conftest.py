@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from helpers import ROOT, SAMPLES, At, crash, run, run_steps, weights
+from helpers import ROOT, SAMPLES, At, contents, crash, run, run_steps, says, weights
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo"), str(ROOT / "tests" / "benchmarks")]
 # Small tensors: threads cost more than they bring, and the sums stay in one order. No test needs a network.
@@ -112,3 +112,27 @@ def finished(two_steps, tmp_path, monkeypatch) -> Path:
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fails(folder, monkeypatch):
+    """Run data.py's command line in this process: it must end with one error and leave every file as it was."""
+
+    import data
+
+    def command(message: str, *flags: str) -> None:
+        before = contents(folder)
+        monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+        with pytest.raises(SystemExit) as ended:
+            data.main()
+        assert says(str(ended.value), message), ended.value
+        assert contents(folder) == before  # and no draft is left behind
+
+    return command

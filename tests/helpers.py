@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -60,8 +61,12 @@ def save(rows: list[dict], name: str | Path, mark: bytes = b"") -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, by their path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files below a folder, byte for byte."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        for path in files
+    }
 
 
 def says(text: str, expected: str) -> bool:
@@ -74,6 +79,20 @@ def refused(message: str, run, *args, **kwargs) -> None:
     with pytest.raises(SystemExit) as ended:
         run(*args, **kwargs)
     assert says(str(ended.value), message), ended.value
+
+
+def published(rows) -> tuple[list, list]:
+    """The split of the published training script, in its own words."""
+    rows = list(rows)
+    random.seed(42)
+    random.shuffle(rows)
+    cut = int(len(rows) * 0.9)
+    return rows[:cut], rows[cut:]
+
+
+def written(folder: Path = Path()) -> tuple[list[dict], list[dict]]:
+    texts = (Path(folder, name).read_text(encoding="utf-8") for name in ("train.jsonl", "val.jsonl"))
+    return tuple([json.loads(line) for line in text.split("\n")[:-1]] for text in texts)
 
 
 # ---- trainings ----------------------------------------------------------------------------------------------------
@@ -222,6 +241,20 @@ def card_arguments(lora=False, device="cuda", **changes):
     return SimpleNamespace(**(vars(real) | here | {"trains_adapter": lora, "lora_dropout": real.lora_dropout}))
 
 
+def load_attentive(tiny_model, device: str = "cpu"):
+    """The tiny model with weights so large that its tokens hang on all that came before: else it repeats one token."""
+    import torch
+
+    from parts import models
+
+    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model
+
+
 # ---- packed batches -----------------------------------------------------------------------------------------------
 
 LENGTHS = (40, 25, 60, 33)  # tokens of `examples`
@@ -310,6 +343,8 @@ def begin(request: dict) -> None:
         open(number, mode, encoding="utf-8", closefd=False, buffering=1) for number, mode in enumerate("rww")
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from parts import terminal
+
     status = 0
     try:
         sys.path.insert(0, str(Path(request["script"]).parent))
@@ -317,7 +352,7 @@ def begin(request: dict) -> None:
         if "call" in request:
             getattr(module, request["call"])(*request["flags"])
         else:
-            module.terminal.run_main(module.main)
+            terminal.run_main(module.main)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
@@ -369,8 +404,8 @@ class Started:
 
 
 def run_script(script: str, *flags, cwd: Path, env=None, stdin: str | None = None, fresh: bool = False, **more):
-    """Run a script of the project in `cwd`; its exit status is in `.returncode`, its output, standard error included, in
-    `.stdout`. `fresh`: in a process that imports all anew, as a person's. `call`: a function of it instead of its main."""
+    """Run a script of the project in `cwd`; its exit status is in `.returncode`, its output, standard error included,
+    in `.stdout`. `fresh`: in a process that imports all anew, as a person's. `call`: a function of it, not its main."""
     if not fresh:
         (started := Started(script, flags, cwd, env, stdin, **more)).wait()
         return started

@@ -140,3 +140,19 @@ def test_too_little_room_is_said(tmp_path):
     ):
         checkpoints.check_space(tmp_path, 3, 1200e12, 400e12)
     checkpoints.check_space(tmp_path, 3, 1200, 400)
+
+
+def test_checkpoint_cut_off_while_it_was_written_is_not_asked(finished):
+    Path("full/trainer_state.json").unlink()
+    Path("full/config.json").unlink()
+    shutil.copytree("full/checkpoint-2", "full/checkpoint-7")
+    Path("full/checkpoint-7/trainer_state.json").unlink()
+    shutil.copytree("full/checkpoint-2", "full/checkpoint-best")  # a copy that a user made
+    assert checkpoints.find_trained("full") == Path("full/checkpoint-2")
+
+
+def test_best_checkpoint_is_asked_before_training_is_finished_also_after_a_move(finished, tiny_model):
+    Path("full/trainer_state.json").unlink()
+    shutil.copytree("full/checkpoint-2", "full/checkpoint-4")
+    shutil.move("full", "moved")
+    assert checkpoints.find_trained("moved") == Path("moved/checkpoint-2")  # the state names full/checkpoint-2

@@ -2,17 +2,14 @@
 CI has none; where there is one, `pytest tests/test_gpu.py` comes before the benchmarks."""
 
 import importlib.util
-import json
+from functools import partial
 
 import pytest
 import torch
-from conftest import run_script
-from test_packing import LENGTHS, examples, gradient
-from test_train import losses
+from helpers import LENGTHS, build_trainer, examples, gradient, history, losses, run_script
 
 import data
-import train
-import train_lora
+from parts import decoding, models, packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -21,17 +18,7 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def build(workspace, tiny_model, tokenizer):
     """A trainer of the tiny model in bfloat16, with these flags."""
-
-    def build(cls=train.TrainArguments, in_4bit=False, **changes):
-        args = cls(
-            report_to="none", disable_tqdm=True, logging_steps=1, eval_strategy="no", save_strategy="no", **changes
-        )
-        model = models.load_weights(str(tiny_model), args.device, in_4bit)
-        model = train_lora.add_adapter(model, args) if cls is train_lora.LoraArguments else model
-        dataset, _ = data.load_dataset(data.TRAIN_FILE, tokenizer, 2048)
-        return train.build_trainer(args, model, tokenizer, dataset, dataset)
-
-    return build
+    return partial(build_trainer, tiny_model, tokenizer, eval_strategy="no", save_strategy="no")
 
 
 def curve(trainer) -> list[float]:
@@ -42,8 +29,8 @@ def curve(trainer) -> list[float]:
 def test_the_fast_kernels_are_chosen(build, capsys):
     trainer = build()
     said = capsys.readouterr().out
-    assert trainer.varlen == (torch.cuda.get_device_capability() >= (8, 0)), said
-    assert trainer.args.use_liger_kernel == (importlib.util.find_spec("liger_kernel") is not None), said
+    assert trainer.kernels.varlen == (torch.cuda.get_device_capability() >= (8, 0)), said
+    assert trainer.kernels.fused == (importlib.util.find_spec("liger_kernel") is not None), said
 
 
 def test_losses_follow_those_of_plain_kernels_one_example_at_a_time(build):
@@ -94,7 +81,7 @@ def test_offloaded_inputs_change_no_gradient(build):
     assert held[0] - held[1] > 0.9 * inputs  # of a layer, at least
 
 
-@pytest.mark.parametrize("optimizer", ["8bit", "8bit_in_backward", "4bit_in_backward"])
+@pytest.mark.parametrize("optimizer", ["8bit", "8bit_in_backward"])
 def test_states_of_few_bits_follow_the_kahan_curve(build, optimizer):
     pytest.importorskip("torchao")
     kahan = curve(build(max_steps=20, learning_rate=1e-3, optimizer="kahan", output_dir="kahan"))
@@ -104,7 +91,7 @@ def test_states_of_few_bits_follow_the_kahan_curve(build, optimizer):
 
 def test_qlora_learns(build):
     pytest.importorskip("bitsandbytes")
-    found = curve(build(train_lora.LoraArguments, in_4bit=True, load_in_4bit=True, max_steps=30, learning_rate=3e-3))
+    found = curve(build(lora=True, load_in_4bit=True, max_steps=30, learning_rate=3e-3))
     assert sum(found[-5:]) < sum(found[:5])
 
 
@@ -130,10 +117,9 @@ def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
 
 def test_the_whole_way_from_training_to_a_reply(workspace, tiny_model):
     flags = ("--model_name", tiny_model, "--max_steps", "20", "--eval_steps", "10", "--sample_tokens", "300")
-    trained = run_script("train.py", *flags, "--report_to", "none", cwd=workspace)
+    trained = run_script("train.py", *flags, "--report_to", "none", cwd=workspace, fresh=True)
     assert trained.returncode == 0 and "CUDA graph 用不了" not in trained.stdout, trained.stdout
     folder = workspace / data.OUTPUT_DIR
-    history = json.loads((folder / checkpoints.FINISHED_MARK).read_text(encoding="utf-8"))["log_history"]
-    assert any("eval_loss" in log for log in history)
-    asked = run_script("inference.py", "头痛怎么办？", "--max_new_tokens", 300, cwd=workspace)
+    assert any("eval_loss" in log for log in history(folder))
+    asked = run_script("inference.py", "头痛怎么办？", "--max_new_tokens", 300, cwd=workspace, fresh=True)
     assert asked.returncode == 0 and "CUDA graph 用不了" not in asked.stdout, asked.stdout

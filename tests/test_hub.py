@@ -5,7 +5,6 @@ import ast
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -16,15 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-from hub import FILE, LIMITS, LISTING, Hub, cut, drip, on, page, silence, status, without_sizes, wrong
+from helpers import ROOT, contents, make_row, make_rows, published, run_script, save, written
+from hub_server import FILE, LIMITS, LISTING, Hub, cut, drip, on, page, silence, status, without_sizes, wrong
 from modelscope_hub.config import set_default_config
-from test_data import contents, make_row, make_rows, published, save, written
 
 import data
 import inference
 import inference_lora
 import train
+from parts import hub as parts_hub
+from parts import models, rows
 
 REMEDY = "请检查名称和网络后重试同一命令，或用环境变量 MODELSCOPE_ENDPOINT 换一个镜像，或"
 FAILED = "错误：无法从 {url} 下载{what} own/er（{cause}）；" + REMEDY + "{remedy}。"
@@ -61,6 +61,11 @@ def use(hub: Hub, home: Path, monkeypatch) -> None:
     for name, value in hub.env(home).items():
         monkeypatch.setenv(name, value)
     set_default_config(None)  # the client keeps the address it was first given
+
+
+def find_model(name: str, revision: str | None = None) -> str:
+    """As train.py asks for a model."""
+    return parts_hub.find_model(name, "用 --model_name 指定本地模型文件夹", revision)
 
 
 def ends(run, *args, **kwargs) -> str:
@@ -221,9 +226,9 @@ def test_revision_that_leaves_the_cache_is_refused(hub, tmp_path, revision):
 
 def test_limits_reach_the_client_and_add_up_to_what_is_stated(tmp_path):
     code = (
-        "import data, os\ntry: parts_hub.download('own/er', 'dataset', '', list)\nexcept SystemExit: pass\n"
+        "from parts import hub\ntry: hub.download('own/er', 'dataset', '', list)\nexcept SystemExit: pass\n"
         "from modelscope_hub import constants\n"
-        "print({name: getattr(constants, name.removeprefix('MODELSCOPE_')) for name in parts_hub.LIMITS"
+        "print({name: getattr(constants, name.removeprefix('MODELSCOPE_')) for name in hub.LIMITS"
         " if name != 'MODELSCOPE_DOWNLOAD_MAX_RETRIES'})\n"
         "attempts = constants.DOWNLOAD_RETRY_TIMES + 1\n"
         "silent = max(constants.DOWNLOAD_TIMEOUT, constants.DOWNLOAD_LOW_SPEED_WINDOW_SECONDS)\n"
@@ -417,7 +422,7 @@ def test_adapter_asks_for_the_revision_that_it_was_made_for(hub, tmp_path):
 # ---- nothing that is loaded can run code --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("*.py"), *ROOT.glob("parts/*.py")]), ids=lambda path: path.name)
 def test_scripts_load_no_code(script):
     """No pickle, no eval; remote code is refused at every from_pretrained of transformers' Auto classes."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
@@ -437,21 +442,3 @@ def test_scripts_load_no_code(script):
                 assert "trust_remote_code" in flags, ast.unparse(node)
             if re.search(r"\.AutoModel\w*\.from_pretrained$", called):
                 assert flags.get("use_safetensors") == "True", ast.unparse(node)
-
-
-class Bomb:
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
-
-
-@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", None])
-def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_path, monkeypatch, weights):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_model, "bin")
-    Path("bin/model.safetensors").unlink()
-    if weights:
-        Path("bin", weights).write_bytes(pickle.dumps(Bomb()))
-    assert ends(inference.load_trained, "bin") == (
-        "错误：bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
-    )
-    assert not Path("exploded").exists()

@@ -40,8 +40,8 @@ def kill_while_saving(number: int, delay: float) -> None:
 
 
 def serve_kills(script: str, seed: str) -> None:
-    """In a process that has imported all and forks for each run: one run that nothing touches, then KILLS killed ones, of
-    which every second dies while it saves, until a run comes through. Prints what it saw."""
+    """In a process that has imported all and forks for each run: one run that nothing touches, then KILLS killed ones,
+    of which every second dies while it saves, until a run comes through. Prints what it saw."""
     module, place = {"train": train, "train_lora": train_lora}[script], random.Random(int(seed))
 
     def start(folder: str, prepare=lambda: None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import STEPS, At, arguments, run_script, run_steps, same, terminate, weights
+from helpers import STEPS, At, arguments, contents, refused, run_script, run_steps, same, terminate, weights
 
 import data
 import train
@@ -133,3 +133,30 @@ def test_other_weights_and_another_precision_do_not_continue_a_run(interrupted, 
     monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
     with pytest.raises(SystemExit, match="dtype torch.float32 -> torch.bfloat16"):
         run_steps("base", output_dir="full")
+
+
+def test_a_folder_with_anything_but_a_run_is_not_written_into(finished, tiny_model):
+    shutil.copytree(tiny_model, "base")
+    before = contents(finished)
+    for folder in ("base", "."):
+        first = min(path.name for path in Path(folder).iterdir())
+        message = f"{folder} 里有别的文件（{first} 等）；请用 --output_dir 指定一个新文件夹。"
+        refused(message, output_folder.check, arguments(tiny_model, output_dir=folder))
+    assert contents(finished) == before
+
+
+def test_a_finished_run_is_given_up_only_when_training_can_start(finished, tiny_model):
+    before = contents(finished)
+    args = arguments(Path("no model"), output_dir="full", overwrite_output_dir=True)
+    refused(
+        "找不到模型 no model：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。", train.train, args
+    )
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("checkpoint", ["nope", "full/checkpoint-9", "true"])
+def test_checkpoint_that_is_not_there(finished, tiny_model, checkpoint):
+    message = f"--resume_from_checkpoint {checkpoint} 不是完整的检查点（没有写完（缺少 manifest.json））；"
+    message += "不写这个参数，就会从最近的完整检查点继续。"
+    args = arguments(tiny_model, output_dir="new", resume_from_checkpoint=checkpoint)
+    refused(message, output_folder.choose_checkpoint, args)

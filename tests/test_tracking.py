@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import ROOT, run_script
-from test_train import arguments, weights
+from helpers import ROOT, At, Started, arguments, crash, run, run_script, weights
 from tracker import Tracker
 
 import data
 import train
+from parts import terminal, tracking
 
 KEY = "a-key-that-must-stay-a-secret"
 FLAGS = "--max_steps 2 --eval_steps 2 --logging_steps 1 --sample_tokens 1 --disable_tqdm true".split()
@@ -47,12 +47,12 @@ def untracked(tmp_path_factory, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("untracked"))
         data.prepare(str(ROOT / "tests" / "demo" / "medical.jsonl"))
-        train.train(arguments(tiny_model, max_steps=2, sample_tokens=1))
+        run(tiny_model, max_steps=2, sample_tokens=1)
         return weights(data.OUTPUT_DIR)
 
 
-def same_weights(untracked, folder: str = data.OUTPUT_DIR) -> bool:
-    saved = weights(folder)
+def same_weights(untracked) -> bool:
+    saved = weights(data.OUTPUT_DIR)
     return all(saved[name].equal(untracked[name]) for name in untracked)
 
 
@@ -78,15 +78,15 @@ def tracker_line(output: str) -> str:
 
 def test_local_run_holds_losses_speed_memory_configuration_and_samples(workspace, tiny_model, monkeypatch, capfd):
     monkeypatch.setenv("SWANLAB_PROJECT", "an-older-tutorial")  # crashes swanlab >= 0.8 when left in place
-    trainer = train.train(arguments(tiny_model, report_to="swanlab"))
-    [run] = Path("swanlog").glob("run-*")
-    series = [[point["data"] for point in points] for points in local_series(run)]
+    trainer = run(tiny_model, report_to="swanlab")
+    [folder] = Path("swanlog").glob("run-*")
+    series = [[point["data"] for point in points] for points in local_series(folder)]
     for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"):
         logged = [log[key] for log in trainer.state.log_history if key in log]
         assert any(values == pytest.approx(logged) for values in series), key
-    samples = [text.read_text(encoding="utf-8") for text in run.glob("media/text/*.txt")]
+    samples = [text.read_text(encoding="utf-8") for text in folder.glob("media/text/*.txt")]
     assert len(samples) == 3 and all("【问题】" in text and "【回答】" in text for text in samples)
-    config = (run / "files" / "config.yaml").read_text(encoding="utf-8")
+    config = (folder / "files" / "config.yaml").read_text(encoding="utf-8")
     for part in ("model_name", "max_length", f"transformers: {transformers.__version__}", "learning_rate"):
         assert part in config
     line = tracker_line(capfd.readouterr().out)
@@ -101,7 +101,7 @@ def test_only_online_mode_connects_and_sends_samples(workspace, tiny_model, monk
         monkeypatch.setenv("SWANLAB_MODE", mode)
         connections.clear()
         capfd.readouterr()
-        train.train(arguments(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab"))
+        run(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab")
         assert any(isinstance(address, tuple) for address in connections) == connects  # a string is a local socket
         assert any("Prediction" in body for _, _, body in tracker.requests) == connects
     tracker_line(capfd.readouterr().out)
@@ -119,18 +119,18 @@ def test_settings_to_be_mended_end_the_run_before_training(workspace, tiny_model
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"SwanLab 无法开始.*{part}.*SWANLAB_MODE=local.*report_to none") as error:
-        tracking.start(arguments(tiny_model, report_to="swanlab"))
+        tracking.start(arguments(tiny_model, report_to="swanlab"), "project", {})
     assert KEY not in str(error.value) and "input_value" not in str(error.value)  # where pydantic shows settings
 
 
 @pytest.mark.parametrize("mode", ["401", "hang", "refused", "hang after login", "500 after login"])
 def test_server_that_does_not_let_a_run_begin(workspace, tiny_model, monkeypatch, untracked, capfd, mode):
-    monkeypatch.setattr(train, "TRACKER_SECONDS", 3)  # a busy machine also has to get the local run going in it
+    monkeypatch.setattr(tracking, "SECONDS", 3)  # a busy machine also has to get the local run going in it
     later = mode.removesuffix(" after login") if "after" in mode else ""
     with Tracker("ok" if later else mode, later) as tracker:
         login(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else tracker.url)
         started = time.monotonic()
-        train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
+        run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
         assert time.monotonic() - started < 25  # without a limit: 33 s refused, 75 s and more unanswered
     line = tracker_line(capfd.readouterr().out)
     assert "online 模式无法开始" in line and "训练照常；只记录在本地。查看：swanlab watch swanlog" in line
@@ -140,10 +140,16 @@ def test_server_that_does_not_let_a_run_begin(workspace, tiny_model, monkeypatch
 
 def test_training_goes_on_where_even_the_disk_refuses(workspace, tiny_model, monkeypatch, untracked, capfd):
     monkeypatch.setenv("SWANLAB_LOG_DIR", "/proc/swanlog")
-    train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
+    run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
     line = tracker_line(capfd.readouterr().out)
     assert "local 模式无法开始" in line and line.endswith("训练照常；不记录。")
     assert same_weights(untracked)
+
+
+def train_within_a_second(*flags: str) -> None:
+    """train.py with less patience for SwanLab, in a process of its own."""
+    tracking.SECONDS = 1
+    terminal.run_main(train.main)
 
 
 @pytest.mark.parametrize(
@@ -151,23 +157,17 @@ def test_training_goes_on_where_even_the_disk_refuses(workspace, tiny_model, mon
 )
 def test_server_that_dies_during_training(workspace, tiny_model, untracked, after_points, interrupt):
     """In a process of its own, because a wait without limit would also keep that from ending."""
-    code = "import data, train; tracking.SECONDS = 1; terminal.run_main(train.main)"
-    steps = ["--max_steps", "100000", "--eval_strategy", "no"] if interrupt else []
-    env = os.environ | {"SWANLAB_API_KEY": KEY, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    with Tracker(after_points=after_points) as tracker, open("output.txt", "wb") as output:
-        command = [sys.executable, "-c", code, "--model_name", str(tiny_model), *FLAGS, *steps]
-        process = subprocess.Popen(
-            command, env=env | {"SWANLAB_API_HOST": tracker.url}, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            while not tracker.points and process.poll() is None:
-                time.sleep(0.05)
-            if interrupt:
-                process.send_signal(signal.SIGINT)
-            status = process.wait(timeout=30)
-        finally:
-            process.kill()
-    text = Path("output.txt").read_text(encoding="utf-8")
+    flags = ["--model_name", tiny_model, *FLAGS]
+    flags += ["--max_steps", "100000", "--eval_strategy", "no"] if interrupt else []
+    with Tracker(after_points=after_points) as tracker:
+        env = os.environ | {"SWANLAB_API_KEY": KEY, "SWANLAB_API_HOST": tracker.url}
+        process = Started("tests/test_tracking.py", flags, workspace, env, call="train_within_a_second")
+        while not tracker.points and process.poll() is None:
+            time.sleep(0.05)
+        if interrupt:
+            process.send_signal(signal.SIGINT)
+        status = process.wait(30)
+    text = process.stdout
     assert status == (130 if interrupt else 0), text
     [line] = [line for line in text.splitlines() if line.startswith("SwanLab：没有全部上传")]
     [run] = Path("swanlog").glob("run-*")
@@ -179,43 +179,35 @@ def test_server_that_dies_during_training(workspace, tiny_model, untracked, afte
 def test_server_that_refuses_at_the_end(workspace, tiny_model, monkeypatch, untracked, capfd):
     with Tracker(after_points="401") as tracker:
         login(monkeypatch, tracker.url)
-        train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab"))
+        run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
     assert "SwanLab：没有全部上传（服务器拒绝接收）。补传本地的记录：" in capfd.readouterr().out
     assert same_weights(untracked)
 
 
-def killed_and_resumed(tiny_model, monkeypatch) -> None:
-    """A run that stops at step 5, one after a checkpoint, and the same command again, up to step 8."""
+def killed_and_resumed(tiny_model) -> None:
+    """A run that stops after step 5, one after a checkpoint, and the same command again, up to step 8."""
     args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "report_to": "swanlab"}
-
-    class Killed(packed_trainer.PackedTrainer):
-        def log(self, logs, *args, **kwargs):
-            super().log(logs, *args, **kwargs)
-            if self.state.global_step == 5:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "MedicalTrainer", Killed)
-        train.train(arguments(tiny_model, **args))
+    with pytest.raises(EOFError):
+        run(tiny_model, callbacks=[At(6, crash)], **args)
     tracking.end("aborted")  # what is registered for the end of the process
-    train.train(arguments(tiny_model, **args))
+    run(tiny_model, **args)
 
 
 def test_resumed_online_run_is_continued_without_a_point_twice(workspace, tiny_model, monkeypatch):
     with Tracker() as tracker:
         login(monkeypatch, tracker.url)
-        killed_and_resumed(tiny_model, monkeypatch)
+        killed_and_resumed(tiny_model)
         first, second = tracker.experiments
         assert first == second
         assert len(tracker.points) == len(set(tracker.points))
         assert sorted(step for key, step in tracker.points if key == "train/loss") == list(range(1, 9))
         assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
-        train.train(arguments(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab", overwrite_output_dir=True))
+        run(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab", overwrite_output_dir=True)
         assert tracker.experiments[2] != first  # another training is another run
 
 
 def test_resumed_local_run_is_a_second_one_that_carries_on_the_steps(workspace, tiny_model, monkeypatch):
-    killed_and_resumed(tiny_model, monkeypatch)
+    killed_and_resumed(tiny_model)
     first, second = sorted(Path("swanlog").glob("run-*"))
     assert first.name.split("-")[-1] == second.name.split("-")[-1]  # the id by which both can be uploaded into one run
     steps = [[[point["index"] for point in points] for points in local_series(run)] for run in (first, second)]
@@ -233,11 +225,11 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     stored.write_text(f"machine https://api.swanlab.cn\nlogin x\npassword {KEY}\n")
     stored.chmod(0o600)
     flags = ("--model_name", tiny_model, *FLAGS, "--output_dir", "stored", "--hub_token", "hub-token")
-    result = run_script("train.py", *flags, cwd=workspace, env=os.environ | {"SWANLAB_DEBUG": "1"})
+    result = run_script("train.py", *flags, cwd=workspace, env=os.environ | {"SWANLAB_DEBUG": "1"}, fresh=True)
     assert result.returncode == 0, result.stdout
     stored.unlink()
     monkeypatch.setenv("SWANLAB_API_KEY", KEY)
-    train.train(arguments(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab", output_dir="given"))
+    run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab", output_dir="given")
     Path("screen.txt").write_text(result.stdout + "".join(capfd.readouterr()), encoding="utf-8")
     files = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.parts[0] != ".git"}
     assert {"config.yaml", "debug.log", "README.md", "trainer_state.json"} <= {path.name for path in files}

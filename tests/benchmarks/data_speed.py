@@ -42,18 +42,22 @@ def prepare(folder: str) -> None:
 
 def tokenize(folder: str) -> None:
     import data
+    from parts import models
 
     tokenizer = models.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
     started = time.perf_counter()
-    _, lengths = data.load_dataset(f"{folder}/train.jsonl", tokenizer, max_length=10**6)
-    print(json.dumps({"seconds": time.perf_counter() - started, "tokens": sum(lengths)}))
+    dataset = data.load_dataset(f"{folder}/train.jsonl", tokenizer, max_length=10**6)
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "tokens": sum(map(len, dataset["input_ids"]))}))
 
 
 def measure(step: str, folder: str, *rest: str) -> dict[str, float]:
     """Seconds and peak GB of one step in a process of its own; tokenizing without its imports."""
     started = time.perf_counter()
     result = subprocess.run([sys.executable, __file__, step, folder, *rest], capture_output=True, text=True, check=True)
-    own = json.loads(result.stdout) if step == "tokenize" else {"seconds": time.perf_counter() - started}
+    own = (
+        json.loads(result.stdout.splitlines()[-1]) if step == "tokenize" else {"seconds": time.perf_counter() - started}
+    )
     return own | {"peak_gb": json.loads(result.stderr.splitlines()[-1])["peak_gb"]}
 
 

@@ -1,4 +1,4 @@
-"""Decoding speed, side by side: transformers' plain generate, and inference.py's loop, for one and for many questions.
+"""Decoding speed, side by side: transformers' plain generate, and our loop, for one and for many questions.
 
     python tests/benchmarks/decode_speed.py                  # Qwen3-1.7B's shape with random weights; wants a GPU
     python tests/benchmarks/decode_speed.py --small          # a small model: a check on a CPU that it works
@@ -39,6 +39,8 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     """Seconds of the first and the timed run, steps a second, seconds of a capture, peak GB of one arm."""
     import torch
 
+    from parts import decoding
+
     rows, ours, fused = ARMS[name]
     model = build_model(small).eval()
     device = model.device
@@ -71,6 +73,8 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
 def capture_seconds(model, ids) -> float:
     """Seconds that it takes to capture one step; fails when it cannot be captured."""
     import torch
+
+    from parts import decoding
 
     decoder = decoding.Decoder(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
     for _ in range(decoding.WARM_UP):

@@ -31,6 +31,8 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     """Train the worst step and `steps` drawn ones under the cap: {tokens_per_second, peak_gb, estimate_gb, plan}."""
     import train_speed
 
+    from parts import memory, terminal
+
     script, flags = KINDS[kind]
     examples = train_speed.draw_examples(4 * steps, first=(WORST,) * 4)
     with tempfile.TemporaryDirectory() as folder:
@@ -40,13 +42,11 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
         with terminal.explain_out_of_memory("out of memory"):
             trainer = train_speed.our_trainer(script, flags | {"memory_gb": cap}, folder, common, examples)
             trainer.train()
-    args = trainer.args
-    lengths = [len(ids) for ids in examples["input_ids"]]
-    plan = memory_plan.choose(args, trainer.model, lengths, args.use_liger_kernel, memory.free(args, trainer.model))
+    plan = trainer.plan
     speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
     return {
         "tokens_per_second": statistics.median(speeds[1:]),
-        "peak_gb": memory.peak(args.device) / 1e9,
+        "peak_gb": memory.peak(trainer.args.device) / 1e9,
         "estimate_gb": plan.total / 1e9,
         "plan": describe(plan),
     }
@@ -70,12 +70,15 @@ def plan_only(cap: float) -> None:
 
     import train
     import train_lora
+    from parts import memory, memory_plan, models
 
     models.quiet_libraries()
     for kind, (script, _) in KINDS.items():
         cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
-        args = SimpleNamespace(**(vars(cls(memory_gb=cap, report_to="none")) | {"world_size": 1, "process_index": 1}))
-        args.device = torch.device("cuda")
+        real = cls(memory_gb=cap, report_to="none")
+        here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
+        here |= {"trains_adapter": real.trains_adapter, "lora_dropout": real.lora_dropout}
+        args = SimpleNamespace(**vars(real) | here)
         model = train_speed.build_model(False, "meta")
         model = model if kind == "full" else train_lora.add_adapter(model, args)
         if kind == "QLoRA":
@@ -83,7 +86,7 @@ def plan_only(cap: float) -> None:
             model.get_memory_footprint = lambda size=size: size
         free = memory.free(args, model)
         plan = memory_plan.choose(args, model, [2048] * 4, True, free)
-        fits = "yes" if plan.total <= free else "no"
+        fits = "yes" if plan.fits else "no"
         print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {describe(plan)} |")
 
 

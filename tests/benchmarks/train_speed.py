@@ -39,7 +39,6 @@ ARMS = {
     "full, plain kernels": ("train", {"fast_kernels": False, "batch_tokens": 1}, "full"),
     "full, compiled layers": ("train", {"compile": True}, "full"),
     "full, 8 bit in backward": ("train", {"optimizer": "8bit_in_backward"}, "full"),
-    "full, 4 bit in backward": ("train", {"optimizer": "4bit_in_backward"}, "full"),
     "full, inputs offloaded": ("train", {"checkpoint_every": 1, "offload_activations": True}, "full, checkpointing"),
     "TRL, full": ("trl", {}, "full"),
     "published recipe, LoRA": ("train_lora", PUBLISHED, "lora, checkpointing"),
@@ -84,6 +83,7 @@ def draw_examples(count: int, first: tuple = ()):
 def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
     import train
     import train_lora
+    from parts import models
 
     if compiled := "compile" in flags:
         flags = {}
@@ -143,6 +143,8 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
     """Median seconds and tokens of a step, and peak GB, of one arm in this process."""
     import torch
     import transformers
+
+    from parts import memory
 
     script, flags, _ = ARMS[name]
     total = warmup + steps

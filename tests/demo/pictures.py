@@ -24,6 +24,7 @@ import memory_budget  # noqa: E402
 
 import train  # noqa: E402
 import train_lora  # noqa: E402
+from parts import loss, memory, model_card  # noqa: E402
 
 HERE = ROOT / "tests" / "demo"
 IMAGES = ROOT / "readme_images"
@@ -55,8 +56,8 @@ def draw_losses():
     return figure
 
 
-def memory() -> dict[str, dict[str, float]]:
-    """GB of each part, by train.py's own arithmetic, every layer recomputed: training -> part -> 10^9 bytes. One
+def memory_table() -> dict[str, dict[str, float]]:
+    """GB of each part, by the plan's own arithmetic, every layer recomputed: training -> part -> 10^9 bytes. One
     example of `tokens` tokens in a pass; the update inside the backward pass needs a step's four in one."""
     import peft
     import torch
@@ -65,14 +66,15 @@ def memory() -> dict[str, dict[str, float]]:
     n = read_numbers("memory.json")
     with torch.device("meta"):  # shapes alone, which take no memory
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**n["shape"])).to(torch.bfloat16)
-    one, step = (n["tokens"], False), (n["tokens"] * train.BATCH_SIZE, True)
+    step = n["tokens"] * train.BATCH_SIZE
+    one, whole = (n["tokens"], step), (step, step)
     table = {"published recipe": memory_parts(model, "optim", *one)}
     # All logits and their gradients at once, in place of chunks of them.
     table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - loss.LOSS_BYTES) / 1e9
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
-    table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *step)
-    table["… 4bit_in_backward --offload_activations"] = memory_parts(model, "4bit_in_backward", *step, offload=True)
+    table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *whole)
+    table["… --offload_activations"] = memory_parts(model, "8bit_in_backward", *whole, offload=True)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.LORA_RANK)
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
@@ -81,12 +83,12 @@ def memory() -> dict[str, dict[str, float]]:
     return table
 
 
-def memory_parts(model, optimizer: str, tokens: int, whole_step: bool, offload: bool = False) -> dict[str, float]:
-    """train.py's estimate, with the gradients apart from what else a step takes."""
-    args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, world_size=1, full_logits=False)
-    weights, states, peak, reserve = memory.estimate(
-        model, args, False, tokens, whole_step, every=1, offload=offload, optimizer=optimizer
-    ).values()
+def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool = False) -> dict[str, float]:
+    """The plan's estimate, with the gradients apart from what else a step takes."""
+    args = argparse.Namespace(
+        lora_dropout=train_lora.LORA_DROPOUT, world_size=1, full_logits=False, gradient_accumulation_steps=1
+    )
+    weights, states, peak, reserve = memory.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     gradients *= not optimizer.endswith("in_backward")
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
@@ -99,7 +101,7 @@ def draw_memory():
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(10, 3.6), layout="constrained")).subplots()
-    table = memory()
+    table = memory_table()
     names, ends = list(table), dict.fromkeys(table, 0.0)
     for part in table[names[0]]:
         sizes = [table[name][part] for name in names]
@@ -203,7 +205,7 @@ def main() -> None:
         photograph(args.chromium)
     else:
         save(draw_losses(), "losses.png", read_numbers("curves.json"))
-        save(draw_memory(), "memory.png", memory())
+        save(draw_memory(), "memory.png", memory_table())
 
 
 if __name__ == "__main__":

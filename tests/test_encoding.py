@@ -4,11 +4,13 @@ import json
 import unicodedata
 
 import pytest
-from conftest import REAL, SAMPLES
+from helpers import REAL, SAMPLES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+from parts import encoding, models
+from parts.rows import FIELDS, TAG, clean
 
 
 @pytest.fixture(scope="session", params=["demo", "real"])
@@ -99,24 +101,6 @@ def test_control_tokens_of_an_earlier_turn_stay_text(any_tokenizer):
     assert controls[0] == controls[1]
 
 
-def test_too_long_examples_are_left_out_whole_and_counted(workspace, tokenizer, capsys):
-    lengths = [len(ids) for ids in data.load_dataset("train.jsonl", tokenizer, max_length=10**6)["input_ids"]]
-    capsys.readouterr()
-    dataset = data.load_dataset("train.jsonl", tokenizer, max_length=115)
-    kept = [length for length in lengths if length <= 115]
-    assert len(lengths) == 108 and 0 < len(kept) < 108
-    assert [len(ids) for ids in dataset["input_ids"]] == kept
-    assert all(ids[-1] == tokenizer.eos_token_id for ids in dataset["input_ids"])
-    assert f"超过 --max_length 115 而未采用的 {108 - len(kept)} 条" in capsys.readouterr().out
-
-
-def test_no_example_short_enough_is_an_error(workspace, tokenizer):
-    with pytest.raises(
-        SystemExit, match=r"错误：train.jsonl 的样本都超过 10 个 token（最短 \d+）；请加大 --max_length。"
-    ):
-        data.load_dataset("train.jsonl", tokenizer, max_length=10)
-
-
 def test_example_is_shown_with_its_supervised_part(tokenizer, rows):
     text = encoding.describe_example(tokenizer, encoding.encode_example(tokenizer, data.to_messages(**rows[0])))
     prompt, supervised = text.split("监督部分：")
@@ -153,3 +137,8 @@ def test_any_text_is_supervised_as_it_is(tokenizer, row):
     reply = f"<think>\n{think}\n</think>\n\n{answer}<|im_end|>"
     # Qwen's tokenizers bring text into Unicode's composed form.
     assert tokenizer.decode(example["labels"][len(prompt) :]) == unicodedata.normalize("NFC", reply)
+
+
+def test_half_a_character_from_a_terminal_is_asked_all_the_same(tokenizer):
+    ids = encoding.encode_messages(tokenizer, data.to_messages("\udcff头痛？"), prompt_only=True)
+    assert "?头痛？" in tokenizer.decode(ids)

@@ -1,0 +1,120 @@
+"""A model that cannot be loaded gets one sentence, whatever file of it is broken; its turns end where Qwen3's do."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import arguments, refused
+
+import data
+import inference
+import train
+from parts import encoding, models
+
+MODEL = "{} 里的模型无法读取（{}）；请重新下载或重新训练。"
+TOKENIZER = "{} 里的分词器无法读取（{}）；请重新下载或换一个模型。"
+NO_TEMPLATE = "{} 的分词器没有 <|im_end|> 或对话模板；请换一个 Qwen3 模型，例如 Qwen/Qwen3-1.7B。"
+UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py，或用 --model_path 指定模型的文件夹。"
+NO_MODEL = "找不到模型 {}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
+BAD_MODELS = {  # a file of the model, its content (None: not there), the message
+    "configuration missing": ("config.json", None, UNTRAINED),
+    "configuration cut": ("config.json", b"{", MODEL),
+    "configuration an array": ("config.json", b"[]", MODEL),
+    "configuration in GBK": ("config.json", '{"a": "我"}'.encode("gbk"), MODEL),
+    "code of its own": ("config.json", b'{"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}', MODEL),
+    "another architecture": (
+        "config.json",
+        b'{"model_type": "bert"}',
+        MODEL.format("{}", "缺少 ~ 个权重，例如 bert.~"),
+    ),
+    "generation settings cut": ("generation_config.json", b"{", MODEL),
+    "tokenizer missing": ("tokenizer.json", None, TOKENIZER),
+    "tokenizer empty": ("tokenizer.json", b"{}", TOKENIZER),
+    "tokenizer an array": ("tokenizer.json", b"[]", TOKENIZER),
+    "tokenizer settings cut": ("tokenizer_config.json", b"[", TOKENIZER),
+    "template missing": ("chat_template.jinja", None, NO_TEMPLATE),
+    "template broken": ("chat_template.jinja", b"{% if %}", TOKENIZER),
+    "template fails": ("chat_template.jinja", b"{{ 1 / 0 }}", TOKENIZER.format("{}", "division by zero")),
+    "weights empty": ("model.safetensors", b"", MODEL),
+    "weights a page": ("model.safetensors", b"<html>" * 99, MODEL),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "message"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_model_that_cannot_be_asked(tiny_model, tmp_path, monkeypatch, file, content, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "bad")
+    Path("bad", file).unlink()
+    if content is not None:
+        Path("bad", file).write_bytes(content)
+    refused(message.format("bad", "~"), inference.load_trained, "bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no model", NO_MODEL),
+        ("a/b/c", NO_MODEL),
+        ("a_file", NO_MODEL),
+        ("n" * 300, NO_MODEL),
+        ("output/qwen3-medical", UNTRAINED),
+        ("a_folder", UNTRAINED),
+    ],
+    ids=["spaces", "two slashes", "a file", "too long", "not trained yet", "an empty folder"],
+)
+def test_model_that_is_not_there(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").touch()
+    Path("a_folder").mkdir()
+    refused(message.format(name), inference.load_trained, name)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
+def test_model_that_cannot_be_trained(workspace, tiny_model, file):
+    shutil.copytree(tiny_model, "bad")
+    Path("bad", file).write_bytes(b"[]")
+    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
+
+
+def test_folder_that_holds_no_model_cannot_be_trained(workspace):
+    Path("bad").mkdir()
+    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
+
+
+def test_model_that_ends_its_turn_with_another_token(tiny_model, tmp_path):
+    """A base model's tokenizer names <|endoftext|> as the end; its replies have to end with the turn all the same."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    config = tmp_path / "base" / "tokenizer_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"<|im_end|>"', '"<|endoftext|>"'), encoding="utf-8")
+    tokenizer = models.load_tokenizer(str(tmp_path / "base"))
+    example = encoding.encode_example(tokenizer, data.to_messages("问", "想", "答"))
+    assert tokenizer.decode(example["labels"][-1]) == "<|im_end|>" == tokenizer.eos_token
+
+
+def test_template_that_writes_no_thinking(workspace, tiny_model):
+    shutil.copytree(tiny_model, "silent")
+    template = Path("silent/chat_template.jinja")
+    text = template.read_text(encoding="utf-8")
+    template.write_text(
+        text.replace("message.role == 'assistant' and loop.index0", "loop.index0 < 0 and 0"), encoding="utf-8"
+    )
+    message = f"{Path('silent')} 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
+    refused(message, train.train, arguments(Path("silent")))
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", None])
+def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "bin")
+    Path("bin/model.safetensors").unlink()
+    if weights:
+        Path("bin", weights).write_bytes(pickle.dumps(Bomb()))
+    message = "bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
+    refused(message, inference.load_trained, "bin")
+    assert not Path("exploded").exists()

@@ -1,0 +1,194 @@
+"""Every format gives the same rows of the same texts; a file that cannot be read ends with its line and its remedy."""
+
+import codecs
+import json
+from pathlib import Path
+
+import pytest
+from helpers import as_jsonl, as_parquet, make_row, make_rows, published, run_script, save, written
+
+import data
+from parts import row_files
+from parts.rows import FIELDS
+
+pytestmark = pytest.mark.usefixtures("folder")
+ENDINGS = [".jsonl", ".json", ".csv", ".parquet"]
+TEXTS = [
+    *("0456", "2024-01-02", "NA", "null", "NaN", "None", "True", "1e5", "", " 空 ", "#注", "'单'", "😀", "\\n"),
+    *("分行\u2028后", "分段\u0085\u2029后", '一，a,b\n“二”\n\n"三";\t四', "\n", "甲\r\n乙"),
+]
+ROWS = [{"question": f"{i}", "think": text, "answer": text * 2} for i, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("ending", [*ENDINGS, ".JSONL", ".Json", ".CSV", ".PARQUET"])
+def test_every_format_gives_the_same_rows_of_the_same_texts(ending):
+    assert row_files.read(save(ROWS, "plain" + ending)) == list(enumerate(ROWS, 1))
+    assert row_files.read(save(ROWS, "marked" + ending, codecs.BOM_UTF8)) == list(enumerate(ROWS, 1))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_script_reads_each_format_and_writes_only_the_three_fields(folder, ending):
+    # A process of its own: here, what this file imports could stand in for an import that data.py forgot.
+    rows = [{"id": str(i), **dict(reversed(row.items())), "来源": "x"} for i, row in enumerate(make_rows(20))]
+    result = run_script("data.py", "--dataset", save(rows, "rows" + ending), cwd=folder)
+    assert result.returncode == 0, result.stdout
+    texts = [as_jsonl(part) for part in published(make_rows(20))]  # UTF-8, one object a line, the same keys in order
+    assert [Path(name).read_bytes() for name in ("train.jsonl", "val.jsonl")] == [text.encode() for text in texts]
+
+
+GOOD = as_jsonl(make_rows(20))
+HEAD = "question,think,answer\n"
+MISSING = "找不到数据文件 {}；请检查路径，或不带 --dataset 运行 python data.py 下载公开数据集。"
+EMPTY = "{} 是空文件；请换一个有内容的文件。"
+FORMAT = "不认识 {} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
+JSON = "{} 第 %s 行不是合法的 JSON（%s 列）；请修正这一行。"
+CODING = "{} 第 %s 行不是 UTF-8 编码（该行第 %s 字节）；请另存为 UTF-8，例如：iconv -f %s -t UTF-8 {} > utf8[]"
+NUL = "{} 第 %s 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。"
+DEEP = "{} 第 %s 行的 JSON 嵌套过深；每行只要一个简单的对象。"
+COLUMNS = "数据缺少列 %s（现有的列：%s）；请改列名为 question、think、answer。"
+CSV = "{} 不是合法的 CSV（%s）；含逗号或换行的文字请用双引号括起。"
+PARQUET = "{} 不是完整的 Parquet 文件（~）；请重新导出。"
+NO_ROWS = "{} 里没有一行数据；每行需要 question、think、answer 三个字段。"
+TOO_FEW = "%s 行中可用的有 %s 行，划分后%s为空；请提供更多不同的行。"
+EQUAL = "\n  与前面的行重复：8 行（第 1、3、4、5、6 等 行）\n  验证集的问题也在训练集里：1 行（第 2 行）"
+NEITHER = "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 krisfu/delicate_medical_r1_data）。"
+OBJECT = "{} 应是对象的数组 [{…}, …]；每行一个对象的文件请命名为 .jsonl。"
+ALL = "question、think、answer"
+VAL_PLACES = sorted(published(range(1, 21))[1])
+ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), message with {} for the name, [] its ending
+    ("missing.jsonl", None, MISSING),
+    ("folder.jsonl", ..., MISSING),
+    ("n" * 300 + ".jsonl", None, MISSING),
+    ("empty.jsonl", "", EMPTY),
+    ("blank.csv", " \n\t\r\n", EMPTY),
+    ("only-a-mark.json", "\ufeff\n", EMPTY),
+    ("rows.xlsx", "x", FORMAT),
+    ("folder", ..., FORMAT),
+    ("gbk.jsonl", GOOD.encode() + GOOD.encode("gbk"), CODING % (21, 15, "GB18030")),
+    ("gbk.json", '[\n"我"]'.encode("gbk"), CODING % (2, 2, "GB18030")),
+    ("gbk.csv", f"{HEAD}q,t,a\n问,思,答\n".encode("gbk"), CODING % (3, 1, "GB18030")),
+    ("utf-16.jsonl", GOOD.encode("utf-16"), CODING % (1, 1, "UTF-16")),
+    ("utf-16.json", json.dumps(make_rows(2)).encode("utf-16"), CODING % (1, 1, "UTF-16")),
+    ("utf-16-unmarked.csv", HEAD.encode("utf-16-be"), NUL % 1),
+    ("utf-16-unmarked.jsonl", GOOD.encode("utf-16-le"), NUL % 1),
+    ("utf-32.jsonl", GOOD.encode("utf-32"), CODING % (1, 1, "UTF-32")),
+    ("half-a-pair.jsonl", GOOD.encode().replace("思考7".encode(), b"\xed\xa0\xbd"), CODING % (7, 38, "GB18030")),
+    ("latin-1.csv", f"{HEAD}caf\xe9,t,a\n".encode("latin-1"), CODING % (2, 4, "GB18030")),
+    ("nul.jsonl", GOOD.replace("思考7", "思\0考7"), NUL % 7),
+    ("nul.csv", f"{HEAD}q,t\0,a\n", NUL % 2),
+    ("zeros-at-the-end.jsonl", GOOD + "\0" * 512, NUL % 21),
+    ("old-mac.jsonl", GOOD.replace("\n", "\r"), JSON % (1, "Extra data，第 57")),
+    (
+        "two-marks.jsonl",
+        f"{GOOD}\ufeff{GOOD}",
+        JSON % (21, "Unexpected UTF-8 BOM (decode using utf-8-sig)，第 1"),
+    ),
+    (
+        "50-MB-line-cut.jsonl",
+        f'{GOOD}{{"think": "' + "思" * 17_000_000,
+        JSON % (21, "Unterminated string starting at，第 11"),
+    ),
+    (
+        "single-quotes.jsonl",
+        GOOD.replace('"', "'"),
+        JSON % (1, "Expecting property name enclosed in double quotes，第 2"),
+    ),
+    ("comma-at-the-end.json", "[{},\n]", JSON % ("~", "~")),
+    ("half-an-array.json", json.dumps(make_rows(2), indent=1)[:-2], JSON % (11, "Expecting ',' delimiter，第 3")),
+    ("rows-in-data.json", json.dumps({"data": make_rows(20)}), OBJECT),
+    ("capitals.jsonl", GOOD.replace("question", "Question"), COLUMNS % ("question", "Question、answer、think")),
+    ("semicolons.csv", "question;think;answer\nq;t;a\n", COLUMNS % (ALL, "question;think;answer")),
+    ("spaces.csv", "question, think, answer\nq,t,a\n", COLUMNS % ("think、answer", " answer、 think、question")),
+    ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % (ALL, "a1、q1、t1")),
+    (
+        "numbers.parquet",
+        as_parquet({"question": ["q"], "think": ["t"]} | {"answer": [None]}),
+        TOO_FEW % (1, 0, "训练集") + "\n  answer 为 null：1 行（第 1 行）",
+    ),
+    (
+        "tags-in-all.jsonl",
+        GOOD.replace("思考", "<think>思考"),
+        TOO_FEW % (20, 0, "训练集") + "\n  think 含 <think> 或 </think> 标签：20 行（第 1、2、3、4、5 等 行）",
+    ),
+    (
+        "validation-empty.jsonl",
+        as_jsonl([row | {"answer": ""} if row in published(make_rows(20))[1] else row for row in make_rows(20)]),
+        TOO_FEW % (20, 18, "验证集") + "\n  answer 为空：2 行（第 {}、{} 行）".format(*VAL_PLACES),
+    ),
+    ("link-to-itself.jsonl", Path("link-to-itself.jsonl"), MISSING),
+    ("link-to-nothing.jsonl", Path("nothing"), MISSING),
+    ("link-to-a-folder.jsonl", Path(), MISSING),
+    ("unreadable.jsonl", Path("/proc/self/mem"), "无法读取 {}（Input/output error）；请检查文件权限。"),
+    ("words.jsonl", f"{GOOD}\n头痛\n", JSON % (22, "Expecting value，第 1")),
+    ("cut.jsonl", GOOD[:-5], JSON % (20, "Unterminated string starting at，第 51")),
+    ("lines.json", GOOD, JSON % (2, "Extra data，第 1")),
+    ("deep.jsonl", GOOD + "[" * 100000, DEEP % 21),
+    ("deep.json", "[" * 100000, DEEP % 1),
+    ("array.jsonl", json.dumps(make_rows(20)), COLUMNS % (ALL, "无")),
+    ("object.json", "{}", OBJECT),
+    ("none.json", "[]", NO_ROWS),
+    ("none.csv", HEAD, NO_ROWS),
+    ("none.parquet", as_parquet({field: [] for field in FIELDS}), NO_ROWS),
+    ("columns.jsonl", as_jsonl([{"think": "思", "问": "b", "a": 1}]), COLUMNS % ("question、answer", "a、think、问")),
+    ("columns.csv", "question,output\n问,答\n", COLUMNS % ("think、answer", "output、question")),
+    ("columns.parquet", as_parquet({"think": ["t"], "x": ["x"]}), COLUMNS % ("question、answer", "think、x")),
+    ("one.jsonl", as_jsonl(make_rows(1)), TOO_FEW % (1, 1, "训练集")),
+    (
+        "bad.jsonl",
+        as_jsonl([make_row(1, think="")] * 9),
+        TOO_FEW % (9, 0, "训练集") + "\n  think 为空：9 行（第 1、2、3、4、5 等 行）",
+    ),
+    ("equal.jsonl", as_jsonl([make_row(1)] * 10), TOO_FEW % (10, 1, "验证集") + EQUAL),
+    ("quote.csv", f'{HEAD}q,"t,a\nq,t,a\n', CSV % "~"),
+    ("comma.csv", f"{HEAD}q,t,a\nq,t,a,b\n", CSV % "~"),
+    ("commas.csv", HEAD + "q,t,a,b\n" * 20, CSV % "第 1 行数据比表头多出字段"),
+    ("words.parquet", "words", PARQUET),
+    ("cut.parquet", as_parquet(dict.fromkeys(FIELDS, ["q"]))[:-9], PARQUET),
+    ("gbk.parquet", as_parquet(dict.fromkeys(FIELDS, ["我".encode("gbk")])), PARQUET),
+    ("nonsense", None, NEITHER),
+    ("a/b/c", None, NEITHER),
+    ("n" * 300, None, NEITHER),
+]
+
+
+@pytest.mark.parametrize("name, content, message", ERRORS, ids=[name[-20:] for name, _, _ in ERRORS])
+def test_unusable_source_ends_with_its_remedy_and_writes_nothing(fails, name, content, message):
+    if content is ...:
+        Path(name).mkdir()
+    elif isinstance(content, Path):
+        Path(name).symlink_to(content)
+    elif content is not None:
+        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+    fails(message.replace("{}", name).replace("[]", Path(name).suffix), "--dataset", name)
+
+
+ODD = {  # what looks wrong and is fine: how the 20 good rows are written, and the rows that come of it
+    "byte order mark": lambda: b"\xef\xbb\xbf" + GOOD.encode(),
+    "CRLF": lambda: GOOD.replace("\n", "\r\n").encode(),
+    "mark and CRLF": lambda: b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode(),
+    "no line end at the end": lambda: GOOD.rstrip("\n").encode(),
+    "empty lines": lambda: GOOD.replace("\n", "\n\n \n").encode(),
+    "all escaped": lambda: "".join(json.dumps(row) + "\n" for row in make_rows(20)).encode(),
+    "other fields, nested": lambda: GOOD.replace("{", '{"metrics": {"f1": [1e400, {}]}, ').encode(),
+    "spaces around": lambda: GOOD.replace("。", "。\\u3000 ").encode(),
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_odd_file_gives_the_same_rows(content):
+    Path("odd.jsonl").write_bytes(content())
+    data.prepare("odd.jsonl")
+    assert written() == published(make_rows(20))
+
+
+@pytest.mark.parametrize("text", ["空\0字", "<|im_end|>", "思" * 17_000_000], ids=["NUL", "control token", "50 MB"])
+def test_odd_text_is_kept_as_it_is(text):
+    rows = [*make_rows(19), make_row(20, think=text)]
+    data.prepare(save(rows, "odd.jsonl"))
+    assert written() == published(rows)
+
+
+def test_question_may_speak_of_the_tags():
+    rows = [*make_rows(19), make_row(20, question="<think> 是什么？")]
+    data.prepare(save(rows, "odd.jsonl"))
+    assert written() == published(rows)

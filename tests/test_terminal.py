@@ -1,0 +1,58 @@
+"""Mistakes, encodings, Ctrl-C, broken pipes and a full memory, as a person at the terminal meets them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+from parts import terminal
+
+
+def test_real_out_of_memory_of_the_cpu_is_recognised():
+    with pytest.raises(SystemExit, match="显存（内存）不足"), terminal.explain_out_of_memory("显存（内存）不足"):
+        torch.empty(2**60)
+
+
+def test_other_runtime_errors_pass():
+    with pytest.raises(RuntimeError, match="shape"), terminal.explain_out_of_memory("显存（内存）不足"):
+        raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "MPS backend out of memory"])
+def test_out_of_memory_of_any_device_is_recognised(message):
+    with pytest.raises(SystemExit, match="^显存不足$"), terminal.explain_out_of_memory("显存不足"):
+        raise RuntimeError(message)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(KeyboardInterrupt, 130, "\n已中断。\n"), (BrokenPipeError, 141, ""), (None, 0, "")],
+    ids=["Ctrl-C", "| head", "all well"],
+)
+def test_a_script_ends_without_a_traceback(error, status, said, tmp_path):
+    code = f"from parts.terminal import run_main\ndef main():\n    {f'raise {error.__name__}' if error else 'pass'}\n"
+    result = subprocess.run([sys.executable, "-c", f"{code}run_main(main)"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", said)
+
+
+def test_of_several_processes_only_the_first_speaks():
+    code = "from parts.terminal import run_main\ndef main():\n    print('so')\n"
+    code += "    raise SystemExit('错误：so')\nrun_main(main)"
+    found = []
+    for rank in ("0", "1"):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": rank}, capture_output=True, text=True
+        )
+        found.append((result.returncode, result.stdout, result.stderr))
+    assert found == [(1, "so\n", "错误：so\n"), (1, "", "")]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_terminals_of_other_encodings(finished, encoding):
+    command = [sys.executable, ROOT / "inference.py", "--model_path", "full", "♥ 头痛？", "--max_new_tokens", "5"]
+    env = {"PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin", "HOME": str(finished)}
+    result = subprocess.run(command, env=env, capture_output=True)
+    assert result.returncode == 0, result.stderr
