@@ -83,8 +83,8 @@ def prepare_files(args: TrainArguments) -> None:
 
 
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
-    """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here; of that what an
-    interrupted run `kept`."""
+    """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
+    interrupted run `kept` a part."""
     from parts import kernels, memory, memory_plan, optimizers
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint

@@ -11,11 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, SCRIPTS
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-
-SCRIPTS = ("data.py", "train.py", "train_lora.py", "inference.py", "inference_lora.py")
 
 
 def read_notebook():
@@ -26,7 +24,8 @@ def copy_project(folder: Path) -> Path:
     """A copy of what a person clones, for the notebook writes into its folder."""
     for file in (*SCRIPTS, "requirements.txt", "train.ipynb"):
         shutil.copy(ROOT / file, folder)
-    shutil.copytree(ROOT / "tests" / "demo", folder / "tests" / "demo")
+    for part in ("parts", "tests/demo"):
+        shutil.copytree(ROOT / part, folder / part)
     return folder
 
 
@@ -75,7 +74,7 @@ def check_outputs(cells) -> None:
     assert all(
         f"【{field}】" in shown(find(cells, "data.read_examples(TRAIN_FILE)")) for field in ("question", "answer")
     )
-    assert has_picture(find(cells, "axes.hist(")) and has_picture(find(cells, "train.plot_losses("))
+    assert has_picture(find(cells, "axes.hist(")) and has_picture(find(cells, "model_card.plot_losses("))
     prompt, learned = shown(find(cells, "def show_tokens")).split("要学会写的，计损失")
     assert "color: gray" in prompt and "&lt;|im_start|&gt;user" in prompt and "&lt;think&gt;" not in prompt
     assert re.search(r">&lt;think&gt;</span>.*>&lt;/think&gt;</span>.*>&lt;\|im_end\|&gt;</span></p>$", learned)
@@ -101,20 +100,20 @@ def runs(tmp_path_factory) -> tuple[Path, list, list, list]:
 def test_every_cell_runs(runs):
     folder, cells, *_ = runs
     check_outputs(cells)
-    training = shown(find(cells, "train_lora.run(args)"))
+    training = shown(find(cells, "train.train(args"))
     assert "Validation Loss" in training and training.count("合计（估算）") == 1
     assert not list(folder.glob("*.jsonl"))  # the demo leaves the real data's files alone
 
 
 def test_run_again_it_loads_the_finished_model(runs):
     *_, cells, _ = runs
-    assert "output/notebook/full 里已有训练完的模型" in shown(find(cells, "train_lora.run(args)"))
+    assert "output/notebook/full 里已有训练完的模型" in shown(find(cells, "train.train(args"))
     check_outputs(cells)
 
 
 def test_lora_by_one_variable(runs):
     folder, *_, cells = runs
-    assert "trainable params" in shown(find(cells, "train_lora.run(args)"))
+    assert "trainable params" in shown(find(cells, "train.train(args"))
     assert (folder / "output" / "notebook" / "lora" / "adapter_model.safetensors").is_file()
     assert "<b>答</b>" in shown(find(cells, "inference_lora.load_adapter"))
 
@@ -135,7 +134,7 @@ def test_mistakes_get_a_sentence(tmp_path):
     """In one kernel: cells out of order, no key, no data, no finished training, no GPU."""
     folder = copy_project(tmp_path)
     cells = code_cells()
-    training, key, prepare = (find(cells, part) for part in ("train_lora.run(args)", "getpass(", "data.prepare("))
+    training, key, prepare = (find(cells, part) for part in ("train.train(args", "getpass(", "data.prepare("))
     early, gpu, no_data = (copy.deepcopy(cell) for cell in (training, cells[2], prepare))
 
     def line(source: str):
@@ -160,7 +159,7 @@ def test_mistakes_get_a_sentence(tmp_path):
     assert "请从第一格起，依次运行" in error(early)
     assert "没有 SwanLab API key，只记录在本地" in shown(key)  # nobody can be asked here
     assert "tests/demo/medical.jsonl 是空文件" in error(no_data)
-    assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "train.plot_losses("))
+    assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "model_card.plot_losses("))
     assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "inference_lora.load_adapter"))
     if not torch.accelerator.is_available():
         assert "没有找到 GPU；请把上一格改成 DEMO = True" in error(gpu)
@@ -181,24 +180,3 @@ def test_committed_outputs_are_those_of_a_good_run_on_no_machine_in_particular()
     assert not re.search(r"/(work|tmp|root|home|Users)\b|[A-Z]:\\\\|site-packages", text)
     assert not re.search(r"api_key\s*=\s*['\"]", text)
     assert (ROOT / "train.ipynb").stat().st_size < 300_000
-
-
-def test_no_code_of_the_scripts_is_written_again():
-    """No three lines in a row of any cell stand so in a script; imports and assertions aside."""
-
-    def runs(source: str) -> set[tuple[str, ...]]:
-        lines = [line.strip() for line in source.splitlines() if line.strip()]
-        lines = [line for line in lines if not line.startswith(("import ", "from ", "assert ", "#"))]
-        return set(zip(lines, lines[1:], lines[2:]))
-
-    scripts = set.union(*(runs((ROOT / script).read_text(encoding="utf-8")) for script in SCRIPTS))
-    assert not scripts & set.union(*(runs(cell.source) for cell in code_cells()))
-    names = {node.name for script in SCRIPTS for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body
-             if isinstance(node, ast.FunctionDef | ast.ClassDef)}  # fmt: skip
-    assert not names & set(re.findall(r"^(?:def|class) (\w+)", "\n".join(cell.source for cell in code_cells()), re.M))
-
-
-def test_a_sentence_stands_before_each_cell():
-    kinds = [cell.cell_type for cell in read_notebook().cells]
-    assert kinds[0] == "markdown" and ("code", "code") not in zip(kinds, kinds[1:])
-    assert max(len(cell.source.splitlines()) for cell in code_cells()) <= 35

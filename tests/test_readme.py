@@ -11,7 +11,7 @@ import swanlab.cli
 import torch.distributed.run
 import transformers
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT
+from helpers import ROOT
 from transformers.cli.serve import Serve
 
 import data
@@ -75,7 +75,6 @@ def help_flags(monkeypatch, capsys):
 
 
 def training_parser(script: str):
-    """Without train.py's own way to leave, which would end the tests."""
     return transformers.HfArgumentParser(TRAINING[script], allow_abbrev=False)
 
 

@@ -10,6 +10,7 @@ plan's estimate should stand within 15 % above the peak, and never below it.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -80,7 +81,8 @@ def plan_only(cap: float) -> None:
         here |= {"trains_adapter": real.trains_adapter, "lora_dropout": real.lora_dropout}
         args = SimpleNamespace(**vars(real) | here)
         model = train_speed.build_model(False, "meta")
-        model = model if kind == "full" else train_lora.add_adapter(model, args)
+        with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
+            model = model if kind == "full" else train_lora.add_adapter(model, args)
         if kind == "QLoRA":
             size = model.get_memory_footprint() - saved_by_4_bits(model)
             model.get_memory_footprint = lambda size=size: size
