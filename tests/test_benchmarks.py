@@ -20,25 +20,39 @@ def table(script: str, *flags: str) -> list[list[str]]:
     return rows[2:]
 
 
-def test_train_speed():
+@pytest.fixture
+def table_of(monkeypatch, capsys):
+    """The cells of the rows that a benchmark prints when its arms run in this process, the head left out."""
+
+    def fill(module, run_arm, *flags: str) -> list[list[str]]:
+        monkeypatch.setattr(module, "in_turn", lambda arms, rounds: {name: [run_arm(name)] * rounds for name in arms})
+        monkeypatch.setattr(sys, "argv", [module.__name__, "--small", *flags])
+        module.main()
+        lines = capsys.readouterr().out.splitlines()
+        return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][2:]
+
+    return fill
+
+
+def test_train_speed(table_of):
     """The same examples, the same mathematics: the same loss."""
-    found = [train_speed.run_arm(arm, small=True, steps=1, warmup=0) for arm in ("published recipe", "full", "LoRA")]
-    assert [arm["loss"] for arm in found] == pytest.approx([found[0]["loss"]] * 3, rel=1e-3)
-    assert all(arm["seconds"] > 0 and arm["tokens"] > arm["supervised"] > 0 for arm in found)
+    arms = ["published recipe", "LoRA"]
+    rows = table_of(train_speed, lambda arm: train_speed.run_arm(arm, True, 1, 0), "--arms", *arms)
+    assert [row[0] for row in rows] == arms and all(float(row[3].replace(",", "")) > 0 for row in rows)
+    assert float(rows[0][-1]) == pytest.approx(float(rows[1][-1]), rel=1e-3)
 
 
-def test_decode_speed(monkeypatch, capsys):
-    """With its table; the arms run in this process."""
-
-    def in_turn(commands, rounds):
-        return {name: [decode_speed.run_arm(name, small=True, tokens=4)] * rounds for name in commands}
-
+def test_decode_speed(table_of):
     arms = ["generate, 1 question", "ours, 1 question"]
-    monkeypatch.setattr(decode_speed, "in_turn", in_turn)
-    monkeypatch.setattr(sys, "argv", ["decode_speed.py", "--small", "--tokens", "4", "--arms", *arms])
-    decode_speed.main()
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    rows = table_of(decode_speed, lambda arm: decode_speed.run_arm(arm, True, 4), "--tokens", "4", "--arms", *arms)
     assert [row[0] for row in rows] == arms and all(float(row[1]) > 0 for row in rows)
+
+
+def test_arms_run_in_turn_in_processes_of_their_own(capsys):
+    commands = {name: [sys.executable, "-c", code] for name, code in {"a": "print('{\"x\": 1}')", "b": "1 / 0"}.items()}
+    found = train_speed.in_turn(commands, rounds=2)
+    assert list(found) == ["a"] and [run["x"] for run in found["a"]] == [1, 1] and found["a"][0]["wall"] > 0
+    assert capsys.readouterr().err.count("b: left out") == 2
 
 
 def test_memory_budget_runs_under_a_cap():
@@ -64,8 +78,3 @@ def test_memory_budget_plans_for_cards_that_are_not_here(capsys):
 def test_data_speed():
     [row] = table("data_speed.py", "--rows", "200")
     assert row[0] == "200"
-
-
-def test_a_whole_table_comes_from_processes_of_its_own():
-    [row] = table("train_speed.py", *"--small --steps 1 --warmup 0 --rounds 1 --arms LoRA".split())
-    assert row[0] == "LoRA" and float(row[-1]) > 0

@@ -13,7 +13,7 @@ from helpers import At, build_trainer, losses, run, terminate
 import train
 from parts import memory_plan, models
 
-STEPS = 60
+STEPS = 36
 
 
 def weights_of(model) -> torch.Tensor:

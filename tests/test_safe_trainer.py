@@ -123,10 +123,11 @@ def test_early_stopping_is_not_forgotten(workspace, tiny_model):
 def test_bfloat16_adapters_continue_as_bfloat16(workspace, tiny_model, monkeypatch):
     """As on a GPU: peft would load them as float32."""
     monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
-    run_steps(tiny_model, True, output_dir="straight")
+    steps = {"max_steps": 8, "eval_steps": 2}
+    run_steps(tiny_model, True, output_dir="straight", **steps)
     with pytest.raises(SystemExit):
-        run_steps(tiny_model, True, [At(13, terminate)], output_dir="resumed")
-    run_steps(tiny_model, True, output_dir="resumed")
+        run_steps(tiny_model, True, [At(5, terminate)], output_dir="resumed", **steps)
+    run_steps(tiny_model, True, output_dir="resumed", **steps)
     assert {tensor.dtype for tensor in weights("resumed").values()} == {torch.bfloat16}
     assert same(weights("resumed"), weights("straight"))
 

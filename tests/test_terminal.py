@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, make_rows, save
 
 from parts import terminal
 
@@ -51,8 +51,16 @@ def test_of_several_processes_only_the_first_speaks():
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "ascii"])
-def test_terminals_of_other_encodings(finished, encoding):
+def test_terminals_of_other_encodings(tmp_path, encoding):
+    save([row | {"answer": "♥"} for row in make_rows(20)], tmp_path / "rows.jsonl")
+    env = {"PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [sys.executable, ROOT / "data.py", "--dataset", "rows.jsonl"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    assert result.returncode == 0 and b"?" in result.stdout, result.stderr
+
+
+def test_a_reply_on_a_terminal_of_another_encoding(finished):
     command = [sys.executable, ROOT / "inference.py", "--model_path", "full", "♥ 头痛？", "--max_new_tokens", "5"]
-    env = {"PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin", "HOME": str(finished)}
+    env = {"PYTHONIOENCODING": "gbk", "PATH": "/usr/bin:/bin", "HOME": str(finished)}
     result = subprocess.run(command, env=env, capture_output=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "【问题】? 头痛？".encode("gbk") in result.stdout, result.stderr
