@@ -144,8 +144,10 @@ class Stopping(transformers.TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        whole = checkpoints.find_whole(args.output_dir)
-        if self.trainer.interruption and self.trainer.interruption.acted and whole and state.is_world_process_zero:
+        interruption = self.trainer.interruption
+        if not (interruption and interruption.acted and state.is_world_process_zero):
+            return
+        if whole := checkpoints.find_whole(args.output_dir):
             step = checkpoints.step_of(whole[-1])
             where = f"\n已中断：第 {step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
             print(where, file=sys.stderr)

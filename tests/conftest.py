@@ -1,5 +1,6 @@
 """The environment of all tests, and their fixtures: the tiny model, its tokenizer, a working folder with data."""
 
+import gc
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from helpers import ROOT, SAMPLES, At, contents, crash, run, run_steps, says, weights
+from helpers import ROOT, SAMPLES, At, contents, crash, import_all, prepared, run, run_steps, says, weights
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo"), str(ROOT / "tests" / "benchmarks")]
 # Small tensors: threads cost more than they bring, and the sums stay in one order. No test needs a network.
@@ -20,6 +21,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(hub_server.LIMITS)  # before the client's import, which reads them
 for name in ("SWANLAB_PROJECT", "SWANLAB_API_KEY"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries():
+    """Imported once, for all tests of this process."""
+    import_all()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -52,18 +61,14 @@ def workspace(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory, tiny_model):
     """straight(lora, **changes): the weights of a run that nothing touched, each made once."""
-    import data
-
     known = {}
 
     def weights_of(lora: bool = False, **changes) -> dict:
         key = (lora, *sorted(changes.items()))
         if key not in known:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder := tmp_path_factory.mktemp("straight"))
-                data.prepare(str(SAMPLES))
+            with prepared(tmp_path_factory):
                 run_steps(tiny_model, lora, output_dir="straight", **changes)
-            known[key] = weights(folder / "straight")
+                known[key] = weights("straight")
         return known[key]
 
     return weights_of
@@ -72,46 +77,32 @@ def straight(tmp_path_factory, tiny_model):
 @pytest.fixture(scope="session")
 def cut_short(tmp_path_factory, tiny_model) -> Path:
     """A working folder with runs that ended after step 12 of 20, `full` and `lora`: checkpoint-10 is their best."""
-    import data
-
-    folder = tmp_path_factory.mktemp("cut_short")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        data.prepare(str(SAMPLES))
+    with prepared(tmp_path_factory) as folder:
         for lora, name in ((False, "full"), (True, "lora")):
             with pytest.raises(EOFError):
                 run_steps(tiny_model, lora, [At(13, crash)], output_dir=name)
     return folder
 
 
-@pytest.fixture
-def interrupted(cut_short, tmp_path, monkeypatch) -> Path:
-    """A working folder of its own with the runs that were cut short."""
-    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="session")
 def two_steps(tmp_path_factory, tiny_model) -> Path:
     """A working folder with finished runs of two steps, `full` and `lora`."""
-    import data
-
-    folder = tmp_path_factory.mktemp("two_steps")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        data.prepare(str(SAMPLES))
-        run(tiny_model, max_steps=2, output_dir="full")
-        run(tiny_model, lora=True, max_steps=2, output_dir="lora")
+    with prepared(tmp_path_factory) as folder:
+        for lora, name in ((False, "full"), (True, "lora")):
+            run(tiny_model, lora, max_steps=2, output_dir=name)
     return folder
 
 
 @pytest.fixture
-def finished(two_steps, tmp_path, monkeypatch) -> Path:
+def interrupted(cut_short, folder) -> Path:
+    """A working folder of its own with the runs that were cut short."""
+    return shutil.copytree(cut_short, folder, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def finished(two_steps, folder) -> Path:
     """A working folder of its own with the finished runs and the data."""
-    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return shutil.copytree(two_steps, folder, dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import ROOT, At, Started, arguments, crash, run, run_script, weights
+from helpers import At, Started, arguments, crash, prepared, run, run_script, weights
 from tracker import Tracker
 
 import data
@@ -44,9 +44,7 @@ def fresh(workspace, monkeypatch):
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory, tiny_model):
     """The weights of two steps without a tracker."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("untracked"))
-        data.prepare(str(ROOT / "tests" / "demo" / "medical.jsonl"))
+    with prepared(tmp_path_factory):
         run(tiny_model, max_steps=2, sample_tokens=1)
         return weights(data.OUTPUT_DIR)
 
