@@ -359,7 +359,8 @@ def begin(request: dict) -> None:
     os.dup2(os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding="utf-8", closefd=False, buffering=1) for number, mode in enumerate("rww")
+        open(number, mode, encoding=request.get("encoding", "utf-8"), closefd=False, buffering=1)
+        for number, mode in enumerate("rww")
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from parts import terminal
@@ -398,11 +399,11 @@ class Started:
         environment = dict(env or os.environ) | {"PYTHONUTF8": "1"}
         request = {"script": str(ROOT / script), "flags": [*map(str, flags)], "cwd": str(cwd), "env": environment}
         self.pid = SERVER.fork(request | {"stdin": str(given), "output": str(self.output)} | more)
-        self.returncode = None
+        self.returncode, self.encoding = None, more.get("encoding", "utf-8")
 
     @property
     def stdout(self) -> str:
-        return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
+        return self.output.read_text(encoding=self.encoding, errors="replace") if self.output.exists() else ""
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -424,7 +425,8 @@ class Started:
 
 def run_script(script: str, *flags, cwd: Path, env=None, stdin: str | None = None, fresh: bool = False, **more):
     """Run a script of the project in `cwd`; its exit status is in `.returncode`, its output, standard error included,
-    in `.stdout`. `fresh`: in a process that imports all anew, as a person's. `call`: a function of it, not its main."""
+    in `.stdout`. `fresh`: in a process that imports all anew, as a person's. `call`: a function of it, not its main.
+    `encoding`: of its terminal."""
     if not fresh:
         (started := Started(script, flags, cwd, env, stdin, **more)).wait()
         return started

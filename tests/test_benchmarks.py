@@ -20,6 +20,13 @@ def table(script: str, *flags: str) -> list[list[str]]:
     return rows[2:]
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Examples of a few tokens: the vocabulary is Qwen3's, and a CPU is slow."""
+    monkeypatch.setattr(train_speed, "LENGTHS", [90, 150])
+    monkeypatch.setattr(memory_budget, "WORST", {name: ids[:200] for name, ids in memory_budget.WORST.items()})
+
+
 @pytest.fixture
 def table_of(monkeypatch, capsys):
     """The cells of the rows that a benchmark prints when its arms run in this process, the head left out."""

@@ -17,9 +17,9 @@ def test_demo_ends_with_replies_that_think(tmp_path):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows and tokenizer are not part of the project")
 def test_the_path_runs_on_real_rows_with_the_real_tokenizer(tmp_path):
-    """On the thirty shortest rows: with a vocabulary of 151,936 a CPU is slow."""
+    """On the twelve shortest rows: with a vocabulary of 151,936 a CPU is slow."""
     subprocess.run([sys.executable, REAL / "build_model.py", tmp_path / "real"], check=True)
-    rows = sorted((REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").splitlines(), key=len)[:30]
+    rows = sorted((REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").splitlines(), key=len)[:12]
     (tmp_path / "short.jsonl").write_text("\n".join(rows), encoding="utf-8")
     one_step = ("--model_name", "real", "--max_steps", "1", "--sample_tokens", "8", "--report_to", "none")
     for command in (

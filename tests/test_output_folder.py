@@ -57,12 +57,12 @@ def test_other_data_and_other_adapters_do_not_continue_a_run(interrupted, tiny_m
         run_steps(tiny_model, output_dir="full")
 
 
-@pytest.mark.parametrize("folder", ["full", "other"])
-def test_a_checkpoint_that_is_named_is_checked_too(interrupted, tiny_model, folder):
+@pytest.mark.parametrize("into", ["full", "other"])
+def test_a_checkpoint_that_is_named_is_checked_too(interrupted, tiny_model, into):
     """By any path to it, and into any folder."""
     checkpoint = str(Path("full", "checkpoint-10").resolve())
     with pytest.raises(SystemExit, match="full 里未完成的训练用的是别的设置：learning_rate 0.001 -> 0.0005"):
-        run_steps(tiny_model, output_dir=folder, resume_from_checkpoint=checkpoint, learning_rate=5e-4)
+        run_steps(tiny_model, output_dir=into, resume_from_checkpoint=checkpoint, learning_rate=5e-4)
 
 
 def test_another_prompt_does_not_continue_a_run(interrupted, tiny_model, monkeypatch):

@@ -1,4 +1,4 @@
-"""The scripts as a person calls them, in a folder of their own: each once from the start, else forked."""
+"""The scripts as a person calls them, in a folder of their own. The demo starts each anew, here they are forked."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def fails(result, *parts: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model):
-    """A working folder after data.py, train.py and train_lora.py, each started as a person does; the base beside it."""
+    """A working folder after data.py, train.py and train_lora.py; the base beside it."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(tiny_model, folder / "base")
     for command in (
@@ -50,7 +50,7 @@ def trained(tmp_path_factory, tiny_model):
         ("train.py", "--model_name", "base", *FEW_STEPS),
         ("train_lora.py", "--model_name", "base", *FEW_STEPS),
     ):
-        result = run_script(*command, cwd=folder, fresh=True)
+        result = run_script(*command, cwd=folder)
         assert result.returncode == 0, result.stdout
         (folder / f"{command[0]}.txt").write_text(result.stdout, encoding="utf-8")
     return folder
@@ -83,7 +83,7 @@ def test_training_reports_data_tokens_and_where_the_model_is(trained):
 
 
 def test_inference_finds_the_trained_model_and_asks_the_published_question(trained):
-    result = run_script("inference.py", "--max_new_tokens", 12, cwd=trained, fresh=True)
+    result = run_script("inference.py", "--max_new_tokens", 12, cwd=trained)
     assert result.returncode == 0, result.stdout
     assert "不能代替医生" in result.stdout.splitlines()[0]
     assert "医生，我最近被诊断为糖尿病" in result.stdout
@@ -113,7 +113,7 @@ def test_chat_holds_a_conversation_until_an_empty_line(trained):
 
 
 def test_adapter_is_asked_and_merged(trained):
-    result = run_script("inference_lora.py", "头痛？", "--max_new_tokens", 5, cwd=trained, fresh=True)
+    result = run_script("inference_lora.py", "头痛？", "--max_new_tokens", 5, cwd=trained)
     assert result.returncode == 0 and "【问题】头痛？" in result.stdout
     result = run_script("inference_lora.py", "--merge_to", "merged", cwd=trained)
     assert result.returncode == 0 and "python inference.py --model_path merged" in result.stdout

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, make_rows, save
+from helpers import ROOT, make_rows, run_script, save
 
 from parts import terminal
 
@@ -60,7 +60,6 @@ def test_terminals_of_other_encodings(tmp_path, encoding):
 
 
 def test_a_reply_on_a_terminal_of_another_encoding(finished):
-    command = [sys.executable, ROOT / "inference.py", "--model_path", "full", "♥ 头痛？", "--max_new_tokens", "5"]
-    env = {"PYTHONIOENCODING": "gbk", "PATH": "/usr/bin:/bin", "HOME": str(finished)}
-    result = subprocess.run(command, env=env, capture_output=True)
-    assert result.returncode == 0 and "【问题】? 头痛？".encode("gbk") in result.stdout, result.stderr
+    flags = ("--model_path", "full", "♥ 头痛？", "--max_new_tokens", "5")
+    result = run_script("inference.py", *flags, cwd=finished, encoding="gbk")
+    assert result.returncode == 0 and "【问题】? 头痛？" in result.stdout, result.stdout
