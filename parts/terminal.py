@@ -30,10 +30,10 @@ def in_main_thread() -> bool:
 
 
 def run_main(main) -> None:
-    """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`, and of several
-    processes (torchrun's RANK) only the first one speaks."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
+    """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`. Of several
+    processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
@@ -46,9 +46,9 @@ def run_main(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still to be flushed
         raise SystemExit(141) from None
     except SystemExit as ended:
-        if first or not isinstance(ended.code, str):
+        if rank == "0" or not isinstance(ended.code, str):
             raise
-        raise SystemExit(1) from None
+        raise SystemExit(f"（进程 {rank}）{ended.code}") from None
 
 
 @contextlib.contextmanager
