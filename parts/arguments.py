@@ -4,6 +4,8 @@ environment. Knows no recipe: its numbers and files are the script's."""
 import argparse
 import gc
 import os
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -81,6 +83,8 @@ class Arguments(TrainingArguments):
         if self.offload_activations and self.checkpoint_every == 0:
             raise ValueError("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
         set_environment()
+        if not (self.use_cpu or torch.accelerator.is_available()) and (card := unused_card()):
+            raise ValueError(card)
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
@@ -89,6 +93,12 @@ class Arguments(TrainingArguments):
         if self.offload_activations and self.device.type == "cpu":
             raise ValueError("--offload_activations 要 GPU")
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut a packed
+        batch to pieces."""
+        return min(super().n_gpu, 1)
 
     def check_numbers(self):
         """Raises ValueError for numbers with which training would fail late, or do nothing."""
@@ -114,6 +124,20 @@ def set_environment() -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.pop("SWANLAB_DEBUG", None)  # it would write a stored key into a log; Trainer imports SwanLab
+
+
+def unused_card() -> str | None:
+    """What keeps torch from an NVIDIA card that is there, as its driver says, and was not hidden; else None."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not (program := shutil.which("nvidia-smi")):
+        return None
+    listed = subprocess.run([program, "-L"], capture_output=True, encoding="utf-8", errors="replace")
+    if listed.returncode or not listed.stdout.startswith("GPU "):
+        return None
+    card = listed.stdout.splitlines()[0].split(" (UUID")[0]
+    why = f"它要支持 CUDA {torch.version.cuda} 的驱动，请升级驱动，或装旧一些的 torch"
+    if torch.version.cuda is None:
+        why = "它是只有 CPU 的版本，请照 PyTorch 网站上的命令装 CUDA 版"
+    return f"有显卡（{card}），但 torch {torch.__version__} 用不了：{why}；就要在 CPU 上训练，请加 --use_cpu true"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -109,6 +109,8 @@ def decode(
     padding = generation_config.pad_token_id
     sequence = pad(input_ids, (0, longest - prompt), value=padding)
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    # Its own: in torch 2.11 a capture that fails leaves the default one unusable.
+    generator = torch.Generator(input_ids.device).manual_seed(int(torch.randint(2**62, ())))
     # Arguments with names of their own would be taken for settings that generate need not prepare.
     decoder = Decoder(model, input_ids, model_kwargs["position_ids"], model_kwargs.get("attention_mask"))
     shown = prompt
@@ -116,7 +118,7 @@ def decode(
         scores = logits_processor(sequence[:, : length - 1], decoder.logits.float())
         if generation_config.do_sample:
             # The largest of p / Exponential(1) is a sample of p; torch.multinomial checks p first, and so waits.
-            scores = scores.softmax(-1) / torch.empty_like(scores).exponential_()
+            scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
         token = scores.argmax(-1).masked_fill(finished, padding)
         sequence[:, length - 1] = token
         finished |= stopping_criteria(sequence[:, :length], None)

@@ -66,15 +66,15 @@ def estimate(
 
 
 def free(args, model) -> float:
-    """Bytes that training may take, its weights included: what is free now in the process that has least, or
-    --memory_gb less the driver's own."""
-    if args.memory_gb:
-        return args.memory_gb * 1e9 - DRIVER_BYTES
-    if args.device.type == "cuda":
-        found = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    """Bytes that training may take, its weights included: what is free now in the process that has least,
+    and at most --memory_gb less the driver's own."""
+    most = args.memory_gb * 1e9 - DRIVER_BYTES if args.memory_gb else math.inf
+    if args.device.type == "cuda":  # planned for one that is not here where there is none
+        free_here = torch.cuda.is_available()
+        found = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if free_here else math.inf
     else:
         found = psutil.virtual_memory().available + model.get_memory_footprint()
-    return min(accelerate.utils.gather_object([found]))
+    return min(*accelerate.utils.gather_object([found]), most)
 
 
 def peak(device: torch.device) -> int:

@@ -122,10 +122,11 @@ def describe(plan: Plan, kind: str) -> str:
 
 
 def apply(plan: Plan, model, args) -> None:
-    """Switch the recomputing of layers on, and hold the process to --memory_gb."""
+    """Switch the recomputing of layers on, and hold the process to the memory that was planned with: beyond it Windows'
+    driver would not refuse but go on in the CPU's memory, many times slower."""
     if plan.checkpoint_every:
         # Its name from transformers 5.23 on, and before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(every_n_layers=plan.checkpoint_every, offload=plan.offload)
-    if args.memory_gb and args.device.type == "cuda":
+    if args.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.free / torch.cuda.mem_get_info()[1]))

@@ -61,6 +61,8 @@ def load_weights(path: str, device: torch.device, in_4bit: bool = False):
     """The model of a folder, in `best_dtype(device)`, on `device`, in eval mode; its linear layers in 4 bits (NF4) if
     asked, for training adapters on it."""
     quiet_libraries()
+    # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports; flash does not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
         raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
     dtype = best_dtype(device)

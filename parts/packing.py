@@ -57,6 +57,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling, lengths
     if starts is None:
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
         return torch.cat([sdpa_attention_forward(module, *part, None, scaling=scaling)[0] for part in parts], 1), None
+    assert len(starts) == len(lengths) + 1, (len(starts), lengths)  # else it would read what is no token
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     # Before torch 2.13 grouped heads need no word.
     options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

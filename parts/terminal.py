@@ -58,7 +58,7 @@ def explain_out_of_memory(message: str):
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
         text = str(error).lower()
-        if "out of memory" in text or "allocate memory" in text:
+        if any(words in text for words in ("out of memory", "allocate memory", "cublas_status_alloc_failed")):
             raise SystemExit(message) from None
         raise
 

@@ -103,3 +103,12 @@ def test_all_logits_and_the_copies_of_other_processes_are_counted():
     gradients = 2 * on_meta().num_parameters()
     assert peak_bytes(full_logits=True) - peak_bytes() > 0.8 * 14 * 2048 * 151936
     assert peak_bytes(world_size=2) - peak_bytes() == pytest.approx(gradients, rel=0.01)
+
+
+def test_no_more_is_planned_with_than_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6e9, 24e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1e9)
+    assert memory.free(card_arguments(memory_gb=20), None) == 7e9
+    assert memory.free(card_arguments(), None) == 7e9
+    assert memory.free(card_arguments(memory_gb=5), None) == 5e9 - memory.DRIVER_BYTES

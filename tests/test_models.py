@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import arguments, refused
 
 import data
@@ -118,3 +119,10 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_
     message = "bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
     refused(message, inference.load_trained, "bin")
     assert not Path("exploded").exists()
+
+
+def test_attention_is_not_left_to_cudnn(tiny_model):
+    """It would plan anew for nearly each batch."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    models.load_weights(str(tiny_model), torch.device("cpu"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

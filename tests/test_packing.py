@@ -44,6 +44,12 @@ def test_no_example_of_a_batch_sees_another_or_what_comes_later(tiny_model):
     assert not changed[:place].any() and not changed[sum(LENGTHS[:2]) :].any()
 
 
+def test_starts_that_are_not_those_of_the_batch_are_refused():
+    query, key = torch.zeros(1, 4, 60, 16), torch.zeros(1, 2, 60, 16)
+    with pytest.raises(AssertionError, match="3"):
+        packing.packed_attention(None, query, key, key, None, 1.0, (20, 25, 15), torch.tensor([0, 20, 45]))
+
+
 def test_padding_is_refused_rather_than_read(tiny_model):
     model = models.load_weights(str(tiny_model), torch.device("cpu"))
     batch = packing.PackedCollator()(examples())

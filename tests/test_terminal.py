@@ -21,7 +21,14 @@ def test_other_runtime_errors_pass():
         raise RuntimeError("shape mismatch")
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "MPS backend out of memory"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "MPS backend out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
 def test_out_of_memory_of_any_device_is_recognised(message):
     with pytest.raises(SystemExit, match="^显存不足$"), terminal.explain_out_of_memory("显存不足"):
         raise RuntimeError(message)
