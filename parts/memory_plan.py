@@ -128,5 +128,5 @@ def apply(plan: Plan, model, args) -> None:
         # Its name from transformers 5.23 on, and before.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(every_n_layers=plan.checkpoint_every, offload=plan.offload)
-    if args.device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.free / torch.cuda.mem_get_info()[1]))
