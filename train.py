@@ -145,43 +145,46 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     from parts import model_card, models, output_folder, tracking
     from parts.interruption import Interruption
 
-    with output_folder.hold(args), terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        # The data and the base model, fetched by the first process where they are missing
-        with args.main_process_first(local=False):
-            prepare_files(args)
-            model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
-        run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
+    with output_folder.hold(args):
+        with terminal.explain_out_of_memory(OUT_OF_MEMORY):
+            # The data and the base model, fetched by the first process where they are missing
+            with args.main_process_first(local=False):
+                prepare_files(args)
+                model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
+            run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
 
-        # Tokenizer, training set, validation set
-        tokenizer = models.load_tokenizer(model_path)
-        train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
-        eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
-        print(encoding.describe_example(tokenizer, train_dataset[0]))
-        if tokenizer.convert_tokens_to_ids("</think>") not in train_dataset[0]["labels"]:
-            raise SystemExit(f"错误：{args.model_name} 的对话模板不写思考；请换一个会思考的模型，例如 {MODEL_NAME}。")
+            # Tokenizer, training set, validation set
+            tokenizer = models.load_tokenizer(model_path)
+            train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
+            eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
+            print(encoding.describe_example(tokenizer, train_dataset[0]))
+            if tokenizer.convert_tokens_to_ids("</think>") not in train_dataset[0]["labels"]:
+                raise SystemExit(
+                    f"错误：{args.model_name} 的对话模板不写思考；请换一个会思考的模型，例如 {MODEL_NAME}。"
+                )
 
-        # Model, adapter, Trainer
-        transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-        model = models.load_weights(model_path, args.device, args.load_in_4bit)
-        model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning
-        model = add_adapter(model, args) if add_adapter else model
-        trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
+            # Model, adapter, Trainer
+            transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
+            model = models.load_weights(model_path, args.device, args.load_in_4bit)
+            model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning
+            model = add_adapter(model, args) if add_adapter else model
+            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
 
-        # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
-        config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
-        config["versions"] = model_card.library_versions()
-        tracking.start(args, PROJECT, config, goes_on=run.checkpoint is not None)
-        output_folder.begin(args, run, trainer.plan)
-        with Interruption() as trainer.interruption:
-            trainer.train(resume_from_checkpoint=run.checkpoint)
-        save(trainer, tokenizer, run.settings)
+            # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
+            config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
+            config |= {"model_sha256": run.settings["model_sha256"], "versions": model_card.library_versions()}
+            tracking.start(args, PROJECT, config, goes_on=run.checkpoint is not None)
+            output_folder.begin(args, run, trainer.plan)
+            with Interruption() as trainer.interruption:
+                trainer.train(resume_from_checkpoint=run.checkpoint)
+            save(trainer, tokenizer, run.settings)
 
-    # The first questions of the validation set, to look at
-    if not args.process_index:
-        questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
-        no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
-        with terminal.explain_out_of_memory(no_memory):
-            tracking.finish(args, predict(trainer.model, tokenizer, questions, args.sample_tokens))
+        # The first questions of the validation set, to look at
+        if not args.process_index:
+            questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
+            no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
+            with terminal.explain_out_of_memory(no_memory):
+                tracking.finish(args, predict(trainer.model, tokenizer, questions, args.sample_tokens))
     return trainer
 
 

@@ -8,6 +8,7 @@
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 try:
@@ -56,6 +57,8 @@ def add_adapter(model, args: LoraArguments):
     folder, saved = Path(args.model_name), model.active_peft_config
     saved.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else args.model_name
     saved.revision = args.model_revision
+    # Else peft would ask Hugging Face's hub, by that name, for the vocabulary of the base at each save.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     model.print_trainable_parameters()
     return model
 

@@ -73,7 +73,7 @@ class Arguments(TrainingArguments):
         if self.eval_strategy == "no":  # then there is no best
             self.load_best_model_at_end, self.early_stopping_patience = False, 0
         self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
-        self.save_steps = (self.eval_steps or self.logging_steps) if self.save_steps is None else self.save_steps
+        self.save_steps = (self.eval_steps or 500) if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
         asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on
         asked = self.gradient_checkpointing if asked is None else asked

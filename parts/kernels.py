@@ -88,8 +88,11 @@ def try_fused(probe, plain) -> str | None:
 
 
 def outcome(probe, starts: bool) -> list[torch.Tensor] | Exception:
-    """What the layer gives for two short examples, and the gradients of its squared sum for all weights, or the error
-    that it raised. `starts`: with torch's attention kernel for packed batches."""
+    """What the layer gives for two short examples, and the gradients of its sum along a random direction for all
+    weights, or the error that it raised. `starts`: with torch's attention kernel for packed batches.
+
+    The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(128, (1, sum(LENGTHS)), generator=generator).to(probe.device)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(probe.device)
@@ -99,7 +102,8 @@ def outcome(probe, starts: bool) -> list[torch.Tensor] | Exception:
     try:
         hidden = probe.get_decoder()(**inputs).last_hidden_state
         weights = list(probe.get_decoder().parameters())
-        return [hidden.detach(), *torch.autograd.grad(hidden.float().square().sum(), weights)]
+        direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+        return [hidden.detach(), *torch.autograd.grad((hidden.float() * direction).sum(), weights)]
     except Exception as error:  # whatever a kernel, its compiler or the driver raises: then it is not used
         return error
 

@@ -46,7 +46,9 @@ def load_tokenizer(path: str):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template:
-            encode_messages(tokenizer, [{"role": "user", "content": "？"}], prompt_only=True)
+            encode_messages(
+                tokenizer, [{"role": role, "content": "？"} for role in ("system", "user")], prompt_only=True
+            )
     except Exception as error:  # tokenizers raises that itself; of a broken template jinja tells only when it is used
         raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
     if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():

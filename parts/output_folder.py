@@ -16,6 +16,7 @@ import filelock
 
 from parts import checkpoints, run_settings
 from parts.checkpoints import FINISHED_MARK, RUN_FILE, write_at_once
+from parts.optimizers import OPTIMIZERS
 from parts.terminal import explain_failed_write
 
 
@@ -92,6 +93,11 @@ def find_run(args, model_path: str, system_prompt: str) -> Run:
         checkpoint = choose_checkpoint(args)
         old = run_settings.read(Path(checkpoint).parent) if checkpoint else {}
         kept = {"optimizer": old.get("optimizer"), "batch_tokens": old.pop("batch_tokens", None)}
+        if kept["optimizer"] not in (None, *OPTIMIZERS):
+            raise SystemExit(
+                f"错误：{checkpoint} 是用 --optimizer {kept['optimizer']} 训练的，它已不再支持；"
+                "请用 --output_dir 换一个文件夹重新训练。"
+            )
         if old:
             new = settings | {"optimizer": args.optimizer or kept["optimizer"]}
             run_settings.refuse_changes(Path(checkpoint).parent, old, new)
@@ -158,7 +164,7 @@ def begin(args, run: Run, plan) -> None:
     with explain_failed_write(args.output_dir):
         write_at_once(Path(args.output_dir, RUN_FILE), json.dumps(settings, ensure_ascii=False, indent=1))
     if run.checkpoint:
-        print(f"resumed from step {checkpoints.step_of(Path(run.checkpoint))}", flush=True)
+        print(f"resumed from step {Path(run.checkpoint).name.rpartition('-')[2]}", flush=True)  # it may be renamed
 
 
 @contextlib.contextmanager

@@ -45,6 +45,8 @@ class PackedTrainer(SafeTrainer):
         self.in_backward = plan.optimizer.endswith("in_backward")
         if self.in_backward:
             self.args.max_grad_norm = 0  # the norm of all gradients is never known
+        if self.args.fast_kernels:
+            self.args.use_liger_kernel = False  # kernels.choose has applied what agrees here
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
         # A notebook's table stays.
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):

@@ -35,6 +35,15 @@ class SafeTrainer(transformers.Trainer):
         """Whether any process was asked to stop; all call this together."""
         return self.interruption is not None and self.interruption.requested(self.args)
 
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        stopped = self.interruption is not None and self.interruption.acted
+        if stopped and self.is_world_process_zero() and (whole := checkpoints.find_whole(self.args.output_dir)):
+            step = checkpoints.step_of(whole[-1])
+            where = f"\n已中断：第 {step} 步的检查点在 {self.args.output_dir}；同一命令会从这里继续。"
+            print(where, file=sys.stderr)
+        return output
+
     def check_space(self) -> None:
         """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
         and the newest always), the one that is written before an older one goes, and the final weights."""
@@ -116,6 +125,8 @@ class SafeTrainer(transformers.Trainer):
                 self.finish_checkpoint()
                 good = checkpoints.find_whole(self.args.output_dir)
                 rate = numbers.get("learning_rate", self._get_learning_rate())
+                if self.args.process_index:  # all processes stop, the first one says why
+                    raise SystemExit(1)
                 raise SystemExit(
                     f"错误：到第 {self.state.global_step} 步 {name} 成了 {numbers[name]}（学习率 {rate:g}），"
                     f"训练停止，这之后的权重没有保存。最近的好检查点：{good[-1] if good else '还没有'}。"
@@ -124,8 +135,7 @@ class SafeTrainer(transformers.Trainer):
 
 
 class Stopping(transformers.TrainerCallback):
-    """Ends training where a signal asks for it, and says where it can go on; before it begins, whether the disk has
-    room for its checkpoints."""
+    """Ends training where a signal asks for it; before it begins, looks whether the disk has room for checkpoints."""
 
     def __init__(self, trainer: SafeTrainer):
         self.trainer = trainer
@@ -142,15 +152,6 @@ class Stopping(transformers.TrainerCallback):
         cut_off = state.epoch % 1 > 0 and state.global_step < state.max_steps
         if cut_off and self.trainer.interrupted():  # Trainer evaluates and saves here, but the epoch has not ended
             control.should_evaluate = control.should_save = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        interruption = self.trainer.interruption
-        if not (interruption and interruption.acted and state.is_world_process_zero):
-            return
-        if whole := checkpoints.find_whole(args.output_dir):
-            step = checkpoints.step_of(whole[-1])
-            where = f"\n已中断：第 {step} 步的检查点在 {args.output_dir}；同一命令会从这里继续。"
-            print(where, file=sys.stderr)
 
 
 class BestCheckpoint(transformers.EarlyStoppingCallback):

@@ -32,7 +32,7 @@ def in_main_thread() -> bool:
 def run_main(main) -> None:
     """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`. Of several
     processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"  # launchers set both
     if rank != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import build_trainer
+from helpers import build_model, build_trainer
 
-from parts import kernels, models
+from parts import kernels, models, packing
 from parts.terminal import first_line, shorten
 
 
@@ -45,3 +45,26 @@ def test_a_kernel_that_fails_is_found_out(probe):
     assert isinstance(failed, Exception)
     for pair in ((plain, failed), (failed, plain)):
         assert kernels.disagreement(*pair) == shorten(first_line(failed), 100)
+
+
+def exact_attention(module, query, key, value, attention_mask, scaling, **_):
+    """As sdpa, but worked out in float32: correct, and rounded otherwise."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (
+        x.float() for x in (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    )
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(
+        torch.ones(query.shape[2], query.shape[2]).triu(1).bool(), float("-inf")
+    )
+    return (scores.softmax(-1) @ value).transpose(1, 2).bfloat16(), None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_correct_kernel_that_rounds_otherwise_is_used(tiny_model, monkeypatch, seed):
+    """In bfloat16, with Qwen3-1.7B's heads."""
+    torch.manual_seed(seed)
+    probe = kernels.shrink(build_model(layers=1))
+    plain = kernels.outcome(probe, starts=False)
+    monkeypatch.setattr(packing, "sdpa_attention_forward", exact_attention)
+    found = kernels.outcome(probe, starts=False)
+    assert not all(map(torch.equal, plain, found)) and kernels.disagreement(plain, found) is None

@@ -160,3 +160,16 @@ def test_checkpoint_that_is_not_there(finished, tiny_model, checkpoint):
     message += "不写这个参数，就会从最近的完整检查点继续。"
     args = arguments(tiny_model, output_dir="new", resume_from_checkpoint=checkpoint)
     refused(message, output_folder.choose_checkpoint, args)
+
+
+def test_a_run_with_an_optimizer_that_is_no_more_is_not_continued(interrupted, tiny_model):
+    path = Path("full", checkpoints.RUN_FILE)
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"optimizer": "4bit_in_backward"}))
+    message = "full/checkpoint-10 是用 --optimizer 4bit_in_backward 训练的，它已不再支持；"
+    refused(message + "请用 --output_dir 换一个文件夹重新训练。", run_steps, tiny_model, output_dir="full")
+
+
+def test_a_renamed_checkpoint_is_continued_from(interrupted, tiny_model, capsys):
+    shutil.copytree("full/checkpoint-10", "backup/of monday")
+    trainer = run_steps(tiny_model, output_dir="new", resume_from_checkpoint="backup/of monday")
+    assert trainer.state.global_step == 20 and "resumed from step of monday" in capsys.readouterr().out

@@ -51,7 +51,11 @@ def test_of_several_processes_only_the_first_speaks():
     found = []
     for rank in ("0", "1"):
         result = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": rank}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"RANK": rank, "LOCAL_RANK": rank},
+            capture_output=True,
+            text=True,
         )
         found.append((result.returncode, result.stdout, result.stderr))
     assert found == [(1, "so\n", "错误：so\n"), (1, "", "（进程 1）错误：so\n")]
