@@ -68,22 +68,25 @@ def shrink(model):
 
 
 def fuse(model) -> None:
-    """Liger's norms, rotary embedding and SwiGLU in place of transformers'; the loss is our own."""
+    """Liger's norms, rotary embedding and SwiGLU in place of transformers'; the loss is our own. Liger exchanges the
+    module's classes too, for models that are still to be made: those stay plain."""
     from transformers.integrations.liger import apply_liger_kernel
+    from transformers.models.qwen3 import modeling_qwen3
 
+    plain = modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3MLP
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3MLP = plain
 
 
 def try_fused(probe, plain) -> str | None:
     """Why Liger's kernels are not used; None: they run, and agree with the `plain` outcome."""
     from transformers.models.qwen3 import modeling_qwen3
 
-    names = ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP")  # what Liger exchanges for the whole module
-    before = {name: getattr(modeling_qwen3, name) for name in names}
+    rotary = modeling_qwen3.apply_rotary_pos_emb  # a function, which Liger exchanges for all models
     fuse(probe)
     why = disagreement(plain, outcome(probe, starts=False))
-    for name in names if why else ():
-        setattr(modeling_qwen3, name, before[name])
+    if why:
+        modeling_qwen3.apply_rotary_pos_emb = rotary
     return why
 
 

@@ -2,23 +2,32 @@
 CI has none; where there is one, `pytest tests/test_gpu.py` comes before the benchmarks."""
 
 import importlib.util
-from functools import partial
 
 import pytest
 import torch
 from helpers import LENGTHS, build_trainer, examples, gradient, history, losses, run_script
+from transformers.models.qwen3 import modeling_qwen3
 
 import data
 from parts import decoding, models, packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
+PLAIN_ROTARY = modeling_qwen3.apply_rotary_pos_emb
 
 
 @pytest.fixture
 def build(workspace, tiny_model, tokenizer):
-    """A trainer of the tiny model in bfloat16, with these flags."""
-    return partial(build_trainer, tiny_model, tokenizer, eval_strategy="no", save_strategy="no")
+    """A trainer of the tiny model in bfloat16, with these flags; a plain one has the plain rotary embedding, which an
+    earlier trainer may have exchanged for all."""
+
+    def build(fast_kernels=True, **changes):
+        if not fast_kernels:
+            modeling_qwen3.apply_rotary_pos_emb = PLAIN_ROTARY
+        flags = {"eval_strategy": "no", "save_strategy": "no", "fast_kernels": fast_kernels}
+        return build_trainer(tiny_model, tokenizer, **flags | changes)
+
+    return build
 
 
 def curve(trainer) -> list[float]:

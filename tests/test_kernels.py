@@ -1,5 +1,7 @@
 """No kernel is used that was not seen to run here and to agree with the plain one."""
 
+import importlib.util
+
 import pytest
 import torch
 from helpers import build_model, build_trainer
@@ -68,3 +70,16 @@ def test_a_correct_kernel_that_rounds_otherwise_is_used(tiny_model, monkeypatch,
     monkeypatch.setattr(packing, "sdpa_attention_forward", exact_attention)
     found = kernels.outcome(probe, starts=False)
     assert not all(map(torch.equal, plain, found)) and kernels.disagreement(plain, found) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="Liger is for Linux")
+def test_only_the_model_that_is_given_gets_ligers_layers(probe, monkeypatch):
+    from transformers.models.qwen3 import modeling_qwen3
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", modeling_qwen3.apply_rotary_pos_emb)  # put back behind
+    layer = probe.get_decoder().layers[0]
+    plain = [module.forward.__func__ for module in (layer.input_layernorm, layer.mlp)]
+    kernels.fuse(probe)
+    assert all(module.forward.__func__ not in plain for module in (layer.input_layernorm, layer.mlp))
+    other = kernels.shrink(build_model(layers=1)).get_decoder().layers[0]
+    assert [module.forward.__func__ for module in (other.input_layernorm, other.mlp)] == plain

@@ -40,8 +40,9 @@ def kill_while_saving(number: int, delay: float) -> None:
 
 
 def serve_kills(script: str, seed: str) -> None:
-    """In a process that has imported all and forks for each run: one run that nothing touches, then KILLS killed ones,
-    of which every second dies while it saves, until a run comes through. Prints what it saw."""
+    """In a process that has imported all and forks for each run: one run that nothing touches, then KILLS killed ones
+    or more, of which every second dies while it saves and two at least in a half-written checkpoint, until a run comes
+    through. Prints what it saw."""
     module, place = {"train": train, "train_lora": train_lora}[script], random.Random(int(seed))
 
     def start(folder: str, prepare=lambda: None) -> int:
@@ -64,17 +65,17 @@ def serve_kills(script: str, seed: str) -> None:
     assert os.waitpid(start("straight"), 0)[1] == 0
     took = time.monotonic() - begun
     kills, saving, finished = 0, 0, 0
-    while kills < KILLS or finished < 1:
+    while kills < KILLS or saving < 2 or finished < 1:
         folder = f"killed-{finished}"
-        aimed = kills % 2
-        if kills == KILLS:
+        aimed = kills % 2 or kills >= KILLS
+        if kills >= KILLS and saving >= 2:
             pid = start(folder)
         elif aimed:
             number, delay = place.randrange(1, 40), place.choice([0, place.uniform(0, 0.03)])
             pid = start(folder, lambda: kill_while_saving(number, delay))  # noqa: B023
         else:
             pid = start(folder)
-            time.sleep(place.uniform(0.2, 0.9) * took)
+            time.sleep(place.uniform(0.2, 0.7) * took)
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status):
@@ -88,7 +89,6 @@ def serve_kills(script: str, seed: str) -> None:
             assert same(weights(folder), weights("straight")), folder
             finished += 1
     print(f"kills {kills}, of them in a half-written checkpoint {saving}, finished runs {finished}")
-    assert saving >= 2
 
 
 @pytest.mark.kills
@@ -100,4 +100,4 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(workspace, tiny_mo
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-5000:]
     log = Path("log.txt").read_text(encoding="utf-8")
-    assert "Traceback" not in log and log.count("resumed from step ") >= KILLS // 2
+    assert "Traceback" not in log and log.count("resumed from step ") >= KILLS // 4
