@@ -64,6 +64,7 @@ def build_model(small: bool, device: str | None = None):
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
     )
+    torch.manual_seed(0)  # the same weights for every arm
     with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
         return transformers.AutoModelForCausalLM.from_config(config)
 
