@@ -31,11 +31,16 @@ def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
     return kept
 
 
+def is_whole_step(args, tokens: int, worst: int) -> bool:
+    """Whether a pass of at most `tokens` holds a whole optimizer step, of `worst` tokens at most."""
+    return tokens >= worst and args.gradient_accumulation_steps == 1
+
+
 def estimate(
     model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int
 ) -> dict[str, float]:
     """Bytes at the peak of training, part by part. `tokens` in one pass, of the `worst` ones of a step."""
-    tokens, whole_step = min(tokens, worst), tokens >= worst and args.gradient_accumulation_steps == 1
+    tokens, whole_step = min(tokens, worst), is_whole_step(args, tokens, worst)
     config, size = model.config, model.dtype.itemsize
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained)

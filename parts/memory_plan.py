@@ -60,9 +60,10 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
     installed. Raises SystemExit when no rung applies.
     """
     optimizer, batch_tokens = args.optimizer or optimizer, args.batch_tokens or batch_tokens
+    worst = sum(sorted(lengths)[-args.per_device_train_batch_size :])  # tokens of a step on this device
     plans = [
-        Plan(*rung, memory.estimate(model, args, fused, *rung, step_tokens(args, lengths)), free)
-        for rung in rungs(args, model, lengths, optimizer, batch_tokens)
+        Plan(*rung, memory.estimate(model, args, fused, *rung, worst), free)
+        for rung in rungs(args, model, worst, max(lengths), optimizer, batch_tokens)
     ]
     if not plans:
         raise SystemExit(
@@ -75,15 +76,9 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
     return accelerate.utils.broadcast_object_list([plan])[0]  # whatever each process found
 
 
-def step_tokens(args, lengths: list[int]) -> int:
-    """Tokens of the worst step on this device."""
-    return sum(sorted(lengths)[-args.per_device_train_batch_size :])
-
-
-def rungs(args, model, lengths: list[int], optimizer: str | None, batch_tokens: int | None) -> list[tuple]:
+def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_tokens: int | None) -> list[tuple]:
     """(tokens in one pass, recompute every n-th layer, offload, optimizer) of the ladder's rungs that apply to this
-    training, with what was asked for in place of what they say."""
-    worst, longest = step_tokens(args, lengths), max(lengths)
+    training, with what was asked for in place of what they say. Tokens of the `worst` step and `longest` example."""
     sizes = {"all": worst, "half": max(longest, worst // 2), "longest": longest}
     cuda = args.device.type == "cuda"
     rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
@@ -95,7 +90,7 @@ def rungs(args, model, lengths: list[int], optimizer: str | None, batch_tokens: 
         tokens = batch_tokens or sizes[tokens]
         every = every if args.checkpoint_every is None else args.checkpoint_every
         offload = (offload and cuda) if args.offload_activations is None else args.offload_activations
-        whole = tokens >= worst and args.gradient_accumulation_steps == 1
+        whole = memory.is_whole_step(args, tokens, worst)
         if offload and not every or name.endswith("in_backward") and not (whole and args.world_size == 1):
             continue
         found.append((tokens, every, offload, name))

@@ -3,6 +3,7 @@ files, and a way to run a script as a person would."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import gc
@@ -18,7 +19,6 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -138,6 +138,14 @@ def run_steps(model: str | Path, lora: bool = False, callbacks=(), **changes):
     return run(model, lora, callbacks, **STEPS | changes)
 
 
+def continues_from(args) -> str | None:
+    """The checkpoint from which a command with these arguments would go on."""
+    import data
+    from parts import output_folder
+
+    return output_folder.find_run(args, args.model_name, data.SYSTEM_PROMPT).checkpoint
+
+
 def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jsonl", **changes):
     """A trainer on the tiny model as train.train would build it, from the rows of `file`."""
     import data
@@ -207,14 +215,8 @@ def history(folder: str | Path) -> list[dict]:
 # ---- models of a real shape --------------------------------------------------------------------------------------
 
 QWEN = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16}
-
-
 QWEN |= {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
-
-
 SMALL = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
-
-
 SMALL |= {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
 
 
@@ -241,17 +243,14 @@ def on_meta(**changes):
         return build_model(**changes)
 
 
-def card_arguments(lora=False, device="cuda", **changes):
+def card_arguments(lora=False, **changes):
     """The recipe's arguments as the plan reads them, on a card that this machine need not have."""
-    import torch
+    import memory_budget
 
     import train
     import train_lora
 
-    cls = train_lora.LoraArguments if lora else train.TrainArguments
-    real = cls(report_to="none", **changes)
-    here = {"device": torch.device(device), "world_size": 1, "process_index": 0}
-    return SimpleNamespace(**(vars(real) | here | {"trains_adapter": lora, "lora_dropout": real.lora_dropout}))
+    return memory_budget.card_arguments(train_lora.LoraArguments if lora else train.TrainArguments, **changes)
 
 
 def load_attentive(tiny_model, device: str = "cpu"):
@@ -277,18 +276,22 @@ def examples() -> list[dict[str, list[int]]]:
     """Random ids; of each example the first nine are its prompt."""
     import torch
 
+    from parts.encoding import IGNORE_INDEX
+
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(10, 4000, (length,), generator=generator).tolist() for length in LENGTHS]
-    return [{"input_ids": ids, "labels": [-100] * 9 + ids[9:]} for ids in rows]
+    return [{"input_ids": ids, "labels": [IGNORE_INDEX] * 9 + ids[9:]} for ids in rows]
 
 
 def gradient(trainer, rows):
     """[parameters] after one step of `rows`."""
     import torch
 
+    from parts.encoding import IGNORE_INDEX
+
     batch = trainer.data_collator(rows)
     trainer.model.zero_grad()
-    trainer.training_step(trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+    trainer.training_step(trainer.model, batch, num_items_in_batch=(batch["labels"] != IGNORE_INDEX).sum())
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
@@ -381,8 +384,6 @@ def begin(request: dict) -> None:
         traceback.print_exc()
         status = 1
     finally:
-        import atexit
-
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

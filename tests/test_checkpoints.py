@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import STEPS, arguments, run_steps, same, weights
+from helpers import STEPS, arguments, continues_from, run_steps, same, weights
 
 import data
-from parts import checkpoints, output_folder
+from parts import checkpoints
 
 
 def flip(content: bytes) -> bytes:
@@ -24,11 +24,6 @@ DAMAGES = {
     "removed": Path.unlink,
     "flipped": lambda path: path.write_bytes(flip(path.read_bytes())),
 }
-
-
-def continues_from(args) -> str | None:
-    """The checkpoint from which a command with these arguments would go on."""
-    return output_folder.find_run(args, args.model_name, data.SYSTEM_PROMPT).checkpoint
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

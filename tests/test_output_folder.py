@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import STEPS, At, arguments, contents, refused, run_script, run_steps, same, terminate, weights
+from helpers import (
+    STEPS,
+    At,
+    arguments,
+    contents,
+    continues_from,
+    refused,
+    run_script,
+    run_steps,
+    same,
+    terminate,
+    weights,
+)
 
 import data
 import train
 from parts import checkpoints, models, output_folder
-
-
-def continues_from(args) -> str | None:
-    """The checkpoint from which a command with these arguments would go on."""
-    return output_folder.find_run(args, args.model_name, data.SYSTEM_PROMPT).checkpoint
 
 
 def test_second_run_in_the_same_folder_is_refused_and_named_the_first(workspace, tiny_model):

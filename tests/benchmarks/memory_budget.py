@@ -64,9 +64,18 @@ def saved_by_4_bits(model) -> float:
     return sum(weight.numel() for weight in weights) * (2 - NF4_BITS / 8)
 
 
+def card_arguments(cls, **flags) -> SimpleNamespace:
+    """Arguments as the plan reads them, of one process on a CUDA card that this machine need not have."""
+    import torch
+
+    real = cls(report_to="none", **flags)
+    here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
+    here |= {"trains_adapter": real.trains_adapter, "lora_dropout": real.lora_dropout}
+    return SimpleNamespace(**vars(real) | here)
+
+
 def plan_only(cap: float) -> None:
     """The plans for a CUDA card of this size, from shapes alone."""
-    import torch
     import train_speed
 
     import train
@@ -76,10 +85,7 @@ def plan_only(cap: float) -> None:
     models.quiet_libraries()
     for kind, (script, _) in KINDS.items():
         cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
-        real = cls(memory_gb=cap, report_to="none")
-        here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
-        here |= {"trains_adapter": real.trains_adapter, "lora_dropout": real.lora_dropout}
-        args = SimpleNamespace(**vars(real) | here)
+        args = card_arguments(cls, memory_gb=cap)
         model = train_speed.build_model(False, "meta")
         with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
             model = model if kind == "full" else train_lora.add_adapter(model, args)
