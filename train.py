@@ -1,5 +1,6 @@
 """Full-parameter fine-tuning of Qwen3-1.7B into a Chinese medical chat model that thinks before it answers.
 
+    python train.py --check                           # first on a new card: does it run here, and how fast
     python train.py                                   # fetches what is missing; run again, it continues
     python train.py --model_name Qwen/Qwen3-0.6B      # a small card
     python train.py --learning_rate 5e-5 --output_dir output/lr5e-5       # any flag of transformers' Trainer
@@ -33,6 +34,7 @@ EVAL_STEPS = 100  # optimizer steps between evaluations; a checkpoint is written
 PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
 KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
+MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
 SAMPLE_TOKENS = 1024  # at most, for each of these replies
 PROJECT = "qwen3-sft-medical"  # in SwanLab
@@ -85,31 +87,29 @@ def prepare_files(args: TrainArguments) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part."""
-    from parts import kernels, memory, memory_plan, optimizers
+    from parts import kernels, memory, memory_plan, proof, rehearsal
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
 
+    proof.require(model, args.load_in_4bit)
     fast = kernels.choose(model) if args.fast_kernels else kernels.Kernels()
     lengths = [len(ids) for ids in train_dataset["input_ids"]]
-    free = memory.free(args, model)
-    plan = memory_plan.choose(args, model, lengths, fast.fused, free, **kept)
-    memory_plan.apply(plan, model, args)
+    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
         print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
-    print(memory_plan.describe(plan, "内存" if args.use_cpu else "显存"))
-    return PackedTrainer(
+    trainer = PackedTrainer(
         model=model,
         args=args,
-        plan=plan,
         kernels=fast,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizers.pick(plan.optimizer, args, triton=fast.fused),
         callbacks=[*([BestCheckpoint()] if args.load_best_model_at_end else []), *callbacks],
     )
+    rehearsal.settle(trainer, plans)
+    return trainer
 
 
 def save(trainer, tokenizer, settings: dict) -> None:
@@ -188,6 +188,14 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     return trainer
 
 
+def check(args: TrainArguments, add_adapter=None) -> None:
+    """Whether a training with these arguments would run here, as a page; writes nothing."""
+    from parts import diagnosis
+
+    with terminal.explain_out_of_memory(OUT_OF_MEMORY):
+        diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
+
+
 def report(trainer, script: str) -> None:
     """Last on the screen: where the model is and how to ask it."""
     args, state = trainer.args, trainer.state
@@ -199,7 +207,8 @@ def report(trainer, script: str) -> None:
 
 
 def main() -> None:
-    report(train(parse_flags(TrainArguments, __doc__)), "inference.py")
+    args = parse_flags(TrainArguments, __doc__)
+    check(args) if args.check else report(train(args), "inference.py")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ try:
     from data import LORA_OUTPUT_DIR
     from parts.arguments import parse_flags
     from parts.terminal import run_main
-    from train import TrainArguments, report, train
+    from train import TrainArguments, check, report, train
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -64,7 +64,8 @@ def add_adapter(model, args: LoraArguments):
 
 
 def main() -> None:
-    report(train(parse_flags(LoraArguments, __doc__), add_adapter), "inference_lora.py")
+    args = parse_flags(LoraArguments, __doc__)
+    check(args, add_adapter) if args.check else report(train(args, add_adapter), "inference_lora.py")
 
 
 if __name__ == "__main__":

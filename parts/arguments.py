@@ -1,15 +1,15 @@
-"""The flags of a training: transformers.TrainingArguments with what the parts add, checked at once, and the process's
-environment. Knows no recipe: its numbers and files are the script's."""
+"""The flags of a training: transformers.TrainingArguments with what the parts add, checked at once. Knows no recipe:
+its numbers and files are the script's."""
 
 import argparse
 import gc
-import os
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from parts import environment
+
+environment.prepare()  # before the first of these imports
 gc.disable()  # it would look through what these imports build again and again: a fifth of a command's start
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
 
 gc.enable()
 
+from parts import card  # noqa: E402
 from parts.memory import DRIVER_BYTES  # noqa: E402
 from parts.optimizers import OPTIMIZERS  # noqa: E402
 
@@ -50,6 +51,10 @@ class Arguments(TrainingArguments):
         metadata={"help": "of bfloat16 weights; optim: what --optim says; default: planned", "choices": OPTIMIZERS},
     )
     fast_kernels: bool = field(default=True, metadata={"help": "packed attention and fused layers where they run"})
+    check: bool = field(default=False, metadata={"help": "only look whether training runs here, and how fast"})
+    rehearse: bool | None = field(
+        default=None, metadata={"help": "try the worst step before training; default: on a GPU"}
+    )
     full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
 
     gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
@@ -82,14 +87,16 @@ class Arguments(TrainingArguments):
         self.gradient_checkpointing = self.activation_checkpointing = False  # until the plan says otherwise
         if self.offload_activations and self.checkpoint_every == 0:
             raise ValueError("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
-        set_environment()
-        if not (self.use_cpu or torch.accelerator.is_available()) and (card := unused_card()):
-            raise ValueError(card)
+        if not (self.use_cpu or torch.accelerator.is_available()) and (why := card.unused()):
+            raise ValueError(why)
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
         super().__post_init__()
+        if why := card.no_kernels(self.device) or card.too_small(self.device, self.memory_gb):
+            raise ValueError(why)
+        self.rehearse = self.check or self.device.type == "cuda" if self.rehearse is None else self.rehearse
         if self.offload_activations and self.device.type == "cpu":
             raise ValueError("--offload_activations 要 GPU")
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
@@ -114,30 +121,6 @@ class Arguments(TrainingArguments):
             raise ValueError(f"--memory_gb {self.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
         if not self.output_dir:
             raise ValueError("--output_dir 是空的")
-
-
-def set_environment() -> None:
-    """What libraries read from this process's environment later on."""
-    # Less is lost between blocks of memory. Has to be set before the first one is asked for.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # Without torchrun Trainer would spread one process over all GPUs with DataParallel, slower than one of them.
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ.pop("SWANLAB_DEBUG", None)  # it would write a stored key into a log; Trainer imports SwanLab
-
-
-def unused_card() -> str | None:
-    """What keeps torch from an NVIDIA card that is there, as its driver says, and was not hidden; else None."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not (program := shutil.which("nvidia-smi")):
-        return None
-    listed = subprocess.run([program, "-L"], capture_output=True, encoding="utf-8", errors="replace")
-    if listed.returncode or not listed.stdout.startswith("GPU "):
-        return None
-    card = listed.stdout.splitlines()[0].split(" (UUID")[0]
-    why = f"它要支持 CUDA {torch.version.cuda} 的驱动，请升级驱动，或装旧一些的 torch"
-    if torch.version.cuda is None:
-        why = "它是只有 CPU 的版本，请照 PyTorch 网站上的命令装 CUDA 版"
-    return f"有显卡（{card}），但 torch {torch.__version__} 用不了：{why}；就要在 CPU 上训练，请加 --use_cpu true"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

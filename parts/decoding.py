@@ -8,6 +8,7 @@ import transformers
 from torch.nn.functional import pad
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from parts.proof import Verdict, compare, missing
 from parts.terminal import first_line
 
 CACHE_STEP = 512  # tokens by which the key-value cache grows; attention reads all of it, each growth costs a capture
@@ -67,13 +68,12 @@ class Decoder:
         self.token.copy_(token[:, None])
         self.position += 1
         self.used += 1
-        if self.capturable and self.graph is None and self.warm_steps >= WARM_UP:
-            self.capture()
         if self.graph:
-            self.graph.replay()
-        else:
-            self.logits = self.forward(self.token, self.position, self.mask)
-            self.warm_steps += 1
+            return self.graph.replay()
+        self.logits = self.forward(self.token, self.position, self.mask)
+        self.warm_steps += 1
+        if self.capturable and self.warm_steps >= WARM_UP and self.used < self.room:
+            self.capture()
 
     def grow(self) -> None:
         """Room for CACHE_STEP more tokens. The addresses change, so the graph is of no use any more."""
@@ -86,18 +86,37 @@ class Decoder:
             self.mask = pad(self.mask, (0, CACHE_STEP), value=True)
 
     def capture(self) -> None:
-        """Record one step without running it; where that fails, say why and go on step by step."""
+        """Record one step without running it, and run the last one again by it, which has to give the same. Where
+        either fails, say why and go on step by step."""
         stream = None
         try:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             with torch.cuda.graph(graph):
-                self.logits = self.forward(self.token, self.position, self.mask)
-            self.graph = graph
+                logits = self.forward(self.token, self.position, self.mask)
+            for layer in self.cache.layers:
+                layer.cumulative_length -= 1
+            graph.replay()
+            self.verdict = compare([self.logits], [logits])
+            if not self.verdict.runs:
+                raise RuntimeError(self.verdict.why)
+            self.graph, self.logits = graph, logits
         except RuntimeError as error:
-            self.capturable = False
+            self.capturable, self.verdict = False, Verdict(False, first_line(error))
             if stream:
                 torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
             print(f"（CUDA graph 用不了，改为逐步计算，会慢一些：{first_line(error)}）", file=sys.stderr)
+
+
+@torch.inference_mode()
+def try_graph(model) -> Verdict:
+    """Whether a step can be recorded here, and then gives what it gives by itself."""
+    if model.device.type != "cuda":
+        return missing("它要 GPU")
+    ids = torch.arange(100, 120, device=model.device)[None]
+    decoder = Decoder(model, ids, torch.arange(20, device=model.device)[None])
+    for token in ids[0, :WARM_UP]:
+        decoder.advance(token[None])
+    return decoder.verdict
 
 
 def decode(

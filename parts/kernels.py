@@ -1,5 +1,6 @@
 """Which fast kernels run on this device and agree with the plain ones: torch's attention for packed batches, Liger's
-norms, rotary embedding and SwiGLU. None is used that was not seen to agree here. Knows no plan and no flag."""
+norms, rotary embedding and SwiGLU, the optimizer's in Triton. None is used that was not seen to agree here. Knows no
+plan and no flag."""
 
 import copy
 import importlib.util
@@ -8,51 +9,56 @@ from typing import NamedTuple
 import torch
 
 from parts import packing
-from parts.terminal import first_line, shorten
+from parts.proof import Verdict, attempt, compare, missing, try_step
 
-LENGTHS = (37, 91)  # tokens of the two examples that the kernels are tried on
+LENGTHS = (
+    1400,
+    2800,
+)  # tokens of the examples tried: from 32,768 rows on, 4,096 x 8 heads, Liger's norms run another way
+OFF = Verdict(False, "--fast_kernels false", expected=False)
 
 
 class Kernels(NamedTuple):
-    """What runs here: None for a kernel that does, else why it does not."""
+    """The fast paths of a training."""
 
-    no_varlen: str | None = "--fast_kernels false"
-    no_fused: str | None = "--fast_kernels false"
+    attention: Verdict = OFF
+    layers: Verdict = OFF
+    step: Verdict = OFF
 
     @property
     def varlen(self) -> bool:
-        return self.no_varlen is None
+        return self.attention.runs
 
     @property
     def fused(self) -> bool:
-        return self.no_fused is None
+        return self.layers.runs
 
 
 def choose(model) -> Kernels:
     """Give `model` packed_attention, and those of Liger's kernels that run here."""
     packing.use(model)
-    no_varlen, no_fused = varlen_missing(model), fused_missing(model)
-    if not (no_varlen and no_fused):
+    attention, layers = varlen_missing(model), fused_missing(model)
+    if not (attention and layers):
         probe = shrink(model)
-        plain = outcome(probe, starts=False)
-        no_varlen = no_varlen or disagreement(plain, outcome(probe, starts=True))
-        no_fused = no_fused or try_fused(probe, plain)
-    if no_fused is None:
+        plain = attempt(outcome, probe)
+        attention = attention or compare(plain, attempt(outcome, probe, starts=True))
+        layers = layers or try_fused(probe, plain)
+    if layers.runs:
         fuse(model)
-    return Kernels(no_varlen, no_fused)
+    return Kernels(attention, layers, try_step("kahan", model.device, triton=True))
 
 
-def varlen_missing(model) -> str | None:
+def varlen_missing(model) -> Verdict | None:
     """Why torch's attention kernel for packed batches cannot run here, or None."""
     if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-        return "它只在 sm80 及以上的 NVIDIA GPU 上"
-    return "它只算 bfloat16 和 float16" if model.dtype == torch.float32 else None
+        return missing("它只在 sm80 及以上的 NVIDIA GPU 上")
+    return missing("它只算 bfloat16 和 float16") if model.dtype == torch.float32 else None
 
 
-def fused_missing(model) -> str | None:
+def fused_missing(model) -> Verdict | None:
     """Why Liger's kernels cannot run here, or None."""
     there = model.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    return None if there else "它要 GPU 和 liger-kernel"
+    return None if there else missing("它要 GPU 和 liger-kernel")
 
 
 def shrink(model):
@@ -78,50 +84,42 @@ def fuse(model) -> None:
     modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3MLP = plain
 
 
-def try_fused(probe, plain) -> str | None:
-    """Why Liger's kernels are not used; None: they run, and agree with the `plain` outcome."""
+def try_fused(probe, plain) -> Verdict:
+    """Whether Liger's kernels run, and agree with the `plain` outcome."""
     from transformers.models.qwen3 import modeling_qwen3
 
     rotary = modeling_qwen3.apply_rotary_pos_emb  # a function, which Liger exchanges for all models
-    fuse(probe)
-    why = disagreement(plain, outcome(probe, starts=False))
-    if why:
+    verdict = compare(plain, attempt(lambda: fuse(probe) or outcome(probe)))
+    if not verdict.runs:
         modeling_qwen3.apply_rotary_pos_emb = rotary
-    return why
+    return verdict
 
 
-def outcome(probe, starts: bool) -> list[torch.Tensor] | Exception:
-    """What the layer gives for two short examples, and the gradients of its sum along a random direction for all
-    weights, or the error that it raised. `starts`: with torch's attention kernel for packed batches.
+def outcome(probe, starts: bool = False, lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
+    """What the layer gives for examples of these lengths, and the gradients of its sum along a random direction for all
+    weights. `starts`: with torch's attention kernel for packed batches.
 
     The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(128, (1, sum(LENGTHS)), generator=generator).to(probe.device)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(probe.device)
-    inputs = {"input_ids": ids, "position_ids": positions, "lengths": LENGTHS, "use_cache": False}
+    ids = torch.randint(128, (1, sum(lengths)), generator=generator).to(probe.device)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(probe.device)
+    inputs = {"input_ids": ids, "position_ids": positions, "lengths": lengths, "use_cache": False}
     if starts:
-        inputs["starts"] = packing.starts_of(LENGTHS, probe.device)
-    try:
-        hidden = probe.get_decoder()(**inputs).last_hidden_state
-        weights = list(probe.get_decoder().parameters())
-        direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-        return [hidden.detach(), *torch.autograd.grad((hidden.float() * direction).sum(), weights)]
-    except Exception as error:  # whatever a kernel, its compiler or the driver raises: then it is not used
-        return error
-
-
-def disagreement(plain, fast) -> str | None:
-    """What is wrong with `fast` beside `plain`, of `outcome`; None when they differ by rounding alone."""
-    for found in (plain, fast):
-        if isinstance(found, Exception):
-            return shorten(first_line(found), 100)
-    differences = [((a - b).float().norm() / a.float().norm()).item() for a, b in zip(plain, fast)]
-    worst = next((size for size in differences if not size < 0.03), None)  # NaN is not smaller either
-    return None if worst is None else f"与普通算子相差 {worst:.1%}"
+        inputs["starts"] = packing.starts_of(lengths, probe.device)
+    hidden = probe.get_decoder()(**inputs).last_hidden_state
+    weights = list(probe.get_decoder().parameters())
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    return [hidden.detach(), *torch.autograd.grad((hidden.float() * direction).sum(), weights)]
 
 
 def describe(kernels: Kernels) -> str:
     """What runs, in one line."""
-    attention = f"逐条 sdpa（不用 torch varlen：{kernels.no_varlen}）" if kernels.no_varlen else "torch varlen"
-    return f"注意力：{attention}；融合算子：{f'不用（{kernels.no_fused}）' if kernels.no_fused else 'Liger'}"
+    attention, layers, step = kernels
+    parts = [
+        f"注意力：{'torch varlen' if attention.runs else f'逐条 sdpa（不用 torch varlen：{attention.why}）'}",
+        f"融合算子：{'Liger' if layers.runs else f'不用（{layers.why}）'}",
+    ]
+    if step.expected:
+        parts.append(f"优化器：{'Triton' if step.runs else f'不用 Triton（{step.why}）'}")
+    return "；".join(parts)

@@ -9,6 +9,7 @@ import torch
 
 from parts.loss import LOSS_BYTES
 from parts.optimizers import state_bytes
+from parts.packing import repeats_heads
 
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
@@ -24,7 +25,8 @@ def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     norm = size if fused else 4 + size
-    kept = 2 * (norm + size) * hidden + norm * (query + key) + size * (3 * query + 2 * key)
+    repeated = query if repeats_heads(model.device, model.dtype) else key
+    kept = 2 * (norm + size) * hidden + norm * (query + key) + size * (3 * query + 2 * repeated)
     kept += (3 if fused else 4) * size * inner + 4 * config.num_attention_heads
     if lora_dropout:  # each of the seven adapters keeps its own input and the mask; the frozen products keep nothing
         kept += (size + 1) * (5 * hidden + query + inner) - size * (2 * hidden + inner)

@@ -52,8 +52,9 @@ class Plan(NamedTuple):
         return self.total <= self.free
 
 
-def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=None, batch_tokens=None) -> Plan:
-    """The first rung of the ladder that fits into `free` bytes, one for all processes; the smallest when none does.
+def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=None, batch_tokens=None) -> list[Plan]:
+    """The rungs of the ladder that fit into `free` bytes, fastest first, the same for all processes; the smallest one
+    alone when none does.
 
     lengths: tokens of each training example; the worst step holds the longest ones. `optimizer` and `batch_tokens` are
     an interrupted run's, kept where the command line says nothing. What asks for torchao comes last where it is not
@@ -72,8 +73,8 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
         )
     if importlib.util.find_spec("torchao") is None:
         plans.sort(key=lambda plan: plan.optimizer not in ("kahan", "optim"))
-    plan = next((plan for plan in plans if plan.fits), None) or min(plans, key=lambda plan: plan.total)
-    return accelerate.utils.broadcast_object_list([plan])[0]  # whatever each process found
+    plans = [plan for plan in plans if plan.fits] or [min(plans, key=lambda plan: plan.total)]
+    return accelerate.utils.broadcast_object_list([plans])[0]  # whatever each process found
 
 
 def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_tokens: int | None) -> list[tuple]:
@@ -116,12 +117,14 @@ def describe(plan: Plan, kind: str) -> str:
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
 
-def apply(plan: Plan, model, args) -> None:
-    """Switch the recomputing of layers on, and hold the process to the memory that was planned with: beyond it Windows'
-    driver would not refuse but go on in the CPU's memory, many times slower."""
+def apply(plan: Plan, model) -> None:
+    """Switch the recomputing of layers on or off, and hold the process to the memory that was planned with: beyond it
+    Windows' driver would not refuse but go on in the CPU's memory, many times slower."""
+    # Their names from transformers 5.23 on, and before.
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
     if plan.checkpoint_every:
-        # Its name from transformers 5.23 on, and before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(every_n_layers=plan.checkpoint_every, offload=plan.offload)
+        getattr(model, f"{name}_enable")(every_n_layers=plan.checkpoint_every, offload=plan.offload)
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):  # of an earlier plan
+        getattr(model, f"{name}_disable")()
     if model.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.free / torch.cuda.mem_get_info()[1]))

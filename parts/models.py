@@ -13,6 +13,10 @@ from parts.encoding import encode_messages
 from parts.terminal import first_line
 
 END_OF_TURN = "<|im_end|>"  # generation stops here
+SHAPES = {  # hidden size, inner size, layers; each with 16 heads of 128, 8 for keys, and one embedding for both ends
+    "Qwen3-1.7B": (2048, 6144, 28),
+    "Qwen3-0.6B": (1024, 3072, 28),
+}
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -80,6 +84,22 @@ def load_weights(path: str, device: torch.device, in_4bit: bool = False):
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # missing, broken, another shape
         raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
     return (model if in_4bit else model.to(device)).eval()
+
+
+def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
+    """Write a model of the shape of `name` but for these changes of its configuration, with random weights. Raises
+    SystemExit for a shape that is not known."""
+    if (short := name.rpartition("/")[2]) not in SHAPES:
+        raise SystemExit(
+            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
+        )
+    quiet_libraries()
+    sizes = zip(("hidden_size", "intermediate_size", "num_hidden_layers"), SHAPES[short])
+    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True} | dict(sizes)
+    config = transformers.Qwen3Config(**shape | changes)
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=best_dtype(device))
+    model.save_pretrained(folder)
 
 
 def four_bits(dtype: torch.dtype):

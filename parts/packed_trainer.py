@@ -7,12 +7,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from parts import memory
+from parts import memory, memory_plan, optimizers
 from parts.encoding import IGNORE_INDEX
 from parts.kernels import Kernels
 from parts.loss import LinearCrossEntropy
 from parts.memory_plan import Plan
-from parts.optimizers import step_in_backward
 from parts.packing import PACKED, PackedCollator, split_batch, starts_of, token_batches
 from parts.safe_trainer import SafeTrainer
 
@@ -39,12 +38,11 @@ class PackedTrainer(SafeTrainer):
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     step_hooks: tuple = ()  # that step in the backward pass
 
-    def __init__(self, *args, plan: Plan, kernels: Kernels, **kwargs):
-        super().__init__(*args, data_collator=PackedCollator(), state_bytes=plan.parts["优化器"], **kwargs)
-        self.plan, self.kernels = plan, kernels
-        self.in_backward = plan.optimizer.endswith("in_backward")
-        if self.in_backward:
-            self.args.max_grad_norm = 0  # the norm of all gradients is never known
+    plan: Plan | None = None  # that is followed
+
+    def __init__(self, *args, kernels: Kernels, **kwargs):
+        super().__init__(*args, data_collator=PackedCollator(), **kwargs)
+        self.kernels, self.max_grad_norm = kernels, self.args.max_grad_norm
         if self.args.fast_kernels:
             self.args.use_liger_kernel = False  # kernels.choose has applied what agrees here
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
@@ -52,20 +50,31 @@ class PackedTrainer(SafeTrainer):
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
             self.add_callback(LogLines())
 
+    def follow(self, plan: Plan) -> None:
+        """Train by this plan from now on."""
+        args, self.plan = self.args, plan
+        self.in_backward = plan.optimizer.endswith("in_backward")
+        args.max_grad_norm = 0 if self.in_backward else self.max_grad_norm  # the norm of all gradients is never known
+        self.state_bytes = plan.parts["优化器"]
+        settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        self.optimizer_cls_and_kwargs = optimizers.pick(plan.optimizer, self.kernels.step.runs, **settings)
+        memory_plan.apply(plan, self.model)
+
     def keep_hidden(self, module, args, output) -> None:
         self.last_hidden = output.last_hidden_state
 
     def supervised_losses(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(sum, losses [N], where [B, T-1] the N supervised tokens stand). `model` is asked for no logits at all, but
-        is called as a whole, so that DistributedDataParallel sees the pass."""
+        """(sum, losses [N], where [N] the supervised tokens stand among the B x (T-1)). `model` is asked for no logits
+        at all, but is called as a whole, so that DistributedDataParallel sees the pass."""
         inputs = self.for_attention(inputs)
         targets = inputs.pop("labels")[:, 1:]
         model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
         hidden, self.last_hidden = self.last_hidden, None
-        where = targets != IGNORE_INDEX
+        where = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # waits for the device, once
         weight = self.model.get_output_embeddings().weight
         weight = weight if torch.is_grad_enabled() else weight.detach()  # else room is made for its gradient
-        return *LinearCrossEntropy.apply(hidden[:, :-1][where], weight, targets[where]), where
+        hidden = hidden[:, :-1].flatten(0, 1).index_select(0, where)
+        return *LinearCrossEntropy.apply(hidden, weight, targets.flatten()[where]), where
 
     def for_attention(self, inputs: dict) -> dict:
         """A copy of `inputs` with what the attention in use wants to know of where examples begin; transformers' own
@@ -87,7 +96,21 @@ class PackedTrainer(SafeTrainer):
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * scale / num_items_in_batch
 
+    def eval_tokens(self) -> int:
+        """At most in one evaluation batch."""
+        return min(EVAL_TOKENS, self.plan.batch_tokens)
+
     @torch.no_grad()
+    def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
+        """Of these rows as one batch: sum of the examples' mean losses, examples, sum of the tokens' losses, tokens."""
+        inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
+        with self.compute_loss_context_manager():
+            total, losses, where = self.supervised_losses(self.model, inputs)
+        example = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[0, 1:][where]
+        means = torch.zeros(len(rows), device=losses.device).index_add_(0, example, losses)
+        means /= torch.bincount(example, minlength=len(rows))
+        return torch.tensor([means.sum().item(), len(rows), total.item(), len(losses)], dtype=torch.float64)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """{eval_loss: the mean over examples of each example's mean token loss, as published; eval_token_loss: the mean
         over tokens; eval_runtime in seconds}. Neither loss depends on batch size or number of processes."""
@@ -95,15 +118,8 @@ class PackedTrainer(SafeTrainer):
         dataset = eval_dataset or self.eval_dataset
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)  # example means, examples, token losses, tokens
-        most = min(EVAL_TOKENS, self.plan.batch_tokens)
-        for batch in token_batches(dataset, self.args.process_index, self.args.world_size, most):
-            inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in batch]))
-            with self.compute_loss_context_manager():
-                total, losses, where = self.supervised_losses(self.model, inputs)
-            example = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[:, 1:][where]
-            means = torch.zeros(len(batch), device=losses.device).index_add_(0, example, losses)
-            means /= torch.bincount(example, minlength=len(batch))
-            sums += torch.tensor([means.sum().item(), len(batch), total.item(), len(losses)], dtype=torch.float64)
+        for rows in token_batches(dataset, self.args.process_index, self.args.world_size, self.eval_tokens()):
+            sums += self.evaluate_rows(dataset, rows)
         sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
         metrics = {"loss": sums[0] / sums[1], "token_loss": sums[2] / sums[3], "runtime": time.perf_counter() - started}
         metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
@@ -116,6 +132,10 @@ class PackedTrainer(SafeTrainer):
         if self.window_start is None:
             self.window_start = time.perf_counter()
         self.window_tokens += inputs["input_ids"].numel()
+        return self.take_passes(model, inputs, num_items_in_batch)
+
+    def take_passes(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """Forward and backward of the batch; its loss."""
         assert num_items_in_batch is not None  # else the parts' means would add up
         *parts, last = split_batch(inputs, self.plan.batch_tokens)
         with self.accelerator.no_sync(model):  # several GPUs add up their gradients once, after the last part
@@ -125,7 +145,7 @@ class PackedTrainer(SafeTrainer):
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.in_backward and not self.step_hooks:
-            self.step_hooks = step_in_backward(optimizer)
+            self.step_hooks = optimizers.step_in_backward(optimizer)
         return optimizer
 
     def release(self):

@@ -51,14 +51,19 @@ def run_main(main) -> None:
         raise SystemExit(f"（进程 {rank}）{ended.code}") from None
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of any device: torch.OutOfMemoryError is a RuntimeError; MPS and the CPU raise it plain."""
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "allocate memory", "cublas_status_alloc_failed"))
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(message: str):
     """Turn any device's out-of-memory error into `message`."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
-        text = str(error).lower()
-        if any(words in text for words in ("out of memory", "allocate memory", "cublas_status_alloc_failed")):
+    except RuntimeError as error:
+        if is_out_of_memory(error):
             raise SystemExit(message) from None
         raise
 

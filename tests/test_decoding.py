@@ -170,6 +170,42 @@ def test_a_capture_that_fails_says_why_in_one_line_and_decoding_goes_on(model, c
     assert capsys.readouterr().err.count("\n") == 1 and decoder.graph is None
 
 
+class Graph(Recorder):
+    """As CUDA's: what is recorded has not run, so the cache is not one step on; `wrong`: replays something else."""
+
+    wrong, cache = False, None
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        for layer in self.cache.layers:
+            layer.cumulative_length -= 1
+
+    def replay(self):
+        super().replay()
+        if self.wrong:
+            self.steps[-1][-1].mul_(1.1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the graph is CUDA's, and test_gpu.py looks at it")
+@pytest.mark.parametrize("wrong", [False, True])
+@torch.no_grad()
+def test_a_graph_is_used_when_its_first_replay_gives_what_the_step_gave(model, monkeypatch, capsys, wrong):
+    ids, tokens = draw(1, 20)["input_ids"], draw(1, 30)["input_ids"]
+    decoder = decoding.Decoder(model, ids, torch.arange(20)[None])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(Graph, "cache", decoder.cache)
+    monkeypatch.setattr(Graph, "wrong", wrong)
+    decoder.capturable = True
+    for token in tokens.T:
+        decoder.advance(token)
+    expected = model(torch.cat([ids, tokens], 1)).logits[:, -1]
+    torch.testing.assert_close(decoder.logits, expected, rtol=1e-4, atol=1e-5)
+    assert decoder.verdict.runs == (decoder.graph is not None) == (not wrong)
+    assert capsys.readouterr().err.count("与普通算子相差 10.0%") == wrong
+
+
 def test_graphs_are_for_gpus_and_replies_that_are_not_short(model):
     assert (decoding.fast_loop(model, 2048) is None) == (DEVICE == "cpu")
     assert decoding.fast_loop(model, decoding.SHORT_REPLY - 1) is None

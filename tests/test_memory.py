@@ -44,8 +44,7 @@ def peak(layers: int, tokens: int, every: int, optimizer: str) -> float:
         for weight in model.parameters():
             if optimizer.endswith("in_backward"):
                 weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
-        args = card_arguments(checkpoint_every=every)
-        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model, args)
+        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model)
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         tracker = MemTracker()
         tracker.track_external(model)
@@ -92,6 +91,13 @@ def test_the_two_gradients_of_the_tied_embedding_are_added_in_place(monkeypatch,
         hidden = model.model(input_ids=ids, position_ids=ids, lengths=(16,), use_cache=False).last_hidden_state
         LinearCrossEntropy.apply(hidden[0], model.lm_head.weight, ids[0])[0].backward()
     assert seen == places and len(seen) == passes
+
+
+def test_repeated_heads_are_counted_where_flash_is_missing(monkeypatch):
+    model = on_meta(layers=1)
+    grouped = memory.layer_bytes(model, True, 0)
+    monkeypatch.setattr(memory, "repeats_heads", lambda device, dtype: True)
+    assert memory.layer_bytes(model, True, 0) - grouped == 2 * 2 * 8 * 128  # keys and values, bfloat16, 8 more heads
 
 
 def test_all_logits_and_the_copies_of_other_processes_are_counted():

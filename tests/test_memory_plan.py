@@ -27,7 +27,7 @@ def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
     for offload in (False, True):
         model.zero_grad()
         inputs.clear()
-        memory_plan.apply(memory_plan.Plan(64, 1, offload, "kahan", {}, 0), model, card_arguments())
+        memory_plan.apply(memory_plan.Plan(64, 1, offload, "kahan", {}, 0), model)
         output = model.model(input_ids=ids, position_ids=ids, lengths=(64,), use_cache=False).last_hidden_state
         alive = [storage() is not None for storage in inputs]
         assert alive == [not offload] * 2
@@ -38,7 +38,7 @@ def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
 
 
 def make_plan(args, model, lengths):
-    return memory_plan.choose(args, model, lengths, True, memory.free(args, model))
+    return memory_plan.choose(args, model, lengths, True, memory.free(args, model))[0]
 
 
 LENGTHS = [700] * 50 + [2048] * 4
@@ -67,6 +67,21 @@ def test_less_memory_never_gives_a_larger_plan():
     fitting = [plan for plan, size in zip(plans, range(6, 60, 2)) if plan.total <= size * 1e9]
     assert [plan.total for plan in fitting] == sorted(plan.total for plan in fitting)
     assert len(fitting) > 20 and fitting[0].total < fitting[-1].total
+
+
+def test_a_plan_that_turns_out_too_large_can_give_way_to_smaller_ones():
+    plans = memory_plan.choose(card_arguments(memory_gb=24), on_meta(), LENGTHS, True, 23.5e9)
+    assert all(plan.fits for plan in plans) and plans[0].batch_tokens == 2048
+    assert any(plan.total < plans[0].total / 2 for plan in plans)
+    [smallest] = memory_plan.choose(card_arguments(memory_gb=3), on_meta(), LENGTHS, True, 2.5e9)
+    assert smallest.total == min(plan.total for plan in plans)
+
+
+def test_a_plan_without_recomputing_takes_back_that_of_an_earlier_one():
+    model = build_model(torch.float32, 2, SMALL)
+    for every in (1, 0):
+        memory_plan.apply(memory_plan.Plan(64, every, False, "kahan", {}, 0), model)
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [bool(every)] * 2
 
 
 def test_lora_fits_where_full_training_does_not():

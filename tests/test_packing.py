@@ -44,6 +44,33 @@ def test_no_example_of_a_batch_sees_another_or_what_comes_later(tiny_model):
     assert not changed[:place].any() and not changed[sum(LENGTHS[:2]) :].any()
 
 
+def test_heads_are_repeated_where_flash_is_missing(monkeypatch):
+    """With grouped heads torch would take the kernel that keeps all scores; what is computed is the same."""
+    query, key, value = (torch.randn(1, heads, 60, 16) for heads in (4, 2, 2))
+    seen, attend = [], packing.scaled_dot_product_attention
+
+    def noting(query, key, value, **options):
+        seen.append((key.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", noting)
+    grouped, _ = packing.packed_attention(None, query, key, value, None, 0.25, (20, 40))
+    monkeypatch.setattr(packing, "repeats_heads", lambda device, dtype: True)
+    repeated, _ = packing.packed_attention(None, query, key, value, None, 0.25, (20, 40))
+    assert seen == [(2, True)] * 2 + [(4, False)] * 2
+    torch.testing.assert_close(grouped, repeated)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "repeated"),
+    [((7, 5), torch.float16, True), ((8, 6), torch.float32, True), ((8, 6), torch.bfloat16, False)],
+)
+def test_flash_is_for_sixteen_bits_from_sm80_on(monkeypatch, capability, dtype, repeated):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert packing.repeats_heads(torch.device("cuda"), dtype) == repeated
+    assert not packing.repeats_heads(torch.device("cpu"), dtype)
+
+
 def test_starts_that_are_not_those_of_the_batch_are_refused():
     query, key = torch.zeros(1, 4, 60, 16), torch.zeros(1, 2, 60, 16)
     with pytest.raises(AssertionError, match="3"):

@@ -93,7 +93,7 @@ def plan_only(cap: float) -> None:
             size = model.get_memory_footprint() - saved_by_4_bits(model)
             model.get_memory_footprint = lambda size=size: size
         free = memory.free(args, model)
-        plan = memory_plan.choose(args, model, [2048] * 4, True, free)
+        plan, *_ = memory_plan.choose(args, model, [2048] * 4, True, free)
         fits = "yes" if plan.fits else "no"
         print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {describe(plan)} |")
 

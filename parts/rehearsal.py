@@ -1,0 +1,155 @@
+"""The worst step of a training and its largest evaluation, tried before anything is written: does the plan fit here,
+and how fast is it. No optimizer steps: weights, random states and the trainer are afterwards what they were."""
+
+import contextlib
+import math
+import random
+import time
+from typing import NamedTuple
+
+import accelerate
+import numpy
+import torch
+
+from parts import memory, memory_plan, proof
+from parts.encoding import IGNORE_INDEX
+from parts.packing import token_batches
+from parts.terminal import is_out_of_memory
+
+
+class Rehearsed(NamedTuple):
+    """What the worst step and the largest evaluation took."""
+
+    peak: int  # bytes, the optimizer's states to be included
+    tokens: int  # of the worst step on this device
+    train_speed: float  # tokens/s, forward and backward
+    eval_speed: float  # tokens/s
+
+
+def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
+    """Let `trainer` follow the first of `plans` whose optimizer and whose memory are seen to be right here, the same in
+    all processes, and print it. None without a rehearsal. Raises SystemExit where an optimizer is the reason that no
+    plan is left, else torch.OutOfMemoryError."""
+    args = trainer.args
+    while plans:
+        plan = plans[0]
+        if why := missing_optimizer(plan, args.device):
+            plans = [other for other in plans if other.optimizer[:4] != plan.optimizer[:4]]
+            if not plans:
+                raise SystemExit(f"错误：放得下的方案都要 8 位优化器（{plan.optimizer}），它在这里用不了：{why}。")
+            print(f"不用 8 位优化器：{why}。")
+            continue
+        trainer.follow(plan)
+        print(memory_plan.describe(plan, "显存" if args.device.type == "cuda" else "内存"))
+        if not args.rehearse:
+            return None
+        found = rehearse(trainer)
+        if all(accelerate.utils.gather_object([found is not None])):
+            print(describe(found, trainer))
+            return found
+        plans = [other for other in plans if other.total < plan.total]
+        print(f"预演：显存不足，这个方案在这里放不下{'；换一个小一些的。' if plans else '，也没有更小的了。'}")
+    raise torch.OutOfMemoryError("out of memory in the rehearsal of the smallest plan")
+
+
+def missing_optimizer(plan: memory_plan.Plan, device: torch.device) -> str | None:
+    """Why the plan's optimizer cannot step here, or None."""
+    if not plan.optimizer.startswith("8bit"):
+        return None
+    verdict = proof.try_step("8bit", device)
+    return None if verdict.runs else verdict.why
+
+
+def rehearse(trainer) -> Rehearsed | None:
+    """None: it does not fit."""
+    drop = [] if not trainer.in_backward else [p for p in trainer.model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in drop]
+    found = None
+    try:
+        with same_random_states(trainer.args.device):
+            found = measure(trainer)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    finally:  # an error that was caught is gone by now, and with it the graph that its traceback held
+        for hook in hooks:
+            hook.remove()
+        trainer.last_hidden = None
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.model.eval()
+        if trainer.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def measure(trainer) -> Rehearsed:
+    """The worst step, twice, and the largest evaluation batch, beside a block as large as the optimizer's states."""
+    args, data = trainer.args, trainer.train_dataset
+    longest = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]))[-args.per_device_train_batch_size :]
+    batch = trainer.data_collator([data[i] for i in longest])
+    tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    copies = (args.world_size > 1) * sum(p.nbytes for p in trained)  # of gradients, DistributedDataParallel's
+    placeholder = torch.empty(int(trainer.state_bytes + copies), dtype=torch.uint8, device=args.device)
+    for _ in range(2):  # the first one loads kernels
+        seconds = -now(args.device)
+        trainer.take_passes(trainer.model, trainer._prepare_inputs(batch), supervised)
+        seconds += now(args.device)
+        if args.gradient_accumulation_steps == 1:
+            trainer.model.zero_grad(set_to_none=True)
+    trainer.model.zero_grad(set_to_none=True)
+    eval_speed = measure_evaluation(trainer) if trainer.eval_dataset and args.eval_strategy != "no" else math.inf
+    del placeholder
+    return Rehearsed(memory.peak(args.device), tokens, tokens / seconds, eval_speed)
+
+
+def measure_evaluation(trainer) -> float:
+    """Tokens/s of the largest evaluation batch."""
+    args, data = trainer.args, trainer.eval_dataset
+    trainer.model.eval()
+    rows = token_batches(data, args.process_index, args.world_size, trainer.eval_tokens())[-1]
+    seconds = -now(args.device)
+    trainer.evaluate_rows(data, rows)
+    return sum(len(data[i]["input_ids"]) for i in rows) / (seconds + now(args.device))
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was asked for."""
+    torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def same_random_states(device: torch.device):
+    """Behind it everything is drawn as if nothing had been drawn inside."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    numpy.random.set_state(arrays)
+
+
+def seconds_of_run(found: Rehearsed, trainer) -> float:
+    """An estimate, at most, of the whole training and its evaluations, without optimizer steps and saving."""
+    args, data = trainer.args, trainer.train_dataset
+    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(data) / examples) * args.num_train_epochs
+    tokens = sum(map(len, data["input_ids"])) / len(data) * examples * steps
+    seconds = tokens / found.train_speed / args.world_size
+    if math.isfinite(found.eval_speed):
+        count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations
+        count *= steps if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
+        tokens = sum(map(len, trainer.eval_dataset["input_ids"]))
+        seconds += count * tokens / found.eval_speed / args.world_size
+    return seconds
+
+
+def describe(found: Rehearsed, trainer) -> str:
+    """What was found, in a few words."""
+    minutes = math.ceil(seconds_of_run(found, trainer) / 60)
+    return (
+        f"预演：最大的一步（{found.tokens} 个 token）和评估都放得下，峰值 {found.peak / 1e9:.2f} GB"
+        f"（估算 {trainer.plan.total / 1e9:.2f}）。"
+        f"每秒 {found.train_speed:,.0f} 个 token，整个训练最多约 {minutes} 分钟，不算优化器和保存。"
+    )
