@@ -40,8 +40,8 @@ SAMPLE_TOKENS = 1024  # at most, for each of these replies
 PROJECT = "qwen3-sft-medical"  # in SwanLab
 
 OUT_OF_MEMORY = (
-    "错误：显存（内存）不足。请依次尝试：关掉其他占用显存的程序；--memory_gb 写得比显存小一些；--max_length 1024；"
-    "python train_lora.py；python train_lora.py --load_in_4bit true；--model_name Qwen/Qwen3-0.6B。"
+    "错误：显存（内存）不足，写好的检查点都还在。请依次尝试：关掉其他占用显存的程序；--memory_gb 写得比显存小一些；"
+    "--max_length 1024；python train_lora.py；python train_lora.py --load_in_4bit true；--model_name Qwen/Qwen3-0.6B。"
 )
 
 

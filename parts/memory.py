@@ -81,7 +81,10 @@ def free(args, model) -> float:
         found = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if free_here else math.inf
     else:
         found = psutil.virtual_memory().available + model.get_memory_footprint()
-    return min(*accelerate.utils.gather_object([found]), most)
+    found = accelerate.utils.gather_object([found])
+    if args.device.type == "cuda" and max(found) > 1.1 * min(found):
+        print(f"各张卡空闲的显存不同（{'、'.join(f'{size / 1e9:.1f}' for size in found)} GB），都按最少的规划。")
+    return min(*found, most)
 
 
 def peak(device: torch.device) -> int:

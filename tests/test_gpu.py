@@ -124,6 +124,13 @@ def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
     assert decoders[0].graph and decoders[0].room > 30 + decoding.CACHE_STEP
 
 
+@pytest.mark.parametrize("script", ["train.py", "train_lora.py"])
+def test_all_that_should_run_here_does(folder, script):
+    """On Qwen3-1.7B's shape: kernels, plan, rehearsal and a decoding graph."""
+    found = run_script(script, "--check", cwd=folder, fresh=True)
+    assert found.returncode == 0 and "结论：可以训练" in found.stdout, found.stdout
+
+
 def test_the_whole_way_from_training_to_a_reply(workspace, tiny_model):
     flags = ("--model_name", tiny_model, "--max_steps", "20", "--eval_steps", "10", "--sample_tokens", "300")
     trained = run_script("train.py", *flags, "--report_to", "none", cwd=workspace, fresh=True)

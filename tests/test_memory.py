@@ -118,3 +118,11 @@ def test_no_more_is_planned_with_than_is_free(monkeypatch):
     assert memory.free(card_arguments(memory_gb=20), None) == 7e9
     assert memory.free(card_arguments(), None) == 7e9
     assert memory.free(card_arguments(memory_gb=5), None) == 5e9 - memory.DRIVER_BYTES
+
+
+def test_cards_of_different_size_all_get_the_smallest_ones_plan(monkeypatch, capsys):
+    monkeypatch.setattr(memory.accelerate.utils, "gather_object", lambda found: [24e9, 12e9])
+    assert memory.free(card_arguments(), None) == 12e9
+    assert "各张卡空闲的显存不同（24.0、12.0 GB），都按最少的规划。" in capsys.readouterr().out
+    monkeypatch.setattr(memory.accelerate.utils, "gather_object", lambda found: [12.1e9, 12e9])
+    assert memory.free(card_arguments(), None) == 12e9 and not capsys.readouterr().out

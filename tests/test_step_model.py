@@ -1,0 +1,29 @@
+"""The modelled step counts what the real code does; what it says of speed is not looked at here."""
+
+import importlib.util
+
+import pytest
+import step_model
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Liger and Triton are for Linux")
+LAYER = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 192  # weights in the small model's products
+EMBEDDING = 151936 * 64
+TOKENS, SUPERVISED = sum(step_model.LENGTHS), step_model.supervised(step_model.LENGTHS)
+
+
+def products(ops) -> float:
+    return sum(number * op.flops for op, number in ops.items() if op.name in ("mm", "addmm", "bmm"))
+
+
+def test_the_products_are_those_of_the_formula_and_recomputing_is_one_forward_pass_more():
+    plain, recomputed = (step_model.ours(True, every=every) for every in (0, 1))
+    assert products(plain) == 6 * (2 * LAYER * TOKENS + EMBEDDING * SUPERVISED)
+    assert products(recomputed) - products(plain) == pytest.approx(2 * 2 * LAYER * TOKENS, rel=0.35)
+    assert step_model.total(plain, "waits") == 1
+
+
+def test_fused_layers_and_one_pass_launch_less_and_move_less():
+    fused, plain = (step_model.ours(True, fused=fused) for fused in (True, False))
+    assert step_model.total(fused, "kernels") < 0.6 * step_model.total(plain, "kernels")
+    assert step_model.total(fused, "bytes") < step_model.total(plain, "bytes")
+    assert products(fused) == products(plain)
