@@ -142,11 +142,11 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import model_card, models, output_folder, tracking
+    from parts import memory_plan, model_card, models, output_folder, tracking
     from parts.interruption import Interruption
 
     with output_folder.hold(args):
-        with terminal.explain_out_of_memory(OUT_OF_MEMORY):
+        with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
             # The data and the base model, fetched by the first process where they are missing
             with args.main_process_first(local=False):
                 prepare_files(args)

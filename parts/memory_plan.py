@@ -1,6 +1,7 @@
 """Which way of training fits into the memory that is free: a ladder of plans, fastest first. Obeys what the command
 line says; does not train."""
 
+import contextlib
 import importlib.util
 import io
 from typing import NamedTuple
@@ -128,3 +129,13 @@ def apply(plan: Plan, model) -> None:
         getattr(model, f"{name}_disable")()
     if model.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.free / torch.cuda.mem_get_info()[1]))
+
+
+@contextlib.contextmanager
+def limited(device: torch.device):
+    """Around a training: the limit that `apply` sets does not outlive it, however it ends; a notebook goes on."""
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)

@@ -157,8 +157,6 @@ class PackedTrainer(SafeTrainer):
             holder.optimizer = holder.lr_scheduler = None
         self.model_wrapped = self.model  # DistributedDataParallel holds gradients
         self.accelerator.free_memory()
-        if self.args.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0)  # the limit was training's; a notebook goes on
         self.model.config.use_cache = True  # Trainer switched it off for training
         self.model.set_attn_implementation("sdpa")  # which knows padding and the cache
         return self.model.eval()

@@ -1,5 +1,6 @@
 """The plan: the first rung of the ladder that fits, what the command line says obeyed."""
 
+import contextlib
 import importlib
 import weakref
 
@@ -124,3 +125,15 @@ def test_the_plan_fits_a_terminal(memory):
     text = memory_plan.describe(make_plan(args, on_meta(), LENGTHS), "显存")
     assert max(map(rich.cells.cell_len, text.splitlines())) <= 80
     assert ("输入放内存" in text) == (memory < 12)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_the_limit_on_memory_does_not_outlive_a_training(monkeypatch, error):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    with pytest.raises(error) if error else contextlib.nullcontext(), memory_plan.limited(torch.device("cuda")):
+        if error:
+            raise error
+    with memory_plan.limited(torch.device("cpu")):
+        pass
+    assert fractions == [1.0]
