@@ -87,13 +87,13 @@ def prepare_files(args: TrainArguments) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part."""
-    from parts import kernels, memory, memory_plan, proof, rehearsal
+    from parts import kernels, memory, memory_plan, packing, proof, rehearsal
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
 
     proof.require(model, args.load_in_4bit)
     fast = kernels.choose(model) if args.fast_kernels else kernels.Kernels()
-    lengths = [len(ids) for ids in train_dataset["input_ids"]]
+    lengths = packing.lengths_of(train_dataset)
     plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))

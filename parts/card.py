@@ -29,7 +29,7 @@ def unused() -> str | None:
 
 def no_kernels(device: torch.device) -> str | None:
     """What is wrong when this torch was not built for the card: its first kernel would fail. None when it was."""
-    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+    if device.type != "cuda" or torch.version.hip:
         return None
     try:
         torch.zeros(1, device=device).add_(1).item()
@@ -47,7 +47,7 @@ def no_kernels(device: torch.device) -> str | None:
 
 def too_small(device: torch.device, memory_gb: float | None) -> str | None:
     """That the card does not have the memory which it is to plan with, or None."""
-    if not memory_gb or device.type != "cuda" or not torch.cuda.is_available():
+    if not memory_gb or device.type != "cuda":
         return None
     size = torch.cuda.get_device_properties(device).total_memory / 1e9
     return f"--memory_gb {memory_gb}：这张卡只有 {size:.1f} GB" if memory_gb > size else None

@@ -11,10 +11,8 @@ import torch
 from parts import packing
 from parts.proof import Verdict, attempt, compare, missing, try_step
 
-LENGTHS = (
-    1400,
-    2800,
-)  # tokens of the examples tried: from 32,768 rows on, 4,096 x 8 heads, Liger's norms run another way
+# Tokens of the examples tried: from 32,768 rows on, 4,096 x 8 heads, Liger's norms run another way.
+LENGTHS = (1400, 2800)
 OFF = Verdict(False, "--fast_kernels false", expected=False)
 
 

@@ -37,7 +37,6 @@ class PackedTrainer(SafeTrainer):
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     step_hooks: tuple = ()  # that step in the backward pass
-
     plan: Plan | None = None  # that is followed
 
     def __init__(self, *args, kernels: Kernels, **kwargs):

@@ -35,9 +35,14 @@ def split_batch(inputs: dict, most: int) -> list[dict]:
     return [dict(zip(names, part)) | {"lengths": tuple(group)} for part, group in zip(tensors, groups)]
 
 
+def lengths_of(dataset) -> list[int]:
+    """Tokens of each example."""
+    return [len(ids) for ids in dataset["input_ids"]]
+
+
 def token_batches(dataset, rank: int, world_size: int, most: int) -> list[list[int]]:
     """This rank's share of the examples, by length, in batches of `most` tokens at most (or of one example)."""
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    lengths = lengths_of(dataset)
     batches, tokens = [], most
     for i in sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size]:
         if tokens + lengths[i] > most:

@@ -13,7 +13,7 @@ import torch
 
 from parts import memory, memory_plan, proof
 from parts.encoding import IGNORE_INDEX
-from parts.packing import token_batches
+from parts.packing import lengths_of, token_batches
 from parts.terminal import is_out_of_memory
 
 
@@ -34,7 +34,7 @@ def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
     while plans:
         plan = plans[0]
         if why := missing_optimizer(plan, args.device):
-            plans = [other for other in plans if other.optimizer[:4] != plan.optimizer[:4]]
+            plans = [other for other in plans if not other.optimizer.startswith("8bit")]
             if not plans:
                 raise SystemExit(f"错误：放得下的方案都要 8 位优化器（{plan.optimizer}），它在这里用不了：{why}。")
             print(f"不用 8 位优化器：{why}。")
@@ -86,7 +86,7 @@ def rehearse(trainer) -> Rehearsed | None:
 def measure(trainer) -> Rehearsed:
     """The worst step, twice, and the largest evaluation batch, beside a block as large as the optimizer's states."""
     args, data = trainer.args, trainer.train_dataset
-    longest = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]))[-args.per_device_train_batch_size :]
+    longest = sorted(range(len(data)), key=lengths_of(data).__getitem__)[-args.per_device_train_batch_size :]
     batch = trainer.data_collator([data[i] for i in longest])
     tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -135,12 +135,12 @@ def seconds_of_run(found: Rehearsed, trainer) -> float:
     args, data = trainer.args, trainer.train_dataset
     examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(data) / examples) * args.num_train_epochs
-    tokens = sum(map(len, data["input_ids"])) / len(data) * examples * steps
+    tokens = sum(lengths_of(data)) / len(data) * examples * steps
     seconds = tokens / found.train_speed / args.world_size
     if math.isfinite(found.eval_speed):
         count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations
         count *= steps if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
-        tokens = sum(map(len, trainer.eval_dataset["input_ids"]))
+        tokens = sum(lengths_of(trainer.eval_dataset))
         seconds += count * tokens / found.eval_speed / args.world_size
     return seconds
 

@@ -19,13 +19,12 @@ class SafeTrainer(transformers.Trainer):
     takes no further step when it continues from its last one."""
 
     sealing: checkpoints.Sealer | None = None
+    state_bytes: float = 0  # of the optimizer, that go into each checkpoint
     saved_step = -1  # of the checkpoint last written, or continued from
     interruption = None  # the Interruption that this training listens to, if any
 
-    def __init__(self, *args, state_bytes: float = 0, **kwargs):
-        """`state_bytes` of the optimizer go into each checkpoint."""
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.state_bytes = state_bytes
         self.args = copy.copy(self.args)  # Trainer's own, in which what is done here is switched off
         # It would delete before there is a manifest.
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
