@@ -140,9 +140,15 @@ def read_examples(path: str) -> list[Row]:
     return examples
 
 
-def to_messages(question: str, think: str | None = None, answer: str | None = None) -> list[dict[str, str]]:
-    """[system, user], and the assistant's message when there is an answer."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+def to_messages(
+    question: str, think: str | None = None, answer: str | None = None, history=None, system: str = SYSTEM_PROMPT
+) -> list[dict[str, str]]:
+    """[system, user], and the assistant's message when there is an answer. `history`, [[question, answer], ...] or
+    None, goes before the question, without thinking."""
+    messages = [{"role": "system", "content": system}]
+    for earlier, reply in history or ():
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
+    messages.append({"role": "user", "content": question})
     if answer is not None:
         messages.append({"role": "assistant", "reasoning_content": think or "", "content": answer})
     return messages

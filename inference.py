@@ -15,7 +15,7 @@ import os
 from functools import partial
 
 try:
-    from data import OUTPUT_DIR, SEED, to_messages
+    from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
     from parts import checkpoints, question_file, terminal
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -33,28 +33,43 @@ OUT_OF_MEMORY = (
 )
 
 
-def load_trained(name: str, revision: str | None = None):
-    """(model, tokenizer) from an output folder of train.py, any folder with a model, or a ModelScope id."""
+def load_trained(name: str, revision: str | None = None, thinking: bool = True):
+    """(model, tokenizer) from an output folder of train.py, any folder with a model, or a ModelScope id. Raises
+    SystemExit when it is to be asked without `thinking` and cannot be."""
     from parts import hub, models
 
     local = (os.path.isdir(name) or name == OUTPUT_DIR) and not revision
     path = str(checkpoints.find_trained(name) if local else hub.find_model(name, "检查 --model_path", revision))
-    return models.load_weights(path, models.pick_device()), models.load_tokenizer(path)
+    tokenizer = load_tokenizer(path, thinking)
+    return models.load_weights(path, models.pick_device()), tokenizer
+
+
+def load_tokenizer(path: str, thinking: bool):
+    """The tokenizer of a model folder. Raises SystemExit when its template cannot do what is asked of it."""
+    from parts import encoding, models
+
+    tokenizer = models.load_tokenizer(path)
+    if not thinking and not encoding.has_no_thinking_mode(tokenizer):
+        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
+    return tokenizer
 
 
 def predict(model, tokenizer, args: argparse.Namespace) -> None:
     """What the command line asks for: the file of questions, the conversation, or the one question."""
     from parts.conversation import Conversation
+    from parts.encoding import default_system
 
+    system = default_system(tokenizer)  # what the model was trained with
+    begin = partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
     conversation = Conversation(model, tokenizer, not args.no_thinking, args.max_new_tokens, args.seed)
     conversation.console.print(NOT_A_DOCTOR, style="yellow", soft_wrap=True)
     if args.questions:
-        question_file.answer(conversation, args.questions, to_messages, args.replies)
+        question_file.answer(conversation, args.questions, begin, args.replies)
     elif args.chat:
-        conversation.chat(to_messages)
+        conversation.chat(begin)
     else:
         conversation.console.print(f"\n【问题】{args.question}\n", markup=False, soft_wrap=True)
-        conversation.ask(to_messages(args.question))
+        conversation.ask(begin(args.question))
 
 
 def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
@@ -103,7 +118,7 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> None:
     args = parse_flags(build_parser(__doc__, OUTPUT_DIR))
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        predict(*load_trained(args.model_path, args.revision), args)
+        predict(*load_trained(args.model_path, args.revision, not args.no_thinking), args)
 
 
 if __name__ == "__main__":

@@ -40,27 +40,54 @@ def read_base(path: str) -> tuple[str, str | None]:
     return base, None if Path(base).is_dir() else revision
 
 
-def load_adapter(name: str, revision: str | None = None):
-    """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py."""
+def check_base(path: str, base: str, base_path: str) -> None:
+    """Raises SystemExit when the weights in `base_path` are not those that the adapter in `path` was trained on."""
+    from parts import run_settings
+
+    folder = run_folder(path)
+    known = run_settings.read(folder) if (folder / checkpoints.RUN_FILE).is_file() else {}
+    trained = known.get("model_sha256")
+    if not trained:
+        print(f"提示：{folder} 里没有训练的记录 {checkpoints.RUN_FILE}，无法核对 {base} 的权重是否就是训练时的。")
+    elif trained != (found := checkpoints.weights_sha256(base_path)):
+        raise SystemExit(
+            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（权重的 SHA-256 应为 {trained}，现在是 {found}）；"
+            "请放回原来的基础模型。"
+        )
+
+
+def run_folder(path: str) -> Path:
+    """The output folder to which an adapter belongs: itself, or that of a checkpoint."""
+    return Path(path).parent if Path(path).name.startswith("checkpoint-") else Path(path)
+
+
+def load_adapter(name: str, revision: str | None = None, thinking: bool = True, device=None):
+    """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py, on `device`
+    or where this machine computes. Raises SystemExit for another base than the one it was trained on, and when it is to
+    be asked without `thinking` and cannot be."""
     import peft
     from safetensors import SafetensorError
 
-    from parts import hub, models
+    from parts import hub, models, replies
 
     path = str(checkpoints.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = hub.find_model(base, remedy, revision or trained_revision)
-    model = models.load_weights(base_path, models.pick_device())
+    check_base(path, base, base_path)
     try:
         if not Path(path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
             raise FileNotFoundError("缺少 adapter_model.safetensors")
+        tokenizer = inference.load_tokenizer(path, thinking)
+        model = models.load_weights(base_path, device or models.pick_device())
         model = peft.PeftModel.from_pretrained(model, path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(
             f"错误：{path} 的适配器无法装到 {base} 上（{terminal.first_line(error)}）；请重新运行 python train_lora.py"
         ) from None
-    return model.merge_and_unload().eval(), models.load_tokenizer(path)
+    model = model.merge_and_unload().eval()
+    replies.settle_generation(model, tokenizer)
+    return model, tokenizer
 
 
 def refuse_unless_empty(folder: str) -> None:
@@ -75,12 +102,17 @@ def refuse_unless_empty(folder: str) -> None:
 
 
 def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
-    """Save the merged model, so that inference.py and any other tool can load it, with the card of its training."""
-    model.save_pretrained(folder)
+    """Save the merged model in the dtype of its base, so that inference.py and any other tool can load it, with what
+    its training left; the mark of a finished run comes last."""
+    from transformers import AutoConfig
+
+    model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if Path(adapter, checkpoints.FINISHED_MARK).is_file():
-        for card in ("README.md", "loss.png"):
-            shutil.copy(Path(adapter, card), folder)
+    path = checkpoints.find_trained(adapter, ADAPTER_CONFIG, "train_lora.py")
+    cards = [path / "README.md", path / "loss.png"] if path == run_folder(path) else []  # a checkpoint's is peft's
+    for file in (*cards, run_folder(path) / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):
+        if file.is_file():
+            shutil.copy(file, folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
 
 
@@ -91,11 +123,13 @@ def main() -> None:
     if args.merge_to is not None:
         refuse_unless_empty(args.merge_to)
     with terminal.explain_out_of_memory(inference.OUT_OF_MEMORY):
-        model, tokenizer = load_adapter(args.model_path, args.revision)
-        if args.merge_to:
-            merge_to(args.merge_to, model, tokenizer, args.model_path)
+        if args.merge_to:  # on the CPU, in float32: in bfloat16 the product of the adapter's matrices would be rounded
+            import torch
+
+            merged = load_adapter(args.model_path, args.revision, device=torch.device("cpu"))
+            merge_to(args.merge_to, *merged, args.model_path)
         else:
-            inference.predict(model, tokenizer, args)
+            inference.predict(*load_adapter(args.model_path, args.revision, not args.no_thinking), args)
 
 
 if __name__ == "__main__":

@@ -125,14 +125,16 @@ def save(trainer, tokenizer, settings: dict) -> None:
         model_card.write(trainer, settings, data.read_origin(args.train_file))
 
 
-def predict(model, tokenizer, questions: list[str], sample_tokens: int) -> list[str]:
-    """Replies to `questions`, printed, and as one text each."""
+def predict(model, tokenizer, rows: list[dict], sample_tokens: int) -> list[str]:
+    """Replies to the questions of `rows`, each after its history, printed, and as one text each; without thinking where
+    none of the rows has any."""
     from parts import replies
 
-    conversations, texts = [data.to_messages(question) for question in questions], []
-    for question, reply in zip(questions, replies.generate(model, tokenizer, conversations, sample_tokens)):
+    conversations, texts = [data.to_messages(row["question"], history=row.get("history")) for row in rows], []
+    thinking = any(row["think"] for row in rows)
+    for row, reply in zip(rows, replies.generate(model, tokenizer, conversations, sample_tokens, thinking)):
         end = "" if reply.complete else f"……（到 {sample_tokens} 个 token 为止）"
-        texts.append(f"【问题】{question}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
+        texts.append(f"【问题】{row['question']}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
         print(f"\n{texts[-1]}")
     return texts
 
@@ -142,7 +144,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import memory_plan, model_card, models, output_folder, tracking
+    from parts import memory_plan, model_card, models, output_folder, replies, tracking
     from parts.interruption import Interruption
 
     with output_folder.hold(args):
@@ -155,18 +157,18 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Tokenizer, training set, validation set
             tokenizer = models.load_tokenizer(model_path)
+            encoding.require_thinking(tokenizer, args.model_name)
+            if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
+                print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
+            tokenizer = encoding.with_default_system(tokenizer, SYSTEM_PROMPT)  # saved with the model
             train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
             eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
             print(encoding.describe_example(tokenizer, train_dataset[0]))
-            if tokenizer.convert_tokens_to_ids("</think>") not in train_dataset[0]["labels"]:
-                raise SystemExit(
-                    f"错误：{args.model_name} 的对话模板不写思考；请换一个会思考的模型，例如 {MODEL_NAME}。"
-                )
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
             model = models.load_weights(model_path, args.device, args.load_in_4bit)
-            model.config.pad_token_id = tokenizer.pad_token_id  # Trainer would set it too, with a long warning
+            replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
 
@@ -181,10 +183,10 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
         # The first questions of the validation set, to look at
         if not args.process_index:
-            questions = [row["question"] for row in data.read_examples(args.val_file)[:SAMPLES]]
+            rows = data.read_examples(args.val_file)[:SAMPLES]
             no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
             with terminal.explain_out_of_memory(no_memory):
-                tracking.finish(args, predict(trainer.model, tokenizer, questions, args.sample_tokens))
+                tracking.finish(args, predict(trainer.model, tokenizer, rows, args.sample_tokens))
     return trainer
 
 

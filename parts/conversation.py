@@ -5,7 +5,7 @@ import transformers
 from rich.console import Console
 
 from parts import decoding, replies
-from parts.encoding import Reply
+from parts.encoding import Reply, encode_messages, opens_thinking, think_tokens
 from parts.replies import Messages
 
 
@@ -15,16 +15,23 @@ class ReplyStreamer(transformers.TextStreamer):
     def __init__(self, tokenizer, console: Console):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.console, self.style, self.started = console, None, False
-        self.start, self.stop = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        self.thinking = None  # until a token says whether it is
 
     def put(self, value):
-        token = value.flatten()[-1].item()
-        if self.next_tokens_are_prompt or token not in (self.start, self.stop):
-            return super().put(value)
-        self.flush()
-        thinking = token == self.start
-        self.console.print("【思考】" if thinking else "\n【回答】", style="dim" if thinking else "bold")
-        self.style, self.started = "dim" if thinking else None, False
+        tokens = value.flatten().tolist()
+        if self.next_tokens_are_prompt:
+            if opens_thinking(self.tokenizer, tokens):
+                self.begin(thinking=True)
+        elif tokens[-1] in (marks := think_tokens(self.tokenizer)):
+            self.flush()
+            return self.begin(thinking=tokens[-1] == marks[0])
+        super().put(value)
+
+    def begin(self, thinking: bool):
+        if thinking != self.thinking:
+            heading = "【思考】" if thinking else "\n【回答】"
+            self.console.print(heading, style="dim" if thinking else "bold")
+            self.thinking, self.style, self.started = thinking, "dim" if thinking else None, False
 
     def flush(self):
         self.on_finalized_text(self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :])
@@ -50,8 +57,28 @@ class Conversation:
         """replies.generate as this conversation is held."""
         return replies.generate(self.model, self.tokenizer, conversations, self.max_new_tokens, self.thinking, streamer)
 
+    def check_lengths(self, conversations: list[Messages], names: list[str]) -> list[int]:
+        """Tokens of each prompt. Says which replies may reach beyond the model's context; raises SystemExit where the
+        prompt alone does."""
+        prompts = (encode_messages(self.tokenizer, each, True, self.thinking) for each in conversations)
+        lengths, most = [len(ids) for ids in prompts], self.model.config.max_position_embeddings
+        for name, length in zip(names, lengths):
+            if length >= most:
+                raise SystemExit(f"错误：{name}连同之前的对话有 {length} 个 token，模型最多读 {most} 个；请缩短。")
+        over = [name for name, length in zip(names, lengths) if length + self.max_new_tokens > most]
+        if over:
+            first = "、".join(over[:5]) + (" 等" if over[5:] else "")
+            self.console.print(
+                f"（{first}加上 --max_new_tokens {self.max_new_tokens} 超过模型的上下文 {most} 个 token："
+                "超出的回复不可靠；可减小 --max_new_tokens。）",
+                style="yellow",
+                soft_wrap=True,
+            )
+        return lengths
+
     def ask(self, messages: Messages) -> Reply:
-        """Stream one reply, and say so when it was cut off."""
+        """Stream one reply, and say so when it was cut off. Raises SystemExit for a prompt that is too long."""
+        self.check_lengths([messages], ["这个问题"])
         [reply] = self.generate([messages], ReplyStreamer(self.tokenizer, self.console))
         if not reply.complete:
             self.console.print(
@@ -60,10 +87,10 @@ class Conversation:
         return reply
 
     def chat(self, to_messages) -> None:
-        """Until an empty line or the end of input. `to_messages(question)` begins a conversation; earlier thinking is
-        not fed back."""
+        """Until an empty line or the end of input. `to_messages(question, history=[[question, answer], ...])` makes the
+        conversation; earlier thinking is not fed back, nor an exchange without an answer."""
         self.console.print("输入问题后回车；空行结束。")
-        history: Messages = []
+        history: list[list[str]] = []
         while True:
             try:
                 question = self.console.input("\n[bold]问：[/bold]").strip()
@@ -71,11 +98,15 @@ class Conversation:
                 break
             if not question:
                 break
-            messages = to_messages(question)
-            messages[1:1] = history
             try:
-                reply = self.ask(messages)
+                reply = self.ask(to_messages(question, history=history))
             except KeyboardInterrupt:
                 self.console.print("\n（已停止这次回复。）", style="yellow")
                 continue
-            history += [{"role": "user", "content": question}, {"role": "assistant", "content": reply.answer}]
+            except SystemExit as refused:  # too long
+                self.console.print(str(refused), style="yellow", soft_wrap=True)
+                continue
+            if reply.answer:
+                history.append([question, reply.answer])
+            else:
+                self.console.print("（没有回答，这一问不算在对话里。）", style="yellow")

@@ -1,14 +1,26 @@
 """Messages to token ids and labels, and generated ids back to thinking and answer. What people wrote is text and never
 control. The only place where the chat template is called, for training and for asking alike. Knows no question."""
 
+import copy
+import itertools
 import json
 import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from parts.terminal import shorten
+from parts.terminal import first_line, shorten
 
 IGNORE_INDEX = -100  # a label that the loss skips
+THINKING_MODEL = "Qwen/Qwen3-1.7B"  # named where a template cannot do what is asked of it
+PROBE = [{"role": "system", "content": "系统"}, {"role": "user", "content": "问"}]
+# In front of a chat template: the system message of a conversation that brings none. The text is a JSON string, which
+# is one of Jinja's too, so quotes, line breaks and braces in it are text.
+DEFAULT_SYSTEM = """\
+{%- if not messages or messages[0].role != 'system' %}
+{%- set messages = [{'role': 'system', 'content': TEXT}] + messages %}
+{%- endif %}
+"""
+DEFAULT_SYSTEM_PATTERN = re.compile(re.escape(DEFAULT_SYSTEM).replace("TEXT", r'("(?:[^"\\]|\\.)*")'))
 
 
 class Reply(NamedTuple):
@@ -50,7 +62,8 @@ def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, 
         texts.append(text.encode("utf-8", "replace").decode())  # a terminal may hand over half a character
         return f"\ue000{len(texts) - 1}\ue001"
 
-    shells = [{k: v if k == "role" else placeholder(v) for k, v in message.items()} for message in messages]
+    # An empty text stays one: templates look whether there is any thinking.
+    shells = [{k: placeholder(v) if v and k != "role" else v for k, v in message.items()} for message in messages]
     rendered = tokenizer.apply_chat_template(
         shells, tokenize=False, add_generation_prompt=prompt_only, enable_thinking=thinking
     )
@@ -71,13 +84,78 @@ def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, 
 
 
 def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
-    """{"input_ids", "labels"}, both of length T, of a conversation that ends with the assistant's message: the prompt's
-    labels are IGNORE_INDEX, the last label is <|im_end|>."""
-    prompt = encode_messages(tokenizer, messages[:-1], prompt_only=True)
+    """{"input_ids", "labels"}, both of length T, of a conversation that ends with the assistant's message, as the
+    template renders it. Supervised are the last reply with its thinking, the answers of earlier ones, which the
+    template shows without theirs, and the <|im_end|> of each; all other labels are IGNORE_INDEX. A last reply without
+    thinking stands behind the prompt that asks for none. Raises SystemExit where the template has no such prompt."""
     ids = encode_messages(tokenizer, messages)
-    assert ids[: len(prompt)] == prompt, (prompt, ids)
-    end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)  # drops the line break after <|im_end|>
-    return {"input_ids": ids[:end], "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) : end]}
+    labels = [IGNORE_INDEX] * len(ids)
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    for place in turns:
+        last = place == turns[-1]
+        thinking = not last or bool(messages[place].get("reasoning_content"))
+        prompt = encode_messages(tokenizer, messages[:place], prompt_only=True, thinking=thinking)
+        if not thinking and not set(think_tokens(tokenizer)) <= set(prompt):
+            raise SystemExit(
+                "错误：数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；"
+                f"请去掉这些行，或换一个能关闭思考的模型，例如 {THINKING_MODEL}。"
+            )
+        if not last and opens_thinking(tokenizer, prompt):  # what the prompt opens is not in the history
+            prompt = prompt[: prompt.index(think_tokens(tokenizer)[0])]
+        assert ids[: len(prompt)] == prompt, (prompt, ids)
+        # When the model is asked, it is <think> that follows an earlier turn's header, here it is the answer, whose
+        # thinking was dropped. To supervise that first token would teach not to think; the rest follows from it.
+        start, end = len(prompt) + (not last), ids.index(tokenizer.eos_token_id, len(prompt)) + 1
+        labels[start:end] = ids[start:end]
+    return {"input_ids": ids[:end], "labels": labels[:end]}  # without the line break after <|im_end|>
+
+
+def think_tokens(tokenizer) -> list[int]:
+    """The ids of <think> and </think>."""
+    return tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+
+
+def opens_thinking(tokenizer, prompt: list[int]) -> bool:
+    """Whether the reply to a prompt begins inside the thinking, as with models that cannot do without."""
+    start, end = think_tokens(tokenizer)
+    return next((token == start for token in reversed(prompt) if token in (start, end)), False)
+
+
+def require_thinking(tokenizer, name: str) -> None:
+    """Raises SystemExit unless the chat template of the model `name` writes thinking and answer as they are trained."""
+    reply = {"role": "assistant", "reasoning_content": "想", "content": "答"}
+    try:
+        example = encode_example(tokenizer, [*PROBE, reply])
+    except (AssertionError, ValueError):  # the prompt is no beginning of the example; there is no end of turn
+        example = {"input_ids": [], "labels": []}
+    except Exception as error:  # templates raise what they like
+        raise SystemExit(
+            f"错误：{name} 的对话模板不能用来训练（{first_line(error)}）；请换一个会思考的模型，例如 {THINKING_MODEL}。"
+        ) from None
+    supervised = [label for label in example["labels"] if label != IGNORE_INDEX]
+    once = all(example["input_ids"].count(token) == 1 for token in think_tokens(tokenizer))
+    if not once or split_reply(tokenizer, supervised, opened=True) != ("想", "答", True):
+        raise SystemExit(f"错误：{name} 的对话模板不写思考；请换一个会思考的模型，例如 {THINKING_MODEL}。")
+
+
+def has_no_thinking_mode(tokenizer) -> bool:
+    """Whether the template, asked for no thinking, puts an empty block of it into the prompt."""
+    return set(think_tokens(tokenizer)) <= set(encode_messages(tokenizer, PROBE, prompt_only=True, thinking=False))
+
+
+def with_default_system(tokenizer, system_prompt: str):
+    """A copy of `tokenizer` whose chat template begins each conversation that has no system message with this one, in
+    place of an earlier default. A conversation that has one is rendered as before."""
+    tokenizer = copy.copy(tokenizer)
+    template = DEFAULT_SYSTEM_PATTERN.sub("", tokenizer.get_chat_template(), count=1)
+    tokenizer.chat_template = DEFAULT_SYSTEM.replace("TEXT", json.dumps(system_prompt, ensure_ascii=False)) + template
+    return tokenizer
+
+
+def default_system(tokenizer) -> str | None:
+    """What `with_default_system` put there, or None."""
+    found = DEFAULT_SYSTEM_PATTERN.match(tokenizer.get_chat_template())
+    return json.loads(found[1]) if found else None
 
 
 def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:
@@ -91,22 +169,23 @@ def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:
 
 
 def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
-    """One example as the model sees it: the prompt, and the supervised part."""
-    prompt = sum(label == IGNORE_INDEX for label in example["labels"])
-    parts = example["input_ids"][:prompt], example["input_ids"][prompt:]
-    texts = (shorten(tokenizer.decode(part).replace("\n", "⏎"), 300) for part in parts)
-    return "示例（⏎ 为换行）\n  提示（不计损失）：{}\n  监督部分：{}".format(*texts)
+    """One example as the model sees it: the prompt, and the supervised part; of a conversation one after another."""
+    lines = ["示例（⏎ 为换行）"]
+    for masked, run in itertools.groupby(zip(*example.values()), lambda pair: pair[1] == IGNORE_INDEX):
+        text = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
+        lines.append(f"  {'提示（不计损失）' if masked else '监督部分'}：{shorten(text, 300)}")
+    return "\n".join(lines)
 
 
-def split_reply(tokenizer, ids: list[int], complete: bool = True) -> Reply:
-    """Thinking and answer of the generated `ids`. Cut off inside the thinking, the answer is empty."""
-    start, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    if end in ids:
-        thinking, answer = ids[: ids.index(end)], ids[ids.index(end) + 1 :]
-    elif start in ids:
-        thinking, answer = ids, []
-    else:
-        thinking, answer = [], ids
-    thinking = [token for token in thinking if token != start]
-    texts = (tokenizer.decode(part, skip_special_tokens=True).strip() for part in (thinking, answer))
-    return Reply(*texts, complete)
+def split_reply(tokenizer, ids: list[int], complete: bool = True, opened: bool = False) -> Reply:
+    """Thinking and answer of the generated `ids`, wherever the thinking begins and ends; `opened`: it begins in the
+    prompt. Cut off inside the thinking, the answer is empty."""
+    start, end = think_tokens(tokenizer)
+    inside = opened or end in ids and start not in ids[: ids.index(end)]  # closed, although it was never opened
+    parts: dict[bool, list[int]] = {True: [], False: []}
+    for token in ids:
+        if token in (start, end):
+            inside = token == start
+        else:
+            parts[inside].append(token)
+    return Reply(*(tokenizer.decode(parts[i], skip_special_tokens=True).strip() for i in (True, False)), complete)

@@ -62,18 +62,18 @@ def make_batches(lengths: list[int], new_tokens: int, max_tokens: int) -> list[l
 
 
 def answer(conversation, rows: list[Row], to_messages, path: str) -> None:
-    """Reply to the question of each row, in batches; `path` then has the replies in that order, one JSON object
-    {question, think, answer, complete} a line. Until then what is answered is in a file beside it, `.part`."""
+    """Reply to the question of each row, after its `history` if it has one, in batches; `path` then has the replies in
+    that order, one JSON object {question, think, answer, complete} a line. Until then what is answered is in a file
+    beside it, `.part`. Raises SystemExit, before any is answered, for a question that is too long."""
     from rich.progress import Progress
     from rich.table import Table
 
     from parts.decoding import CACHE_STEP
-    from parts.encoding import encode_messages
     from parts.replies import room_in_memory
 
-    conversations, console = [to_messages(row["question"]) for row in rows], conversation.console
-    prompts = [encode_messages(conversation.tokenizer, messages, prompt_only=True) for messages in conversations]
-    lengths, part, replies = list(map(len, prompts)), Path(f"{path}.part"), {}
+    conversations = [to_messages(row["question"], history=row.get("history")) for row in rows]
+    lengths = conversation.check_lengths(conversations, [f"第 {place + 1} 个问题" for place in range(len(rows))])
+    console, part, replies = conversation.console, Path(f"{path}.part"), {}
     try:
         with part.open("x", encoding="utf-8", errors="replace", newline="\n") as file, Progress(console=console) as bar:
             task = bar.add_task("已回答", total=len(lengths))

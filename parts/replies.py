@@ -3,9 +3,10 @@
 import torch
 
 from parts.decoding import fast_loop
-from parts.encoding import Reply, encode_messages, split_reply
+from parts.encoding import Reply, encode_messages, opens_thinking, split_reply
 
-# What Qwen advises without thinking; while thinking the model's own generation settings hold.
+# What Qwen advises. While thinking the model's own generation settings hold; these are for a model that has none.
+THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 NO_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
 BATCH_TOKENS = 10_000  # of prompts and replies together, at most, where the free memory is not known: 2.3 GB in float32
 BATCH_MEMORY = 0.5  # share of the free GPU memory that the cache of a batch may take
@@ -19,8 +20,7 @@ def generate(
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
     padding, device = tokenizer.pad_token_id, model.device
-    stops = model.generation_config.eos_token_id or []
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    stops = stop_tokens(model, tokenizer)
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
     with torch.inference_mode():
         output = model.generate(
@@ -33,14 +33,32 @@ def generate(
             streamer=streamer,
             custom_generate=fast_loop(model, max_new_tokens, streamer),
             pad_token_id=padding,
-            eos_token_id=list(stops),
+            eos_token_id=stops,
             **sampling,
         )
     replies = []
-    for ids in output[:, longest:].tolist():
+    for prompt, ids in zip(prompts, output[:, longest:].tolist()):
         length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-        replies.append(split_reply(tokenizer, ids[:length], complete=length < len(ids)))
+        opened = opens_thinking(tokenizer, prompt)
+        replies.append(split_reply(tokenizer, ids[:length], complete=length < len(ids), opened=opened))
     return replies
+
+
+def stop_tokens(model, tokenizer) -> list[int]:
+    """The end of turn, and what the model's own settings name."""
+    stops = model.generation_config.eos_token_id or []
+    stops = stops if isinstance(stops, list) else [stops]
+    return [tokenizer.eos_token_id, *(token for token in stops if token != tokenizer.eos_token_id)]
+
+
+def settle_generation(model, tokenizer) -> None:
+    """Make the settings that are saved with `model` those with which it is asked here: a base model's would not stop at
+    the end of turn, and would think greedily, which loops."""
+    settings = model.generation_config
+    settings.eos_token_id, settings.pad_token_id = stop_tokens(model, tokenizer), tokenizer.pad_token_id
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not (settings.do_sample and settings.temperature):
+        settings.update(do_sample=True, **THINKING_SAMPLING)
 
 
 def room_in_memory(model) -> int:

@@ -267,6 +267,13 @@ def load_attentive(tiny_model, device: str = "cpu"):
     return model
 
 
+def opening(template: str) -> str:
+    """A chat template like that of Qwen3's thinking-only models: the prompt opens <think>, and thinking cannot be
+    switched off."""
+    opened = template.replace(r"'<|im_start|>assistant\n'", r"'<|im_start|>assistant\n<think>\n'")
+    return opened.replace("if enable_thinking is defined", "if false")
+
+
 # ---- packed batches -----------------------------------------------------------------------------------------------
 
 LENGTHS = (40, 25, 60, 33)  # tokens of `examples`

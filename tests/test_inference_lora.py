@@ -3,16 +3,26 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import refused
+import torch
+from helpers import opening, refused, run, weights
+from safetensors.torch import save_file
 
 import inference
 import inference_lora
-from parts import hub
+from parts import checkpoints, hub, models
 
 ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
+
+
+def name_base(adapter: str, base: str) -> None:
+    """Let an adapter be one for this base."""
+    config = Path(adapter, "adapter_config.json")
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    config.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def test_adapter_as_the_model_to_train_or_to_ask(finished):
@@ -56,22 +66,61 @@ def test_merging_is_refused_into_anything_but_a_new_folder(tmp_path, monkeypatch
         inference_lora.refuse_unless_empty(folder)
 
 
-def test_adapter_of_another_base(finished, tmp_path):
+@pytest.mark.parametrize("path", ["lora", "lora/checkpoint-2"])
+def test_adapter_of_another_base(finished, tiny_model, path):
+    """Of the same shape: only its checksum differs."""
+    shutil.copytree(tiny_model, "other")
+    tensors = weights("other")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, "other/model.safetensors", {"format": "pt"})
+    name_base(path, "other")
+    sums = [checkpoints.weights_sha256(folder) for folder in (tiny_model, "other")]
+    message = "{} 的适配器不是在现在的 other 上训练的（权重的 SHA-256 应为 {}，现在是 {}）；请放回原来的基础模型。"
+    refused(message.format(path, *sums), inference_lora.load_adapter, path)
+
+
+def test_adapter_without_a_record_of_its_base(finished, capsys):
+    """That it cannot be compared is said; one that does not fit is refused still."""
     import tiny_model
 
-    tiny_model.build(tmp_path / "wide", tiny_model.sample_texts(), hidden_size=128)
-    shutil.copytree(finished / "lora", tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(tmp_path / "wide")}
-    config.write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(SystemExit, match="的适配器无法装到.*train_lora.py"):
-        inference_lora.load_adapter(str(tmp_path / "adapter"))
+    tiny_model.build("wide", tiny_model.sample_texts(), hidden_size=128)
+    Path("lora/run.json").unlink()
+    name_base("lora", "wide")
+    refused(ADAPTER.format("wide", "~"), inference_lora.load_adapter, "lora")
+    assert "提示：lora 里没有训练的记录 run.json，无法核对 wide 的权重是否就是训练时的。" in capsys.readouterr().out
 
 
-def test_adapter_whose_base_is_missing(finished, tmp_path):
-    shutil.copytree(finished / "lora", tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": "/nowhere/base"}
-    config.write_text(json.dumps(settings), encoding="utf-8")
-    message = "adapter 的适配器需要基础模型 /nowhere/base，但它不在那里；请放回，或改 adapter_config.json 里的路径。"
-    refused(message, inference_lora.load_adapter, "adapter")
+def test_an_adapter_that_cannot_do_without_thinking_is_not_asked_to(finished):
+    template = Path("lora/chat_template.jinja")
+    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
+    message = "lora 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。"
+    refused(message, inference_lora.load_adapter, "lora", thinking=False)
+
+
+def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finished, tiny_model, monkeypatch):
+    """bfloat16, although a CPU computes in float32: rounded once, at the end."""
+    shutil.copytree(tiny_model, "half")
+    model = models.load_weights("half", torch.device("cpu"))
+    model.to(torch.bfloat16).save_pretrained("half")
+    run("half", lora=True, max_steps=2, learning_rate=1e-1, output_dir="adapter")
+    monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--model_path", "adapter", "--merge_to", "merged"])
+    inference_lora.main()
+    exact = inference_lora.load_adapter("adapter")[0].state_dict()
+    merged = weights("merged")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert all(tensor.equal(exact[name].to(torch.bfloat16)) for name, tensor in merged.items())
+    for name in ("run.json", "trainer_state.json", "README.md", "loss.png"):
+        assert Path("merged", name).read_bytes() == Path("adapter", name).read_bytes()
+    assert checkpoints.find_trained("merged") == Path("merged")
+
+
+def test_a_checkpoint_is_merged_too(finished):
+    loaded = inference_lora.load_adapter("lora/checkpoint-2")
+    inference_lora.merge_to("merged", *loaded, "lora/checkpoint-2")
+    assert checkpoints.find_trained("merged") == Path("merged")  # no unfinished run, although it has its run.json
+    assert not Path("merged/README.md").exists()  # the card is about the best weights
+
+
+def test_adapter_whose_base_is_missing(finished):
+    name_base("lora", "/nowhere/base")
+    message = "lora 的适配器需要基础模型 /nowhere/base，但它不在那里；请放回，或改 adapter_config.json 里的路径。"
+    refused(message, inference_lora.load_adapter, "lora")
