@@ -29,8 +29,8 @@ class ReplyStreamer(transformers.TextStreamer):
 
     def begin(self, thinking: bool):
         if thinking != self.thinking:
-            heading = "【思考】" if thinking else "\n【回答】"
-            self.console.print(heading, style="dim" if thinking else "bold")
+            self.console.print("\n" * (self.started or self.thinking is not None), end="")
+            self.console.print("【思考】" if thinking else "【回答】", style="dim" if thinking else "bold")
             self.thinking, self.style, self.started = thinking, "dim" if thinking else None, False
 
     def flush(self):

@@ -90,22 +90,24 @@ def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
     thinking stands behind the prompt that asks for none. Raises SystemExit where the template has no such prompt."""
     ids = encode_messages(tokenizer, messages)
     labels = [IGNORE_INDEX] * len(ids)
+    marks = think_tokens(tokenizer)
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     for place in turns:
         last = place == turns[-1]
         thinking = not last or bool(messages[place].get("reasoning_content"))
         prompt = encode_messages(tokenizer, messages[:place], prompt_only=True, thinking=thinking)
-        if not thinking and not set(think_tokens(tokenizer)) <= set(prompt):
+        if not thinking and not set(marks) <= set(prompt):
             raise SystemExit(
                 "错误：数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；"
                 f"请去掉这些行，或换一个能关闭思考的模型，例如 {THINKING_MODEL}。"
             )
         if not last and opens_thinking(tokenizer, prompt):  # what the prompt opens is not in the history
-            prompt = prompt[: prompt.index(think_tokens(tokenizer)[0])]
+            prompt = prompt[: prompt.index(marks[0])]
         assert ids[: len(prompt)] == prompt, (prompt, ids)
         # When the model is asked, it is <think> that follows an earlier turn's header, here it is the answer, whose
         # thinking was dropped. To supervise that first token would teach not to think; the rest follows from it.
         start, end = len(prompt) + (not last), ids.index(tokenizer.eos_token_id, len(prompt)) + 1
+        assert last or not set(marks) & set(ids[start - 1 : end]), ids
         labels[start:end] = ids[start:end]
     return {"input_ids": ids[:end], "labels": labels[:end]}  # without the line break after <|im_end|>
 

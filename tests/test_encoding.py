@@ -1,10 +1,11 @@
 """Messages to ids and labels: what the model is trained on is what it is asked with, and text is never control."""
 
+import copy
 import json
 import unicodedata
 
 import pytest
-from helpers import REAL, SAMPLES
+from helpers import REAL, SAMPLES, opening, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -108,6 +109,150 @@ def test_example_is_shown_with_its_supervised_part(tokenizer, rows):
     assert supervised.startswith(f"<think>⏎{rows[0]['think']}⏎</think>⏎⏎{rows[0]['answer'][:20]}")
 
 
+EARLIER = [["头痛，怎么办？", "您好。\n\n先休息。"], ["还痛。", "多久了？"]]
+
+
+def templated(tokenizer, template: str):
+    """The tokenizer with another chat template."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def supervised_runs(example) -> list[list[int]]:
+    """What the loss is taken of, each run between tokens that it skips."""
+    runs = [[]]
+    for label in example["labels"]:
+        if label != encoding.IGNORE_INDEX:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return runs
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("think", ["三天算久吗？\n\n不算。", ""])
+def test_of_a_conversation_every_answer_is_supervised_but_for_the_first_tokens_of_earlier_ones(
+    any_tokenizer, think, opened
+):
+    tokenizer = templated(any_tokenizer, opening(any_tokenizer.chat_template)) if opened else any_tokenizer
+    messages = data.to_messages("三天。", think, "不算久。", EARLIER)
+    if opened and not think:
+        message = (
+            "数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；"
+            "请去掉这些行，或换一个能关闭思考的模型，例如 Qwen/Qwen3-1.7B。"
+        )
+        return refused(message, encoding.encode_example, tokenizer, messages)
+    example = encoding.encode_example(tokenizer, messages)
+    ids = example["input_ids"]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert ids == rendered[: len(ids)] and tokenizer.decode(rendered[len(ids) :]) == "\n"
+    assert all(label in (token, encoding.IGNORE_INDEX) for token, label in zip(*example.values()))
+    *earlier, last = supervised_runs(example)
+    assert earlier == [tokenizer(f"{answer}<|im_end|>")["input_ids"][1:] for _, answer in EARLIER]
+    thinking = f"{think}\n</think>\n\n" if opened else f"<think>\n{think}\n</think>\n\n" if think else ""
+    assert tokenizer.decode(last) == f"{thinking}不算久。<|im_end|>"
+    # Up to each reply the model is asked with just these ids; only the <think> that a prompt opens is not in a history.
+    for place in (2, 4, 6):
+        asked = encoding.encode_messages(tokenizer, messages[:place], True, thinking=place < 6 or bool(think))
+        asked = asked[: asked.index(tokenizer.convert_tokens_to_ids("<think>"))] if opened and place < 6 else asked
+        assert ids[: len(asked)] == asked and example["labels"][len(asked) - 1] == encoding.IGNORE_INDEX
+
+
+def test_a_template_that_writes_something_unknown_into_the_history_is_no_silent_mistake(tokenizer):
+    template = tokenizer.chat_template.replace("loop.index0 > last.user", "true")
+    with pytest.raises(AssertionError):
+        encoding.encode_example(templated(tokenizer, template), data.to_messages("问", "想", "答", EARLIER))
+
+
+def test_a_conversation_is_shown_turn_by_turn(tokenizer):
+    text = encoding.describe_example(
+        tokenizer, encoding.encode_example(tokenizer, data.to_messages("问", "想", "答", EARLIER[:1]))
+    )
+    kinds = [line.strip().partition("：")[0] for line in text.splitlines()]
+    assert kinds[1:] == ["提示（不计损失）", "监督部分"] * 2
+
+
+def test_thinking_is_required_of_a_template(any_tokenizer):
+    encoding.require_thinking(any_tokenizer, "base")
+    assert encoding.has_no_thinking_mode(any_tokenizer)
+    opened = templated(any_tokenizer, opening(any_tokenizer.chat_template))
+    encoding.require_thinking(opened, "base")
+    assert not encoding.has_no_thinking_mode(opened)
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+TURN += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THOUGHT = "('<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' if m.reasoning_content else '') + m.content"
+
+
+def test_the_smallest_template_that_thinks(tokenizer):
+    encoding.require_thinking(templated(tokenizer, TURN.replace("CONTENT", THOUGHT)), "base")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURN.replace("CONTENT", "m.content"),
+        TURN.replace("CONTENT", "m.content.split('</think>')[-1]").replace("assistant\n{%", "assistant\n<think>\n{%"),
+        TURN.replace("CONTENT", THOUGHT.replace("think>", "thought>")),  # no tokens of the vocabulary
+        TURN.replace("CONTENT", THOUGHT.replace("m.reasoning_content +", "'…' +")),
+        TURN.replace("CONTENT", THOUGHT).replace("assistant\n{%", "model\n{%"),  # the prompt is another one
+        TURN.replace("CONTENT", THOUGHT).replace("<|im_end|>", "<|endoftext|>"),
+        TURN.replace("CONTENT", THOUGHT + " + m.content"),
+    ],
+)
+def test_a_template_that_does_not_write_the_thinking_is_refused(tokenizer, template):
+    message = "own/er 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
+    refused(message, encoding.require_thinking, templated(tokenizer, template), "own/er")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('System role not supported') }}", "{{ 1 / 0 }}", "{% x %}"])
+def test_a_template_that_raises_gets_one_sentence(tokenizer, template):
+    message = "own/er 的对话模板不能用来训练（~）；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
+    refused(message, encoding.require_thinking, templated(tokenizer, template), "own/er")
+
+
+@pytest.mark.parametrize(
+    "system",
+    [data.SYSTEM_PROMPT, "", "两\n行\r\t\\n", "\"引'号'\"", "{{ messages }}{% endif %}{#", "\\u4f60 é 😀 \u2028"],
+)
+def test_the_default_system_prompt_is_in_the_template(any_tokenizer, tmp_path, system):
+    given = encoding.with_default_system(any_tokenizer, "之前的")
+    tokenizer = encoding.with_default_system(given, system)
+    assert [encoding.default_system(each) for each in (any_tokenizer, given, tokenizer)] == [None, "之前的", system]
+    assert tokenizer.chat_template.count("set messages = ") == 1
+    tokenizer.save_pretrained(tmp_path)
+    saved = models.load_tokenizer(str(tmp_path))
+    assert encoding.default_system(saved) == system
+    trained = data.to_messages("问", history=EARLIER, system=system)
+    expected = any_tokenizer.apply_chat_template(trained, tokenize=False, add_generation_prompt=True)
+    for messages in (trained, trained[1:]):  # one who sends a system message is obeyed
+        assert saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    asked = data.to_messages("问", "想", "答", EARLIER, system="别的")
+    assert encoding.encode_example(saved, asked) == encoding.encode_example(any_tokenizer, asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "expected"),
+    [
+        ("<think>\n想\n</think>\n\n答", False, ("想", "答")),
+        ("<think>\n想", False, ("想", "")),
+        ("答", False, ("", "答")),
+        ("想</think>答", False, ("想", "答")),
+        ("想", True, ("想", "")),
+        ("想\n</think>\n\n答", True, ("想", "答")),
+        ("<think>想</think>答", True, ("想", "答")),
+        ("<think>想</think>答</think>完", False, ("想", "答完")),
+        ("<think>想<think>再想</think>答", False, ("想再想", "答")),
+        ("答<think>想", False, ("想", "答")),
+    ],
+)
+def test_thinking_is_told_from_the_answer_wherever_it_ends(any_tokenizer, text, opened, expected):
+    ids = any_tokenizer(text)["input_ids"]
+    assert encoding.split_reply(any_tokenizer, ids, opened=opened)[:2] == expected
+
+
 TEXTS = st.text(min_size=1, max_size=60).map(clean).filter(bool)  # any Unicode text but lone surrogates
 UNTAGGED = TEXTS.filter(lambda text: not TAG.search(text))  # in thinking and answer tags are refused
 ROWS = st.lists(st.tuples(TEXTS, UNTAGGED, UNTAGGED), min_size=12, max_size=24, unique_by=lambda row: row[0])
@@ -142,3 +287,15 @@ def test_any_text_is_supervised_as_it_is(tokenizer, row):
 def test_half_a_character_from_a_terminal_is_asked_all_the_same(tokenizer):
     ids = encoding.encode_messages(tokenizer, data.to_messages("\udcff头痛？"), prompt_only=True)
     assert "?头痛？" in tokenizer.decode(ids)
+
+
+@ANY_ROW
+@given(st.tuples(TEXTS, TEXTS), st.lists(st.tuples(TEXTS, TEXTS), max_size=2))
+def test_any_answer_without_thinking_stands_behind_the_prompt_that_asks_for_none(tokenizer, row, history):
+    question, answer = row
+    example = encoding.encode_example(tokenizer, data.to_messages(question, "", answer, history))
+    asked = data.to_messages(question, history=history)
+    prompt = encoding.encode_messages(tokenizer, asked, prompt_only=True, thinking=False)
+    assert example["input_ids"][: len(prompt)] == prompt and example["labels"][len(prompt) - 1] == encoding.IGNORE_INDEX
+    reply = tokenizer.decode(example["labels"][len(prompt) :])
+    assert reply == unicodedata.normalize("NFC", f"{answer}<|im_end|>")

@@ -1,0 +1,129 @@
+"""A model asked at the terminal: what is shown, what a chat remembers, and what is too long."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import opening, refused
+from rich.console import Console
+
+import data
+import inference
+from parts import models
+from parts.conversation import Conversation, ReplyStreamer
+from parts.encoding import encode_messages, with_default_system
+
+
+@pytest.fixture
+def model(tiny_model):
+    return models.load_weights(str(tiny_model), torch.device("cpu"))
+
+
+@pytest.fixture
+def thinking_only(tokenizer):
+    """A tokenizer whose prompt opens <think>."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = opening(tokenizer.chat_template)
+    return tokenizer
+
+
+def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
+    """The history that each question was asked with."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n\n"))
+    seen = []
+
+    def to_messages(question, history):
+        seen.append([turn[0] for turn in history])
+        return data.to_messages(question, history=history)
+
+    Conversation(model, tokenizer, True, max_new_tokens=6, seed=42).chat(to_messages)
+    return seen
+
+
+def test_a_chat_remembers_what_was_answered(model, tokenizer, monkeypatch, capsys):
+    assert chat(model, tokenizer, monkeypatch, "头痛？", "多久？", "然后？") == [[], ["头痛？"], ["头痛？", "多久？"]]
+    assert "没有回答" not in capsys.readouterr().out
+
+
+def test_a_reply_that_ended_in_its_thinking_is_not_remembered(model, thinking_only, monkeypatch, capsys):
+    assert chat(model, thinking_only, monkeypatch, "头痛？", "多久？") == [[], []]
+    assert capsys.readouterr().out.count("（没有回答，这一问不算在对话里。）") == 2
+
+
+def test_a_question_that_is_too_long_is_refused_and_the_chat_goes_on(model, tokenizer, monkeypatch, capsys):
+    model.config.max_position_embeddings = 100
+    assert chat(model, tokenizer, monkeypatch, "头" * 500, "痛？") == [[], []]
+    said = capsys.readouterr().out
+    assert said.count("错误：这个问题连同之前的对话有 ") == 1 and "模型最多读 100 个；请缩短。" in said
+
+
+def test_what_may_go_beyond_the_context_is_said_before_anything_is_answered(model, tokenizer, capsys):
+    conversation = Conversation(model, tokenizer, True, max_new_tokens=100, seed=42)
+    asked = [data.to_messages(question) for question in ("头痛？", "头" * 30, "痛" * 200)]
+    lengths = [len(encode_messages(tokenizer, messages, prompt_only=True)) for messages in asked]
+    names = ["第 1 个问题", "第 2 个问题", "第 3 个问题"]
+    model.config.max_position_embeddings = lengths[0] + 100
+    assert conversation.check_lengths(asked[:2], names[:2]) == lengths[:2]
+    most = lengths[0] + 100
+    assert f"（第 2 个问题加上 --max_new_tokens 100 超过模型的上下文 {most} 个 token：" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=f"^错误：第 3 个问题连同之前的对话有 {lengths[2]} 个 token，模型最多读 {most} "
+    ):
+        conversation.check_lengths(asked, names)
+
+
+def shown(tokenizer, reply: str) -> str:
+    """What the streamer prints of a reply to a question."""
+    console = Console(file=io.StringIO())
+    streamer = ReplyStreamer(tokenizer, console)
+    streamer.put(torch.tensor([encode_messages(tokenizer, data.to_messages("问"), prompt_only=True)]))
+    for token in tokenizer(reply)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("<think>\n想\n</think>\n\n答", "【思考】\n想\n\n【回答】\n答\n"),
+        ("答", "答\n"),
+        ("<think>\n想</think>答</think>完", "【思考】\n想\n【回答】\n答完\n"),
+        ("<think>想<think>再想</think>答<think>又", "【思考】\n想再想\n【回答】\n答\n【思考】\n又\n"),
+    ],
+)
+def test_thinking_and_answer_stream_under_their_headings(tokenizer, reply, expected):
+    assert shown(tokenizer, reply) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [("想", "【思考】\n想\n"), ("想\n</think>\n\n答", "【思考】\n想\n\n【回答】\n答\n")],
+)
+def test_what_the_prompt_opens_streams_as_thinking(thinking_only, reply, expected):
+    assert shown(thinking_only, reply) == expected
+
+
+def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, tokenizer):
+    args = inference.build_parser("", "").parse_args(["头痛？", "--max_new_tokens", "1"])
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    for tokens in (tokenizer, with_default_system(tokenizer, "另一个")):
+        inference.predict(model, tokens, args)
+    asked = [data.to_messages("头痛？", system=system) for system in (data.SYSTEM_PROMPT, "另一个")]
+    assert seen == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
+
+
+def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished):
+    template = Path("full/chat_template.jinja")
+    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
+    refused(
+        "full 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。",
+        inference.load_trained,
+        "full",
+        thinking=False,
+    )
