@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import Started, load_attentive
+from helpers import Started, load_attentive, refused
 
 import data
 import inference
@@ -53,6 +53,26 @@ def test_questions_from_a_text_file_without_references(workspace, likeliest, tok
     answer(likeliest, tokenizer, "q.txt", thinking=False)
     assert [row["question"] for row in read_lines("replies.jsonl")] == ["头痛怎么办？", "感冒了？"]
     assert "ROUGE-L" not in capsys.readouterr().out
+
+
+def test_a_question_is_asked_after_its_history(folder, likeliest, tokenizer):
+    rows = [{"question": "多久？"}, {"question": "多久？", "history": [["头痛？", "先休息。"]]}]
+    conversation = Conversation(likeliest, tokenizer, True, max_new_tokens=30, seed=42)
+    question_file.answer(conversation, rows, data.to_messages, "out.jsonl")
+    found = read_lines("out.jsonl")
+    for row, reply in zip(rows, found):
+        asked = data.to_messages("多久？", history=row.get("history"))
+        [alone] = replies.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
+        assert alone == (reply["think"], reply["answer"], reply["complete"])
+    assert found[0] != found[1]
+
+
+def test_a_question_that_is_too_long_is_named_before_any_is_answered(folder, likeliest, tokenizer):
+    likeliest.config.max_position_embeddings = 300
+    Path("q.txt").write_text("头痛？\n" + "头" * 600, encoding="utf-8")
+    message = "第 2 个问题连同之前的对话有 ~ 个 token，模型最多读 300 个；请缩短。"
+    refused(message, answer, likeliest, tokenizer, "q.txt")
+    assert sorted(path.name for path in folder.iterdir()) == ["q.txt"]
 
 
 def test_batches_hold_every_prompt_once_and_fit():

@@ -2,15 +2,17 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import ROOT, losses, run, weights
+from helpers import ROOT, arguments, losses, refused, run, weights
 
 import data
 import train
+from parts import encoding, models
 
 CURVE = ROOT / "tests" / "loss_curve.json"
 
@@ -91,6 +93,40 @@ def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(wo
     samples = [(training, shape[1]) for training, use_cache, shape in seen if use_cache and shape[0] == train.SAMPLES]
     # Three questions in one batch; after the prompt one new token at a time, which only a cache allows.
     assert samples[0][1] > 1 and samples[1:] == [(False, 1)] * 4
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_template_that_does_not_think_is_refused_before_data_and_weights(workspace, tiny_model, check):
+    shutil.copytree(tiny_model, "r1")
+    Path("r1/model.safetensors").write_bytes(b"no weights")
+    Path("train.jsonl").write_text("no data", encoding="utf-8")
+    template = Path("r1/chat_template.jinja")
+    template.write_text(template.read_text(encoding="utf-8").replace("loop.index0 > last.user", "false"))
+    message = "r1 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
+    refused(message, train.check if check else train.train, arguments("r1"))
+
+
+def test_another_system_prompt_of_the_base_is_replaced_and_said(workspace, tiny_model, capsys):
+    shutil.copytree(tiny_model, "base")
+    encoding.with_default_system(models.load_tokenizer("base"), "你是律师。").save_pretrained("base")
+    run("base", max_steps=1)
+    said = "提示：base 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。"
+    assert capsys.readouterr().out.count(said) == 1
+    assert encoding.default_system(models.load_tokenizer(data.OUTPUT_DIR)) == data.SYSTEM_PROMPT
+    run(data.OUTPUT_DIR, max_steps=1, output_dir="further")
+    assert "另一个系统提示词" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("thinks", [["", "", ""], ["想", "", ""]])
+def test_samples_are_asked_as_their_rows_are_trained(tiny_model, tokenizer, thinks):
+    """After their history; without thinking where the rows have none."""
+    rows = [{"question": "问", "think": think, "answer": "答", "history": [["早", "好"]]} for think in thinks]
+    model, seen = models.load_weights(str(tiny_model), torch.device("cpu")), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    train.predict(model, tokenizer, rows, 1)
+    asked = data.to_messages("问", history=[["早", "好"]])
+    prompt = encoding.encode_messages(tokenizer, asked, prompt_only=True, thinking=any(thinks))
+    assert seen[0].tolist() == [prompt] * 3
 
 
 def test_out_of_memory_says_what_to_lower_in_order():

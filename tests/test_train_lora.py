@@ -1,17 +1,20 @@
 """LoRA with the real peft: what moves, what is saved, and that base, adapter and merged model agree."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
+import pytest
 import torch
+import transformers
 from helpers import run, weights
 
 import data
 import inference
 import inference_lora
 import train_lora
-from parts import encoding, models
+from parts import encoding, models, replies
 
 
 def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
@@ -64,3 +67,47 @@ def test_saving_an_adapter_asks_no_hub(tiny_model, tmp_path, monkeypatch):
     train_lora.add_adapter(model, args).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == "Qwen/Qwen3-1.7B" and asked == []
+
+
+@pytest.fixture
+def base(tiny_model, folder):
+    """A folder as Qwen3-1.7B-Base's: it stops at <|endoftext|> alone and is greedy."""
+    shutil.copytree(tiny_model, "base")
+    settings = json.loads(Path("base/tokenizer_config.json").read_text(encoding="utf-8"))
+    Path("base/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    end = models.load_tokenizer("base").convert_tokens_to_ids("<|endoftext|>")
+    Path("base/generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": end}))
+    config = json.loads(Path("base/config.json").read_text(encoding="utf-8"))
+    Path("base/config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+    return "base"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_is_saved_is_asked_elsewhere_as_it_is_here(workspace, base, lora, capsys):
+    """By a tool that knows only the folder: where to stop, how to sample, and what the model was told that it is."""
+    run(base, lora=lora, max_steps=2, output_dir="out")
+    assert "aligned accordingly" not in capsys.readouterr().err
+    folders = ["out", "out/checkpoint-2"]
+    if lora:
+        inference_lora.merge_to("merged", *inference_lora.load_adapter("out"), "out")
+        folders.append("merged")
+    question = [{"role": "user", "content": "头痛？"}]
+    for folder in folders:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+        assert ids == encoding.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True), folder
+        if not Path(folder, "adapter_config.json").exists():
+            stop, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+            settings = transformers.GenerationConfig.from_pretrained(folder)
+            assert (settings.eos_token_id, settings.pad_token_id) == ([stop, end], end)
+            sampling = (settings.do_sample, settings.temperature, settings.top_p, settings.top_k)
+            assert sampling == (True, 0.6, 0.95, 20)
+            assert transformers.AutoConfig.from_pretrained(folder).eos_token_id == stop
+
+
+def test_settings_of_a_models_own_are_kept(tiny_model, tokenizer):
+    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model.generation_config.temperature = 0.3
+    before = model.generation_config.to_dict()
+    replies.settle_generation(model, tokenizer)
+    assert model.generation_config.to_dict() == before
