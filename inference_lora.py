@@ -75,17 +75,18 @@ def load_adapter(name: str, revision: str | None = None, thinking: bool = True, 
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = hub.find_model(base, remedy, revision or trained_revision)
     check_base(path, base, base_path)
+    if not thinking:
+        inference.require_no_thinking(path)
+    model = models.load_weights(base_path, device or models.pick_device())
     try:
         if not Path(path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
             raise FileNotFoundError("缺少 adapter_model.safetensors")
-        tokenizer = inference.load_tokenizer(path, thinking)
-        model = models.load_weights(base_path, device or models.pick_device())
         model = peft.PeftModel.from_pretrained(model, path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(
             f"错误：{path} 的适配器无法装到 {base} 上（{terminal.first_line(error)}）；请重新运行 python train_lora.py"
         ) from None
-    model = model.merge_and_unload().eval()
+    model, tokenizer = model.merge_and_unload().eval(), models.load_tokenizer(path)
     replies.settle_generation(model, tokenizer)
     return model, tokenizer
 
