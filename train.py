@@ -209,9 +209,8 @@ def report(trainer, script: str) -> None:
     args, state = trainer.args, trainer.state
     default = args.output_dir in (OUTPUT_DIR, LORA_OUTPUT_DIR)
     where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
-    print(
-        f"\n训练完成：{state.global_step} 步。保存的权重：{model_card.describe_saved(args, state)}。模型在 {args.output_dir}，提问：python {script}{where}"
-    )
+    saved = f"保存的权重：{model_card.describe_saved(args, state)}。模型在 {args.output_dir}"
+    print(f"\n训练完成：{state.global_step} 步。{saved}，提问：python {script}{where}")
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ class Arguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
     def check_numbers(self):
-        """Raises ValueError for numbers with which training would fail late, or do nothing."""
+        """Raises ValueError for numbers and folders with which training would fail late, or do nothing."""
         for name in (*ABOVE_0, *NOT_BELOW_0, *BELOW_1):
             value = getattr(self, name, None)
             if value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
@@ -133,6 +133,10 @@ class Arguments(TrainingArguments):
             raise ValueError(f"--memory_gb {self.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
         if not self.output_dir:
             raise ValueError("--output_dir 是空的")
+        checkpoint = self.resume_from_checkpoint
+        if checkpoint and not Path(checkpoint).is_dir():
+            how = "不写这个参数，就会从最近的完整检查点继续"
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

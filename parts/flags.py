@@ -45,7 +45,8 @@ def is_given(args, name: str) -> bool:
     if field is None:
         return False
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return getattr(args, name) != default
+    value = getattr(args, name)
+    return value != default and bool(value or default)  # of a list the command line says [] where nothing is said
 
 
 def refuse(args) -> None:

@@ -3,7 +3,6 @@ packages that only some flags need. What is tried is the real thing, on a model 
 
 import copy
 import importlib.util
-from pathlib import Path
 
 import torch
 import transformers
@@ -17,11 +16,6 @@ PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow"}  # where the t
 def try_out(args) -> None:
     """Raises ValueError where a library refuses what the flags ask of it. Once transformers has filled in what was left
     open."""
-    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
-        raise ValueError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint}：没有这个文件夹；"
-            "不写这个参数，就会从最近的完整检查点继续"
-        )
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes")
     if args.fp16 and (args.device.type == "cpu" or best_is_bfloat16(args)):
