@@ -147,6 +147,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     from parts import memory_plan, model_card, models, output_folder, replies, tracking
     from parts.interruption import Interruption
 
+    tracking.check(args, PROJECT)
     with output_folder.hold(args):
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
             # The data and the base model, fetched by the first process where they are missing
@@ -163,6 +164,11 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             tokenizer = encoding.with_default_system(tokenizer, SYSTEM_PROMPT)  # saved with the model
             train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
             eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
+            if args.dataloader_drop_last and len(train_dataset) < (batch := args.train_batch_size * args.world_size):
+                raise SystemExit(
+                    f"错误：训练集只有 {len(train_dataset)} 条，不满一批（{batch} 条），一步也训练不了；"
+                    "请去掉 --dataloader_drop_last，或减小 --per_device_train_batch_size。"
+                )
             print(encoding.describe_example(tokenizer, train_dataset[0]))
 
             # Model, adapter, Trainer
@@ -200,12 +206,13 @@ def check(args: TrainArguments, add_adapter=None) -> None:
 
 def report(trainer, script: str) -> None:
     """Last on the screen: where the model is and how to ask it."""
+    from parts import model_card
+
     args, state = trainer.args, trainer.state
-    kept_best = args.load_best_model_at_end and state.best_metric is not None
-    best = f"，最好的 eval_loss {state.best_metric:.4f}" if kept_best else "，保存的是最后一步"
     default = args.output_dir in (OUTPUT_DIR, LORA_OUTPUT_DIR)
     where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
-    print(f"\n训练完成：{state.global_step} 步{best}。模型在 {args.output_dir}，提问：python {script}{where}")
+    saved = f"保存的权重：{model_card.describe_saved(args, state)}。模型在 {args.output_dir}"
+    print(f"\n训练完成：{state.global_step} 步。{saved}，提问：python {script}{where}")
 
 
 def main() -> None:

@@ -17,15 +17,20 @@ from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
 
 gc.enable()
 
-from parts import card  # noqa: E402
+from parts import card, flags, libraries  # noqa: E402
 from parts.memory import DRIVER_BYTES  # noqa: E402
 from parts.optimizers import OPTIMIZERS  # noqa: E402
 
 ABOVE_0 = (  # flags of the scripts are among them
     "max_length sample_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
-    "max_steps lora_rank lora_alpha memory_gb batch_tokens"
+    "max_steps lora_rank lora_alpha memory_gb batch_tokens adam_epsilon logging_steps eval_steps save_steps "
+    "save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb"
 ).split()
-NOT_BELOW_0 = ("early_stopping_patience", "seed", "checkpoint_every")
+BELOW_1 = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
+NOT_BELOW_0 = (
+    "early_stopping_patience seed data_seed checkpoint_every weight_decay max_grad_norm warmup_steps eval_delay "
+    "neftune_noise_alpha dataloader_num_workers"
+).split()
 
 
 @dataclass
@@ -73,8 +78,9 @@ class Arguments(TrainingArguments):
 
     def __post_init__(self):
         self.check_numbers()
-        if self.save_only_model:
-            raise ValueError("--save_only_model：这样的检查点不能继续训练，不支持")
+        flags.refuse(self)
+        if self.optimizer is None and flags.is_given(self, "optim"):
+            self.optimizer = "optim"
         if self.eval_strategy == "no":  # then there is no best
             self.load_best_model_at_end, self.early_stopping_patience = False, 0
         self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
@@ -96,6 +102,7 @@ class Arguments(TrainingArguments):
         super().__post_init__()
         if why := card.no_kernels(self.device) or card.too_small(self.device, self.memory_gb):
             raise ValueError(why)
+        libraries.try_out(self)
         self.rehearse = self.check or self.device.type == "cuda" if self.rehearse is None else self.rehearse
         if self.offload_activations and self.device.type == "cpu":
             raise ValueError("--offload_activations 要 GPU")
@@ -108,19 +115,28 @@ class Arguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
     def check_numbers(self):
-        """Raises ValueError for numbers with which training would fail late, or do nothing."""
-        for name in (*ABOVE_0, *NOT_BELOW_0):
+        """Raises ValueError for numbers and folders with which training would fail late, or do nothing."""
+        for name in (*ABOVE_0, *NOT_BELOW_0, *BELOW_1):
             value = getattr(self, name, None)
             if value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
                 continue
-            if name == "seed" and value >= 2**32:
-                raise ValueError(f"--seed {value}：要一个小于 {2**32} 的整数")
+            if name.endswith("seed") and value >= 2**32:
+                raise ValueError(f"--{name} {value}：要一个小于 {2**32} 的整数")
+            if name in BELOW_1 and not 0 <= value < 1:
+                raise ValueError(f"--{name} {value}：要一个从 0 到 1（不含 1）的数")
             if not 0 <= value < float("inf") or value == 0 and name in ABOVE_0:
-                raise ValueError(f"--{name} {value}：要一个{'大于 0 的数' if name in ABOVE_0 else '不小于 0 的整数'}")
+                kind = "整数" if isinstance(value, int) else "数"
+                raise ValueError(
+                    f"--{name} {value}：要一个{'大于 0 的数' if name in ABOVE_0 else f'不小于 0 的{kind}'}"
+                )
         if self.memory_gb and self.memory_gb * 1e9 <= DRIVER_BYTES:
             raise ValueError(f"--memory_gb {self.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
         if not self.output_dir:
             raise ValueError("--output_dir 是空的")
+        checkpoint = self.resume_from_checkpoint
+        if checkpoint and not Path(checkpoint).is_dir():
+            how = "不写这个参数，就会从最近的完整检查点继续"
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -143,6 +159,8 @@ def parse_flags(arguments_class: type[Arguments], description: str) -> Arguments
             action.nargs, action.const = "?", True
     values = vars(parser.parse_args())
     try:
-        return arguments_class(**values)
+        args = arguments_class(**values)
+        libraries.find_torchao(args)
+        return args
     except ValueError as error:
         parser.error(str(error))

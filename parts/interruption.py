@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C while there are steps to interrupt: noted, told, and turned into an exit status at the end. Knows
-signals and processes, no trainer."""
+"""SIGTERM, Ctrl-C and the end of the terminal (SIGHUP) while there are steps to interrupt: noted, told, and turned into
+an exit status at the end. Knows signals and processes, no trainer."""
 
+import contextlib
 import os
 import signal
+import stat
 
 import accelerate
 import torch
@@ -11,15 +13,16 @@ from parts.terminal import in_main_thread
 
 
 class Interruption:
-    """Entered, it holds the two signals, which reach the main thread only; left, it gives them back and exits with 143
-    or 130 where one was `acted` upon. A second signal acts at once."""
+    """Entered, it holds the signals, which reach the main thread only; left, it gives them back and exits with 143, 130
+    or 129 where one was `acted` upon. A second signal acts at once."""
 
     number = 0  # the signal that came
     acted = False  # it came while there were steps to interrupt, and not in what follows the last one
 
     def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
-        # A shell's & lets a process ignore Ctrl-C; it stays ignored.
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} if in_main_thread() else ()
+        # A shell's & lets a process ignore Ctrl-C, and nohup SIGHUP; they stay ignored.
         heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self.note) for number in heard}
         return self
@@ -32,6 +35,10 @@ class Interruption:
 
     def note(self, number, frame):
         """The handler: at a second signal what would have happened without us."""
+        if number == getattr(signal, "SIGHUP", None):
+            leave_terminal()
+            if self.number == number:  # the system and the shell each send one
+                return
         if self.number:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
@@ -46,3 +53,13 @@ class Interruption:
             came = bool(accelerate.utils.reduce(torch.tensor(float(came), device=args.device)).item())
         self.number = self.number or came * signal.SIGTERM
         return came
+
+
+def leave_terminal() -> None:
+    """Let what is printed to terminals go nowhere: after SIGHUP they are gone, and a line could end the saving."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        with contextlib.suppress(OSError):  # one that is closed
+            if stat.S_ISCHR(os.fstat(number).st_mode):  # a terminal that is gone is none to isatty()
+                os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -93,7 +93,10 @@ def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_to
         every = every if args.checkpoint_every is None else args.checkpoint_every
         offload = (offload and cuda) if args.offload_activations is None else args.offload_activations
         whole = memory.is_whole_step(args, tokens, worst)
-        if offload and not every or name.endswith("in_backward") and not (whole and args.world_size == 1):
+        in_backward = name.endswith("in_backward")
+        if offload and not every or in_backward and not (whole and args.world_size == 1):
+            continue
+        if in_backward and not optimizer and args.max_grad_norm not in (0, 1):  # a norm that was asked for
             continue
         found.append((tokens, every, offload, name))
     return list(dict.fromkeys(found))

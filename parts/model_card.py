@@ -3,6 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
+from parts import checkpoints
 from parts.hub import HUB_ID
 from parts.run_settings import LORA_SETTINGS
 
@@ -40,27 +41,47 @@ def library_versions() -> dict[str, str]:
 def write(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> None:
     """Into the trainer's output folder. `settings`: output_folder.Run's; `origin`: of the training file."""
     folder = Path(trainer.args.output_dir)
-    draw_losses(trainer.state.log_history, folder / "loss.png")
+    draw_losses(trainer.state.log_history, folder / "loss.png", saved_step(trainer.args, trainer.state))
     (folder / "README.md").write_text(describe(trainer, settings, origin), encoding="utf-8")
 
 
-def draw_losses(log_history: list[dict], path: Path) -> None:
+def saved_step(args, state) -> int:
+    """The step whose weights a training ends with: the best checkpoint's where that was loaded, else the last."""
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        return checkpoints.step_of(Path(state.best_model_checkpoint))
+    return state.global_step
+
+
+def describe_saved(args, state) -> str:
+    """Which step's weights were saved, how they were evaluated, and why they were chosen."""
+    step = saved_step(args, state)
+    losses = [log["eval_loss"] for log in state.log_history if "eval_loss" in log and log["step"] == step]
+    text = f"eval_loss {losses[-1]:.4f}（第 {step} 步）" if losses else f"未评估（第 {step} 步）"
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        return f"{text}，按 eval_{args.metric_for_best_model.removeprefix('eval_')} 选出"
+    return f"{text}，最后一步"
+
+
+def draw_losses(log_history: list[dict], path: Path, saved: int) -> None:
     """plot_losses as a picture."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    plot_losses(axes, log_history)
+    plot_losses(axes, log_history, saved)
     figure.savefig(path, dpi=120)
 
 
-def plot_losses(axes, log_history: list[dict]) -> None:
-    """Training and evaluation loss over the steps, the best evaluation marked."""
+def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None:
+    """Training and evaluation loss over the steps; the evaluation of the step that was `saved` is marked, without it
+    the best one."""
     for key in ("loss", "eval_loss"):
         if points := [(log["step"], log[key]) for log in log_history if key in log]:
             axes.plot(*zip(*points), marker="o" if key == "eval_loss" else None, markersize=4, label=key)
-    if evaluations := [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]:
-        loss, step = min(evaluations)
-        axes.plot(step, loss, "*", markersize=14, label=f"best: {loss:.3f} at step {step}")
+    evaluations = [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]
+    if marked := [pair for pair in evaluations if saved in (None, pair[1])]:
+        loss, step = min(marked)
+        name = "best" if saved is None else "saved"
+        axes.plot(step, loss, "*", markersize=14, label=f"{name}: {loss:.3f} at step {step}")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -70,24 +91,23 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
     """The card's text."""
     args, state, optimizer = trainer.args, trainer.state, trainer.plan.optimizer
     base = args.model_name if HUB_ID.fullmatch(args.model_name) else Path(args.model_name).name
-    evaluations = [(log["eval_loss"], log["step"]) for log in state.log_history if "eval_loss" in log]
-    best = "{:.4f}（第 {} 步）".format(*min(evaluations)) if evaluations else "未评估"
+    mixed = "，混合精度 " + ("bfloat16" if args.bf16 else "float16") if args.bf16 or args.fp16 else ""
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     rows = {
         "learning_rate": f"{args.learning_rate:g}（{scheduler}）",
         "每步样本数": settings["examples_per_step"],
-        "epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
+        "训练到 epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
         "max_length": args.max_length,
         "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
         "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "master"),
         "基础权重的 SHA-256": settings["model_sha256"],
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
-        "最好的 eval_loss": best,
+        "保存的权重": describe_saved(args, state),
         "优化器": args.optim if optimizer == "optim" else optimizer,
         "梯度裁剪": args.max_grad_norm or "没有",
-        "精度": str(trainer.model.dtype).removeprefix("torch."),
-        "库": "，".join(f"{name} {version}" for name, version in library_versions().items()),
+        "精度": str(trainer.model.dtype).removeprefix("torch.") + mixed,
+        "库（保存时）": "，".join(f"{name} {version}" for name, version in library_versions().items()),
     }
     rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
     table = "\n".join(f"| {name} | {getattr(value, 'value', value)} |" for name, value in rows.items())

@@ -7,20 +7,24 @@ from pathlib import Path
 from parts import checkpoints, models
 from parts.terminal import first_line
 
-# What decides the weights. Logging, saving, samples, patience and what only saves memory may change while continuing.
+# What decides the weights. Logging, samples, patience and what only saves memory may change while continuing; so may
+# --fast_kernels, a way on where one fails: they were seen to agree.
 SETTINGS = (
     "model_name max_length num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args full_logits label_smoothing_factor "
-    "neftune_noise_alpha seed data_seed bf16 fp16 eval_strategy eval_steps load_best_model_at_end "
-    "metric_for_best_model model_revision ignore_data_skip"
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args optim_target_modules full_logits "
+    "label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 tf32 torch_compile torch_compile_backend "
+    "torch_compile_mode use_liger_kernel liger_kernel_config full_determinism eval_strategy eval_steps "
+    "eval_delay load_best_model_at_end metric_for_best_model model_revision ignore_data_skip train_sampling_strategy "
+    "dataloader_drop_last average_tokens_across_devices"
 ).split()
+BEST_SETTINGS = ("save_strategy", "save_steps")  # too, where the best checkpoint is what is kept
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit")
 
 
 def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
     """{name: value} of the settings that decide the weights, as JSON gives them back. Raises SystemExit when the base
     model's weights are not those of --model_sha256."""
-    names = (*SETTINGS, *LORA_SETTINGS * args.trains_adapter)
+    names = (*SETTINGS, *LORA_SETTINGS * args.trains_adapter, *BEST_SETTINGS * args.load_best_model_at_end)
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
     values["model_sha256"] = found = checkpoints.weights_sha256(model_path)
@@ -49,7 +53,12 @@ def refuse_changes(folder: Path, old: dict, new: dict) -> None:
     changed = [name for name in old if old[name] != new.get(name)]
     if changed:
         changes = "，".join(f"{name} {str(old[name])[:80]} -> {str(new.get(name))[:80]}" for name in changed)
-        raise SystemExit(
-            f"错误：{folder} 里未完成的训练用的是别的设置：{changes}；"
-            "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练。"
-        )
+        finished = (folder / checkpoints.FINISHED_MARK).exists()
+        run, remedy = "未完成的训练", "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练"
+        if finished:
+            merged = "<先用 inference_lora.py --merge_to 合并出的文件夹>" if "lora_rank" in old else folder
+            run, remedy = (
+                "训练完的模型",
+                f"它不能再继续，可以从它开始新的训练：--model_name {merged} --output_dir <新文件夹>",
+            )
+        raise SystemExit(f"错误：{folder} 里{run}用的是别的设置：{changes}；{remedy}。")

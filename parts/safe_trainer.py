@@ -41,6 +41,8 @@ class SafeTrainer(transformers.Trainer):
             step = checkpoints.step_of(whole[-1])
             where = f"\n已中断：第 {step} 步的检查点在 {self.args.output_dir}；同一命令会从这里继续。"
             print(where, file=sys.stderr)
+        if not (stopped or self.state.global_step):  # such weights are the base's
+            raise SystemExit("错误：一步也没有训练，什么都没有保存；请检查数据的行数和 --max_steps。")
         return output
 
     def check_space(self) -> None:

@@ -12,6 +12,13 @@ from pathlib import Path
 from parts.terminal import explain_failed_write, in_main_thread, shorten
 
 RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
+PROJECT = "SWANLAB_PROJ_NAME"  # as SwanLab's first versions named it; it still reads that
+NAMES = {  # where a setting comes from, and what it may be
+    ("project", "name"): (" SWANLAB_PROJECT ", "要 1 到 100 个字符，只能是英文字母、数字和 _ - + ."),
+    ("project", "workspace"): (" SWANLAB_WORKSPACE ", "要 1 到 25 个字符，只能是英文字母、数字和 _ -"),
+    ("experiment", "name"): (" --run_name ", "要 1 到 512 个字符"),
+    ("mode",): (" SWANLAB_MODE ", "要 online、local、offline 或 disabled"),
+}
 SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
 
 
@@ -45,28 +52,42 @@ def read_settings(args, project: str, run_id: str | None):
 
     SWANLAB_MODE is obeyed; without it: online with a key or an earlier login, else local. No prompt blocks a run.
     """
+    for name in [name for name, value in os.environ.items() if name.startswith("SWANLAB_") and not value.strip()]:
+        del os.environ[name]  # empty: as unset
     # SwanLab >= 0.8 reads SWANLAB_PROJECT as JSON settings and raises; older tutorials set it to a name.
-    project = os.environ.pop("SWANLAB_PROJECT", None) or project
+    if name := os.environ.pop("SWANLAB_PROJECT", None):
+        os.environ[PROJECT] = name
+    import pydantic
     import swanlab
 
     try:
         settings = swanlab.Settings(
-            project={"name": project},
+            project={"name": os.environ.get(PROJECT) or project, "workspace": os.environ.get("SWANLAB_WORKSPACE")},
             experiment={"name": args.run_name},
             run={"id": run_id, "resume": "allow"},
             # Off: what names people, machines and folders (command line, packages, git remote), and the screen's text.
             probe={"runtime": False, "requirements": False, "git": False, "swanlab": False},
             terminal={"proxy_type": "none"},
         )
-        mode = settings.mode if "mode" in settings.model_fields_set else "online" if settings.api_key else "local"
-        if mode == "online" and not settings.api_key:
-            raise ValueError("SWANLAB_MODE=online 需要先登录：swanlab login")
     except ValueError as error:
-        cause = shorten(str(error).split("[type=")[0], 200)  # behind it pydantic shows what it was given
+        name, wanted = "设置", shorten(str(error), 200)
+        if isinstance(error, pydantic.ValidationError):  # whose text would show what was given, such as a key
+            found = error.errors()[0]
+            name, wanted = NAMES.get(found["loc"], (name, shorten(found["msg"], 200)))
+        raise SystemExit(f"错误：SwanLab 的{name}不能用：{wanted}；请改正，或加 --report_to none。") from None
+    mode = settings.mode if "mode" in settings.model_fields_set else "online" if settings.api_key else "local"
+    if mode == "online" and not settings.api_key:
         raise SystemExit(
-            f"错误：SwanLab 无法开始（{cause}）；请改正，或设 SWANLAB_MODE=local，或加 --report_to none。"
-        ) from None
+            "错误：SWANLAB_MODE=online 需要先登录：swanlab login；"
+            "不登录，请设 SWANLAB_MODE=local，或加 --report_to none。"
+        )
     return settings, mode
+
+
+def check(args, project: str) -> None:
+    """Raises SystemExit where SwanLab's settings have to be mended; before anything is loaded."""
+    if "swanlab" in args.report_to and not args.process_index:
+        read_settings(args, project, None)
 
 
 def start(args, project: str, config: dict[str, object], goes_on: bool = False) -> None:

@@ -1,6 +1,11 @@
-"""SIGTERM and Ctrl-C: noted once, given back, and an exit status at the end."""
+"""SIGTERM, Ctrl-C and a terminal that closes: noted once, given back, and an exit status at the end."""
 
+import os
+import pty
 import signal
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,10 +42,47 @@ def test_second_ctrl_c_leaves_at_once():
 
 def test_a_signal_that_the_shell_ignores_is_ignored():
     """As in `nohup python train.py &`, where Ctrl-C is meant for another command."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Interruption() as interruption:
-            signal.raise_signal(signal.SIGINT)
-            assert not interruption.requested(ARGS)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            with Interruption() as interruption:
+                signal.raise_signal(number)
+                assert not interruption.requested(ARGS)
+        finally:
+            signal.signal(number, before)
+
+
+def train_on(terminal: str) -> None:
+    """A training on this terminal, as far as signals and printing go; what it saves is the file `saved`."""
+    os.setsid()
+    streams = os.open(terminal, os.O_RDWR)  # the first that a session opens is its own
+    for number in range(3):
+        os.dup2(streams, number)
+    os.close(streams)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    with Interruption() as interruption:
+        print("begun")
+        while not interruption.requested(ARGS):
+            time.sleep(0.01)
+        interruption.acted = True
+        signal.raise_signal(signal.SIGHUP)  # the shell's own, after the system's
+        print("saving", flush=True)
+        Path("saved").touch()
+
+
+def test_a_terminal_that_closes_ends_nothing_before_it_is_saved(folder):
+    ours, theirs = pty.openpty()
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            os.close(ours)
+            train_on(os.ttyname(theirs))
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    assert os.read(ours, 100).startswith(b"begun")
+    os.close(theirs)
+    os.close(ours)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129 and Path("saved").exists()

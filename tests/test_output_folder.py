@@ -14,6 +14,7 @@ from helpers import (
     contents,
     continues_from,
     refused,
+    run,
     run_script,
     run_steps,
     same,
@@ -161,12 +162,23 @@ def test_a_finished_run_is_given_up_only_when_training_can_start(finished, tiny_
     assert contents(finished) == before
 
 
-@pytest.mark.parametrize("checkpoint", ["nope", "full/checkpoint-9", "true"])
-def test_checkpoint_that_is_not_there(finished, tiny_model, checkpoint):
-    message = f"--resume_from_checkpoint {checkpoint} 不是完整的检查点（没有写完（缺少 manifest.json））；"
+def test_checkpoint_that_is_not_whole(finished, tiny_model):
+    Path("full/checkpoint-2", checkpoints.MANIFEST).unlink()
+    message = "--resume_from_checkpoint full/checkpoint-2 不是完整的检查点（没有写完（缺少 manifest.json））；"
     message += "不写这个参数，就会从最近的完整检查点继续。"
-    args = arguments(tiny_model, output_dir="new", resume_from_checkpoint=checkpoint)
+    args = arguments(tiny_model, output_dir="new", resume_from_checkpoint="full/checkpoint-2")
     refused(message, output_folder.choose_checkpoint, args)
+
+
+@pytest.mark.parametrize(
+    ("lora", "name"), [(False, "full"), (True, "<先用 inference_lora.py --merge_to 合并出的文件夹>")]
+)
+def test_a_finished_run_names_the_way_to_train_on(finished, tiny_model, lora, name):
+    folder = "lora" if lora else "full"
+    message = f"{folder} 里训练完的模型用的是别的设置：max_steps 2 -> 4；它不能再继续，可以从它开始新的训练："
+    flags = {"output_dir": "more", "max_steps": 4, "resume_from_checkpoint": f"{folder}/checkpoint-2"}
+    with pytest.raises(SystemExit, match=f"^错误：{message}--model_name {name} --output_dir <新文件夹>。$"):
+        run(tiny_model, lora, **flags)
 
 
 def test_a_run_with_an_optimizer_that_is_no_more_is_not_continued(interrupted, tiny_model):

@@ -31,10 +31,3 @@ def test_qlora_weights_take_a_third_of_the_memory(tiny_model):
     plain, small = (models.load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
     weights = [model.model.layers[0].mlp.up_proj.weight for model in (plain, small)]
     assert weights[1].nbytes * 8 == weights[0].nbytes  # float32 against 4 bits
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="is about its absence")
-def test_without_bitsandbytes_it_says_what_to_install(workspace, tiny_model):
-    result = run_script("train_lora.py", *FLAGS, tiny_model, "--load_in_4bit", "true", cwd=workspace)
-    assert result.returncode == 1
-    assert result.stdout.splitlines()[-1] == "错误：--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes"

@@ -33,7 +33,7 @@ def interrupt_twice() -> None:
         (signal.SIGTERM, False, 13, {"save_total_limit": 1}),
         (signal.SIGTERM, False, 13, {"save_strategy": "no", "load_best_model_at_end": False}),
         # an evaluation that is not the best so far: of itself it saves nothing
-        (signal.SIGTERM, False, 10, {"save_strategy": "best", "greater_is_better": True}),
+        (signal.SIGTERM, False, 10, {"save_strategy": "best", "learning_rate": 1.0}),
         # 27 steps an epoch: in the second one, and at the end of the first
         *((signal.SIGTERM, False, step, {"eval_strategy": "epoch", "max_steps": 32}) for step in (29, 27)),
     ],
@@ -184,6 +184,14 @@ def test_room_is_asked_for_the_checkpoints_that_will_be_kept(
     trainer.check_space()
     size = sum(p.nbytes for p in trainer.model.parameters())
     assert asked == [(data.OUTPUT_DIR, count, 3 * size, size)]  # AdamW's two states are as large as the weights
+
+
+def test_a_training_without_a_step_is_not_a_finished_one(workspace, tiny_model, tokenizer):
+    trainer = build_trainer(tiny_model, tokenizer, max_steps=2)
+    trainer.add_callback(At(1, crash))  # were there one
+    trainer._run_epoch = lambda *args, **kwargs: None
+    with pytest.raises(SystemExit, match="一步也没有训练"):
+        trainer.train()
 
 
 class Ruin(transformers.TrainerCallback):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import At, Started, arguments, crash, prepared, run, run_script, weights
+from helpers import At, Started, arguments, crash, prepared, run, run_script, says, weights
 from tracker import Tracker
 
 import data
@@ -37,7 +37,8 @@ def fresh(workspace, monkeypatch):
     if client.exists():
         client.reset()
     set_global_settings(None)
-    os.environ.pop("SWANLAB_LOG_DIR", None)  # SwanLab's local mode sets it
+    for name in ("SWANLAB_LOG_DIR", tracking.PROJECT):  # SwanLab's local mode sets the first
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +106,48 @@ def test_only_online_mode_connects_and_sends_samples(workspace, tiny_model, monk
 
 
 @pytest.mark.parametrize(
-    ("settings", "part"),
+    ("settings", "message"),
     [
-        ({"SWANLAB_MODE": "online"}, "swanlab login"),
-        ({"SWANLAB_MODE": "onlin"}, "Invalid mode: onlin"),
-        ({"SWANLAB_MODE": "local", "SWANLAB_CORE_SKIP_STORE": "1", "SWANLAB_API_KEY": KEY}, "skip_store"),
+        (
+            {"SWANLAB_MODE": "online"},
+            "SWANLAB_MODE=online 需要先登录：swanlab login；不登录，请设 SWANLAB_MODE=local，或加 --report_to none。",
+        ),
+        (
+            {"SWANLAB_MODE": "onlin"},
+            "SwanLab 的 SWANLAB_MODE 不能用：要 online、local、offline 或 disabled；请改正，或加 --report_to none。",
+        ),
+        (
+            {"SWANLAB_MODE": "local", "SWANLAB_PROJECT": "我的项目"},
+            "SwanLab 的 SWANLAB_PROJECT 不能用：要 1 到 100 个字符，只能是英文字母、数字和 _ - + .；"
+            "请改正，或加 --report_to none。",
+        ),
+        (
+            {"SWANLAB_WORKSPACE": "my team"},
+            "SwanLab 的 SWANLAB_WORKSPACE 不能用：要 1 到 25 个字符，只能是英文字母、数字和 _ -；"
+            "请改正，或加 --report_to none。",
+        ),
+        (
+            {"SWANLAB_MODE": "local", "SWANLAB_CORE_SKIP_STORE": "1", "SWANLAB_API_KEY": KEY},
+            "SwanLab 的设置不能用：~skip_store~；请改正，或加 --report_to none。",
+        ),
+        ({"SWANLAB_PROBE": "x"}, "SwanLab 的设置不能用：~probe~；请改正，或加 --report_to none。"),
     ],
 )
-def test_settings_to_be_mended_end_the_run_before_training(workspace, tiny_model, monkeypatch, settings, part):
+def test_settings_to_be_mended_end_the_run_before_anything_is_loaded(folder, monkeypatch, settings, message):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"SwanLab 无法开始.*{part}.*SWANLAB_MODE=local.*report_to none") as error:
-        tracking.start(arguments(tiny_model, report_to="swanlab"), "project", {})
+    with pytest.raises(SystemExit) as error:
+        train.train(arguments("no model", report_to="swanlab"))
+    assert says(str(error.value), message), error.value
     assert KEY not in str(error.value) and "input_value" not in str(error.value)  # where pydantic shows settings
+    assert not Path(data.OUTPUT_DIR).exists()
+
+
+def test_an_empty_setting_is_none(workspace, monkeypatch):
+    for name in ("SWANLAB_MODE", "SWANLAB_PROJECT", "SWANLAB_WORKSPACE"):
+        monkeypatch.setenv(name, " ")
+    settings, mode = tracking.read_settings(arguments("no model"), "ours", None)
+    assert (settings.project.name, settings.project.workspace, mode) == ("ours", None, "local")
 
 
 @pytest.mark.parametrize("mode", ["401", "hang", "refused", "hang after login", "500 after login"])
@@ -221,7 +251,7 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     stored.parent.mkdir()
     stored.write_text(f"machine https://api.swanlab.cn\nlogin x\npassword {KEY}\n")
     stored.chmod(0o600)
-    flags = ("--model_name", tiny_model, *FLAGS, "--output_dir", "stored", "--hub_token", "hub-token")
+    flags = ("--model_name", tiny_model, *FLAGS, "--output_dir", "stored")
     result = run_script("train.py", *flags, cwd=workspace, env=os.environ | {"SWANLAB_DEBUG": "1"}, fresh=True)
     assert result.returncode == 0, result.stdout
     stored.unlink()
@@ -235,5 +265,5 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     for path, content in files.items():
         assert KEY.encode() not in content and b"git-token" not in content, path
         if path.parts[0] in ("swanlog", "screen.txt"):  # training_args.bin is Trainer's, with every argument in it
-            for secret in ("hub-token", "host-of-a-person", sys.executable):
+            for secret in ("host-of-a-person", sys.executable):
                 assert secret.encode() not in content, (secret, path)

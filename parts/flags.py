@@ -1,0 +1,100 @@
+"""transformers' flags that would do nothing here, or not what they say: each is refused by its name. Knows what the
+Trainer of parts/ reads, no recipe."""
+
+import dataclasses
+import json
+
+from transformers import SchedulerType
+
+METRICS = ("eval_loss", "eval_token_loss")
+WHY = {  # why these are refused
+    "评估按 token 数分批，只算损失，用不到它": (
+        "per_device_eval_batch_size eval_accumulation_steps batch_eval_metrics include_for_metrics "
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object bf16_full_eval fp16_full_eval"
+    ),
+    "总是训练，评估由 --eval_strategy 决定": "do_train do_eval do_predict",
+    "数据的列是固定的": "remove_unused_columns length_column_name label_names",
+    "重算哪些层用 --checkpoint_every 和 --offload_activations": (
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
+    ),
+    "模型不上传，只写在 --output_dir": (
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
+    ),
+    "每张 GPU 都放整个模型，多张卡用 torchrun；放不下请用 train_lora.py": (
+        "deepspeed fsdp fsdp_config parallelism_config"
+    ),
+    "收到 SIGTERM 时本来就会保存检查点": "enable_jit_checkpoint",
+    "一次算多少已经按显存规划好，要改用 --batch_tokens": "auto_find_batch_size",
+    "这样的检查点不能继续训练，不支持": "save_only_model",
+    "只有第一个进程写检查点": "save_on_each_node",
+    "训练用不到 KV cache": "use_cache",
+    "不是数的损失会被记成别的数，而训练要在那里停下": "logging_nan_inf_filter",
+    "一步的样本怎样分批不能改": "accelerator_config",
+    "样本的顺序就不再由 --seed 决定": "dataloader_in_order",
+    "训练不算 logits，它没有可看的": "debug",
+}
+REFUSED = {name: why for why, names in WHY.items() for name in names.split()}
+TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+NO_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+NO_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def is_given(args, name: str) -> bool:
+    """Whether a flag says anything but its default. A field that this version of transformers lacks never does."""
+    field = type(args).__dataclass_fields__.get(name)
+    if field is None:
+        return False
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = getattr(args, name)
+    return value != default and bool(value or default)  # of a list the command line says [] where nothing is said
+
+
+def refuse(args) -> None:
+    """Raises ValueError for a flag that would do nothing, or not what it says; never with its value, which may be a
+    secret. Before transformers has filled in what was left open."""
+    given = {name for name in vars(args) if is_given(args, name)}
+    for name in sorted(given & REFUSED.keys()):
+        raise ValueError(f"--{name}：{REFUSED[name]}")
+    kept_best = args.load_best_model_at_end and args.eval_strategy != "no"
+    patience = "early_stopping_patience" in given and args.early_stopping_patience
+    optim = sorted(given & {"optim", "optim_args", "optim_target_modules"})
+    clipped = "max_grad_norm" in given and args.max_grad_norm and str(args.optimizer).endswith("in_backward")
+    trackio = sorted(given.intersection(TRACKIO)) if "trackio" not in (args.report_to or ()) else []
+    scheduler = SchedulerType(args.lr_scheduler_type)
+    rules = {
+        "--label_smoothing_factor：只和 --full_logits true 一起起作用": args.label_smoothing_factor
+        and not args.full_logits,
+        "--use_liger_kernel：只和 --fast_kernels false 一起起作用；不写它，能用的 Liger 算子已经在用": (
+            args.use_liger_kernel and args.fast_kernels
+        ),
+        "--liger_kernel_config：只和 --use_liger_kernel 一起起作用": args.liger_kernel_config
+        and not args.use_liger_kernel,
+        "--greater_is_better：这里能选的都是损失，越小越好": args.greater_is_better,
+        f"--metric_for_best_model {args.metric_for_best_model}：只有 {'、'.join(METRICS)}": (
+            args.metric_for_best_model not in (None, *METRICS, *(name.removeprefix("eval_") for name in METRICS))
+        ),
+        "--early_stopping_patience：只和 --load_best_model_at_end true 及评估一起起作用": patience and not kept_best,
+        f"--{optim[0] if optim else ''}：只和 --optimizer optim 一起起作用，不和 --optimizer {args.optimizer}": (
+            optim and args.optimizer not in (None, "optim")
+        ),
+        f"--max_grad_norm：--optimizer {args.optimizer} 不裁剪梯度": clipped,
+        f"--{trackio[0] if trackio else ''}：只和 --report_to trackio 一起起作用；SwanLab 的项目名用 SWANLAB_PROJECT": (
+            trackio
+        ),
+        f"--lr_scheduler_kwargs：{scheduler.value} 没有参数": args.lr_scheduler_kwargs and scheduler in NO_KWARGS,
+        f"--warmup_steps：{scheduler.value} 不预热，constant_with_warmup 才预热": args.warmup_steps
+        and scheduler in NO_WARMUP,
+    }
+    if isinstance(args.lr_scheduler_kwargs, str):
+        rules['--lr_scheduler_kwargs：要写成 JSON，例如 {"min_lr_rate": 0.1}'] = not is_json(args.lr_scheduler_kwargs)
+    for message, holds in rules.items():
+        if holds:
+            raise ValueError(message)
+
+
+def is_json(text: str) -> bool:
+    """Whether it is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
