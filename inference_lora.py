@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import inference
     from data import LORA_OUTPUT_DIR
-    from parts import checkpoints, terminal
+    from parts import checkpoints, older_readers, terminal
     from parts.checkpoints import ADAPTER_CONFIG
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -78,6 +78,7 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     """Save the merged model, so that inference.py and any other tool can load it, with the card of its training."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    older_readers.include(folder)
     if Path(adapter, checkpoints.FINISHED_MARK).is_file():
         for card in ("README.md", "loss.png"):
             shutil.copy(Path(adapter, card), folder)

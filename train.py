@@ -114,7 +114,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
 
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
-    from parts import model_card, output_folder
+    from parts import model_card, older_readers, output_folder
 
     args, model = trainer.args, trainer.release()
     if args.process_index:
@@ -122,6 +122,7 @@ def save(trainer, tokenizer, settings: dict) -> None:
     with output_folder.finishing(args, trainer.state):
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+        older_readers.include(args.output_dir)
         model_card.write(trainer, settings, data.read_origin(args.train_file))
 
 
@@ -142,7 +143,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import memory_plan, model_card, models, output_folder, tracking
+    from parts import architecture, memory_plan, model_card, models, output_folder, tracking
     from parts.interruption import Interruption
 
     with output_folder.hold(args):
@@ -155,6 +156,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Tokenizer, training set, validation set
             tokenizer = models.load_tokenizer(model_path)
+            architecture.require(model_path, args.model_name, tokenizer)
             train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
             eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
             print(encoding.describe_example(tokenizer, train_dataset[0]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from parts import card, decoding, hub, model_card, models, proof
+from parts import architecture, card, decoding, hub, model_card, models, proof
 from parts.proof import Verdict
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
@@ -67,7 +67,9 @@ def find_model(args):
     if path or Path(name).is_dir():
         path = str(path or hub.find_model(name, "", revision))
         print(f"模型：{path}")
-        return models.load_weights(path, args.device, args.load_in_4bit), models.load_tokenizer(path)
+        tokenizer = models.load_tokenizer(path)
+        architecture.require(path, name, tokenizer)
+        return models.load_weights(path, args.device, args.load_in_4bit), tokenizer
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
