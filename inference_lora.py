@@ -76,6 +76,11 @@ def refuse_unless_empty(folder: str) -> None:
 
 def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     """Save the merged model, so that inference.py and any other tool can load it, with the card of its training."""
+    from parts import replies
+
+    # A base model names another token: tools that read its settings alone would go on behind the reply.
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = replies.stops_of(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     older_readers.include(folder)

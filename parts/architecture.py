@@ -20,6 +20,7 @@ from parts.terminal import first_line, shorten
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 TOKENS = 128  # the small model's vocabulary
 LENGTHS = (9, 5, 12)  # tokens of the examples of the proof
+PLACES = 8  # of the small model's positions: what changes for longer texts has to show
 ROUNDING = 1e-3  # relative difference that float32 explains; right ones stood under 2e-5
 
 
@@ -81,13 +82,13 @@ def shrink(config, layers: int):
 @functools.cache  # a process that trains again need not prove it again
 def disproof(config_json: str) -> str | None:
     """Why packed examples and a loss without logits do not give what the model gives for each example alone, or None
-    where losses and gradients agree: a small model with such weights that caps, scales and biases of logits, sinks of
-    attention and positions all count."""
-    settings = json.loads(config_json)
-    config = shrink(CONFIG_MAPPING[settings["model_type"]].from_dict(settings), layers=2)
+    where losses and gradients agree."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # of the small model's sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = attempt(both_ways, config)
+        found = attempt(both_ways, config_json)
+    transformers.logging.set_verbosity(verbosity)
     if isinstance(found, Exception):
         return f"它不能打包计算（{shorten(f'{type(found).__name__}: {first_line(found)}')}）"
     differences = [difference(*pair) for pair in zip(*found)]
@@ -95,9 +96,14 @@ def disproof(config_json: str) -> str | None:
     return None if agree else f"打包、不算 logits 时，它的损失或梯度与逐条计算相差 {max(differences):.1%}"
 
 
-def both_ways(config) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(sum of the losses and its gradients as the model itself gives them for each example alone, and as they are
-    worked out in training) of a random model."""
+def build_small(config_json: str):
+    """A small random model of this configuration, whose weights let caps, scales and biases of logits, sinks of
+    attention and positions all count."""
+    settings = json.loads(config_json)
+    config = shrink(CONFIG_MAPPING[settings["model_type"]].from_dict(settings), layers=2)
+    config.max_position_embeddings = PLACES
+    if "original_max_position_embeddings" in (rope := getattr(config, "rope_parameters", None) or {}):
+        config.original_max_position_embeddings = rope["original_max_position_embeddings"] = PLACES
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     ).eval()
@@ -105,6 +111,13 @@ def both_ways(config) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for weight in model.parameters():  # new ones are so small that nothing but the last token counts
             weight.normal_(std=1.5 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3)
             weight += weight.ndim == 1  # of norms
+    return model
+
+
+def both_ways(config_json: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(sum of the losses and its gradients as a small model itself gives them for each example alone, and as they are
+    worked out in training)."""
+    model = build_small(config_json)
     ids = torch.randint(TOKENS, (1, sum(LENGTHS)))
     examples = ids.split(LENGTHS, dim=1)
 

@@ -20,8 +20,7 @@ def generate(
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
     padding, device = tokenizer.pad_token_id, model.device
-    stops = model.generation_config.eos_token_id or []
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    stops = stops_of(model, tokenizer)
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
     with torch.inference_mode():
         output = model.generate(
@@ -34,7 +33,7 @@ def generate(
             streamer=streamer,
             custom_generate=fast_loop(model, max_new_tokens, streamer),
             pad_token_id=padding,
-            eos_token_id=list(stops),
+            eos_token_id=stops,
             **sampling,
         )
     replies = []
@@ -42,6 +41,12 @@ def generate(
         length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
         replies.append(split_reply(tokenizer, ids[:length], complete=length < len(ids)))
     return replies
+
+
+def stops_of(model, tokenizer) -> list[int]:
+    """The tokens at which a reply ends: the end of a turn, and what the model's own generation settings name."""
+    named = model.generation_config.eos_token_id or []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]))
 
 
 def room_in_memory(model) -> int:

@@ -23,6 +23,8 @@ EXPERTS, WINDOW = (
 UNEQUAL = "打包、不算 logits 时，它的损失或梯度与逐条计算相差 ~%"
 UNTIED = {"tie_word_embeddings": False}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+LONG |= {"original_max_position_embeddings": 4096}
 
 
 def small(kind: str, **changes):
@@ -66,6 +68,8 @@ def test_models_that_are_computed_rightly_are_taken(folder, tokenizer, kind, cha
         ("granite", {"logits_scaling": 8.0}, UNEQUAL),
         ("cohere", {"logit_scale": 0.0625}, UNEQUAL),
         ("phi", {}, UNEQUAL),  # the output layer has a bias
+        ("llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, UNEQUAL),  # by the longest of a batch
+        ("phi3", {"rope_parameters": LONG}, UNEQUAL),
         ("gpt_oss", {}, EXPERTS),
         ("qwen3_moe", {}, EXPERTS),
         ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}, WINDOW),

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import refused
 
 import inference
 import inference_lora
-from parts import hub
+from parts import hub, models
 
 ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
 
@@ -75,3 +76,13 @@ def test_adapter_whose_base_is_missing(finished, tmp_path):
     config.write_text(json.dumps(settings), encoding="utf-8")
     message = "adapter 的适配器需要基础模型 /nowhere/base，但它不在那里；请放回，或改 adapter_config.json 里的路径。"
     refused(message, inference_lora.load_adapter, "adapter")
+
+
+def test_a_base_models_replies_end_with_the_turn_in_any_tool(tiny_model, tokenizer, folder):
+    """Its own settings name another token."""
+    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
+    inference_lora.merge_to("merged", model, tokenizer, "no adapter")
+    settings = json.loads(Path("merged/generation_config.json").read_text(encoding="utf-8"))
+    assert settings["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert models.load_weights("merged", torch.device("cpu")).config.eos_token_id == tokenizer.eos_token_id
