@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import inference
     from data import LORA_OUTPUT_DIR
-    from parts import checkpoints, terminal
+    from parts import checkpoints, older_readers, terminal
     from parts.checkpoints import ADAPTER_CONFIG
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -109,6 +109,7 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
 
     model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    older_readers.include(folder)
     path = checkpoints.find_trained(adapter, ADAPTER_CONFIG, "train_lora.py")
     cards = [path / "README.md", path / "loss.png"] if path == run_folder(path) else []  # a checkpoint's is peft's
     for file in (*cards, run_folder(path) / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):

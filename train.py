@@ -114,7 +114,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
 
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
-    from parts import model_card, output_folder
+    from parts import model_card, older_readers, output_folder
 
     args, model = trainer.args, trainer.release()
     if args.process_index:
@@ -122,6 +122,7 @@ def save(trainer, tokenizer, settings: dict) -> None:
     with output_folder.finishing(args, trainer.state):
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+        older_readers.include(args.output_dir)
         model_card.write(trainer, settings, data.read_origin(args.train_file))
 
 
@@ -144,7 +145,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import memory_plan, model_card, models, output_folder, replies, tracking
+    from parts import architecture, memory_plan, model_card, models, output_folder, replies, tracking
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
@@ -158,6 +159,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Tokenizer, training set, validation set
             tokenizer = models.load_tokenizer(model_path)
+            architecture.require(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)
             if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
                 print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")

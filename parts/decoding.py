@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import transformers
 from torch.nn.functional import pad
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from parts.proof import Verdict, compare, missing
@@ -18,9 +19,10 @@ SHORT_REPLY = 32  # max_new_tokens below which a capture costs more than it save
 
 
 def fuse_norms(model) -> None:
-    """Replace each of Qwen3's RMSNorms, in place, by torch's with the same weight: one GPU kernel instead of eight."""
+    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel instead of
+    eight."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Qwen3RMSNorm):
+        if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
             norm.weight = module.weight
             model.set_submodule(name, norm)

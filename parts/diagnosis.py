@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from parts import card, decoding, encoding, hub, model_card, models, proof
+from parts import architecture, card, decoding, encoding, hub, model_card, models, proof
 from parts.proof import Verdict
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
@@ -69,6 +69,7 @@ def find_model(args):
         print(f"模型：{path}")
         tokenizer = models.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
+        architecture.require(path, name, tokenizer)
         return models.load_weights(path, args.device, args.load_in_4bit), tokenizer
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")

@@ -2,13 +2,13 @@
 norms, rotary embedding and SwiGLU, the optimizer's in Triton. None is used that was not seen to agree here. Knows no
 plan and no flag."""
 
-import copy
 import importlib.util
+import sys
 from typing import NamedTuple
 
 import torch
 
-from parts import packing
+from parts import architecture, packing
 from parts.proof import Verdict, attempt, compare, missing, try_step
 
 # Tokens of the examples tried: from 32,768 rows on, 4,096 x 8 heads, Liger's norms run another way.
@@ -55,41 +55,44 @@ def varlen_missing(model) -> Verdict | None:
 
 def fused_missing(model) -> Verdict | None:
     """Why Liger's kernels cannot run here, or None."""
-    there = model.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    return None if there else missing("它要 GPU 和 liger-kernel")
+    if model.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return missing("它要 GPU 和 liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    return None if kind in MODEL_TYPE_TO_APPLY_LIGER_FN else missing(f"liger-kernel 没有 {kind} 的")
 
 
 def shrink(model):
     """A model of one layer with the same heads on the same device, small elsewhere: it takes 2 million weights."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
-    config.vocab_size, config.hidden_size, config.intermediate_size = 128, 256, 512
-    config.pad_token_id = None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    probe = type(base)(config).to(model.device, model.dtype)
+    probe = type(base_of(model))(architecture.shrink(model.config, layers=1)).to(model.device, model.dtype)
     packing.use(probe)
     return probe
+
+
+def base_of(model):
+    """The model without its adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fuse(model) -> None:
     """Liger's norms, rotary embedding and SwiGLU in place of transformers'; the loss is our own. Liger exchanges the
     module's classes too, for models that are still to be made: those stay plain."""
     from transformers.integrations.liger import apply_liger_kernel
-    from transformers.models.qwen3 import modeling_qwen3
 
-    plain = modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3MLP
+    module = vars(sys.modules[type(base_of(model)).__module__])
+    classes = {name: value for name, value in module.items() if isinstance(value, type)}
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-    modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.Qwen3MLP = plain
+    module.update(classes)
 
 
 def try_fused(probe, plain) -> Verdict:
     """Whether Liger's kernels run, and agree with the `plain` outcome."""
-    from transformers.models.qwen3 import modeling_qwen3
-
-    rotary = modeling_qwen3.apply_rotary_pos_emb  # a function, which Liger exchanges for all models
+    module = vars(sys.modules[type(probe).__module__])
+    before = dict(module)  # the rotary embedding is a function, which Liger exchanges for all models
     verdict = compare(plain, attempt(lambda: fuse(probe) or outcome(probe)))
     if not verdict.runs:
-        modeling_qwen3.apply_rotary_pos_emb = rotary
+        module.update(before)
     return verdict
 
 

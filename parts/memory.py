@@ -1,5 +1,5 @@
-"""Bytes: what a way of training takes at its peak by arithmetic, what is free, what was taken. Knows a Qwen3 layer; the
-sum stood 0 to 15 % above what torch's own account of the same operations says."""
+"""Bytes: what a way of training takes at its peak by arithmetic, what is free, what was taken. Knows a layer of
+Qwen3 and of Qwen2; the sum stood 0 to 15 % above what torch's own account of the same operations says."""
 
 import math
 
@@ -15,18 +15,26 @@ DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process;
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
 
 
+def head_dim(config) -> int:
+    """Of each attention head; Qwen2's configuration does not tell it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
     """Bytes a token that one decoder layer keeps for its backward pass: 117 kB plain and 72 kB fused for Qwen3-1.7B.
 
     Counted from what the operations of a Qwen3 layer keep: norms their input (plain ones in float32, and before the
-    weight), matrix products their input, SiLU and the product of the MLP theirs, attention its four tensors.
+    weight), matrix products their input, SiLU and the product of the MLP theirs, attention its four tensors. Qwen2's
+    has no norms of queries and keys.
     """
     config, size = model.config, model.dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    query, key = (heads * head_dim(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
     norm = size if fused else 4 + size
     repeated = query if repeats_heads(model.device, model.dtype) else key
-    kept = 2 * (norm + size) * hidden + norm * (query + key) + size * (3 * query + 2 * repeated)
+    kept = 2 * (norm + size) * hidden + size * (3 * query + 2 * repeated)
+    if any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()):
+        kept += norm * (query + key)
     kept += (3 if fused else 4) * size * inner + 4 * config.num_attention_heads
     if lora_dropout:  # each of the seven adapters keeps its own input and the mask; the frozen products keep nothing
         kept += (size + 1) * (5 * hidden + query + inner) - size * (2 * hidden + inner)
@@ -57,9 +65,10 @@ def estimate(
     loss = tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * 8)
     # Gradients on their way down through an MLP, while its activations, kept or recomputed, are still there.
     flowing = tokens * size * (4 * config.intermediate_size + 2 * config.hidden_size)
-    # The output layer is the embedding too: the second gradient of it is added to the first one in place, unless that
-    # had to be added to the sum of earlier passes.
-    second = output_gradient * (1 if whole_step else 2)
+    # Where the output layer is the embedding too, the second gradient of it is added to the first one in place, unless
+    # that had to be added to the sum of earlier passes; else the embedding's own is new beside that sum alone.
+    tied = output is model.get_input_embeddings().weight
+    second = output_gradient * (tied + (not whole_step))
     last_recomputed = every > 0 and (config.num_hidden_layers - 1) % every == 0  # while all others are still kept
     top = kept + max(loss + tail, flowing + layer * last_recomputed)
     top += output_gradient + (0 if whole_step else gradients)

@@ -13,9 +13,16 @@ from parts.encoding import encode_messages
 from parts.terminal import first_line
 
 END_OF_TURN = "<|im_end|>"  # generation stops here
-SHAPES = {  # hidden size, inner size, layers; each with 16 heads of 128, 8 for keys, and one embedding for both ends
-    "Qwen3-1.7B": (2048, 6144, 28),
-    "Qwen3-0.6B": (1024, 3072, 28),
+PADDING = "<|endoftext|>"  # Qwen's, for tokenizers that name none
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+SHAPES = {  # of each SIZES; heads of 128, 8 for keys
+    "Qwen3-1.7B": (2048, 6144, 28, 16, True),
+    "Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen3-4B": (2560, 9728, 36, 32, True),
+    "Qwen3-8B": (4096, 12288, 36, 32, False),
+    "Qwen3-14B": (5120, 17408, 40, 40, False),
+    "Qwen3-32B": (5120, 25600, 64, 64, False),
 }
 
 
@@ -46,7 +53,13 @@ def pick_device() -> torch.device:
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a model folder. Raises SystemExit when it has no chat template."""
+    """The tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is not there, or
+    writes no such turns."""
+    if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):  # else transformers would make an empty one
+        raise SystemExit(
+            f"错误：{path} 里没有分词器（{'、'.join(TOKENIZER_FILES)} 都没有）；如果它没有下载完，请把文件补齐，"
+            "或把这个文件夹改名后重新下载。"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template:
@@ -57,9 +70,12 @@ def load_tokenizer(path: str):
         raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
     if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
         raise SystemExit(
-            f"错误：{path} 的分词器没有 {END_OF_TURN} 或对话模板；请换一个 Qwen3 模型，例如 Qwen/Qwen3-1.7B。"
+            f"错误：{path} 的分词器没有{END_OF_TURN if tokenizer.chat_template else '对话模板'}；"
+            "如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，否则请换一个用 Qwen3 模板的模型。"
         )
     tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TURN
     return tokenizer
 
 
@@ -86,17 +102,21 @@ def load_weights(path: str, device: torch.device, in_4bit: bool = False):
     return (model if in_4bit else model.to(device)).eval()
 
 
-def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
-    """Write a model of the shape of `name` but for these changes of its configuration, with random weights. Raises
-    SystemExit for a shape that is not known."""
-    if (short := name.rpartition("/")[2]) not in SHAPES:
+def shape_of(name: str, **changes) -> transformers.Qwen3Config:
+    """The configuration of a model that is not here, as far as its size goes, but for these changes. Raises SystemExit
+    for one not known."""
+    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
         raise SystemExit(
             f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
         )
+    shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
+    return transformers.Qwen3Config(**shape | changes)
+
+
+def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
+    """Write a model of the shape of `name`, but for these changes of its configuration, with random weights."""
+    config = shape_of(name, **changes)
     quiet_libraries()
-    sizes = zip(("hidden_size", "intermediate_size", "num_hidden_layers"), SHAPES[short])
-    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True} | dict(sizes)
-    config = transformers.Qwen3Config(**shape | changes)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=best_dtype(device))
     model.save_pretrained(folder)

@@ -4,6 +4,7 @@ import torch
 
 from parts.decoding import fast_loop
 from parts.encoding import Reply, encode_messages, opens_thinking, split_reply
+from parts.memory import head_dim
 
 # What Qwen advises. While thinking the model's own generation settings hold; these are for a model that has none.
 THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
@@ -66,6 +67,5 @@ def room_in_memory(model) -> int:
     if model.device.type != "cuda":
         return BATCH_TOKENS
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize
     return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes

@@ -220,8 +220,8 @@ SMALL = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_a
 SMALL |= {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
 
 
-def build_model(dtype=None, layers: int = 28, shape=QWEN):
-    """A Qwen3 in training mode with packed_attention, in bfloat16 unless told."""
+def build_model(dtype=None, layers: int = 28, shape=QWEN, kind: str = "Qwen3"):
+    """A Qwen3 in training mode with packed_attention, in bfloat16 unless told; or another `kind` of that shape."""
     import torch
     import transformers
 
@@ -229,7 +229,8 @@ def build_model(dtype=None, layers: int = 28, shape=QWEN):
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.bfloat16)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(num_hidden_layers=layers, **shape))
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **shape)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     torch.set_default_dtype(before)
     packing.use(model)
     return model.train()

@@ -1,14 +1,16 @@
 """No kernel is used that was not seen to run here and to agree with the plain one."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
-from helpers import build_model, build_trainer
+from helpers import SMALL, build_model, build_trainer
 
 from parts import kernels, models, packing, proof
 
 LENGTHS = (37, 91)
+NOTHING = ("liger-kernel 没有 seed_oss 的", "它要 GPU 和 liger-kernel")  # where it is installed, and where not
 
 
 def test_kernels_that_do_not_run_here_are_not_chosen_and_the_reason_is_said(workspace, tiny_model, tokenizer, capsys):
@@ -67,13 +69,36 @@ def test_a_correct_kernel_that_rounds_otherwise_is_used(monkeypatch, seed):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="Liger is for Linux")
-def test_only_the_model_that_is_given_gets_ligers_layers(probe, monkeypatch):
-    from transformers.models.qwen3 import modeling_qwen3
-
-    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", modeling_qwen3.apply_rotary_pos_emb)  # put back behind
+@pytest.mark.parametrize("kind", ["Qwen3", "Qwen2", "Llama"])
+def test_only_the_model_that_is_given_gets_ligers_layers(monkeypatch, kind):
+    probe = kernels.shrink(build_model(torch.float32, 1, SMALL, kind))
+    module = sys.modules[type(probe).__module__]
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)  # put back behind
     layer = probe.get_decoder().layers[0]
     plain = [module.forward.__func__ for module in (layer.input_layernorm, layer.mlp)]
     kernels.fuse(probe)
     assert all(module.forward.__func__ not in plain for module in (layer.input_layernorm, layer.mlp))
-    other = kernels.shrink(build_model(layers=1)).get_decoder().layers[0]
+    other = kernels.shrink(build_model(torch.float32, 1, SMALL, kind)).get_decoder().layers[0]
     assert [module.forward.__func__ for module in (other.input_layernorm, other.mlp)] == plain
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="Liger is for Linux")
+def test_layers_that_fail_leave_the_plain_ones(probe):
+    """On a CPU Liger's have no kernels."""
+    module = vars(sys.modules[type(probe).__module__])
+    before = dict(module)
+    verdict = kernels.try_fused(probe, kernels.outcome(probe, lengths=LENGTHS))
+    assert not verdict.runs and module == before
+
+
+def test_a_model_for_which_liger_has_nothing_is_said(monkeypatch):
+    model = build_model(torch.float32, 1, SMALL)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(model.config, "model_type", "seed_oss")
+    assert kernels.fused_missing(model) in [(False, why, False) for why in NOTHING]
+
+
+def test_heads_are_tried_as_they_are_where_the_configuration_does_not_tell_their_size():
+    shape = {name: size for name, size in SMALL.items() if name != "head_dim"} | {"hidden_size": 512}
+    attention = kernels.shrink(build_model(torch.float32, 2, shape, "Qwen2")).get_decoder().layers[0].self_attn
+    assert attention.head_dim == 128 and attention.q_proj.weight.shape == (512, 256)

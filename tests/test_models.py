@@ -1,11 +1,13 @@
 """A model that cannot be loaded gets one sentence, whatever file of it is broken; its turns end where Qwen3's do."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import arguments, refused
 
 import data
@@ -15,7 +17,15 @@ from parts import encoding, models
 
 MODEL = "{} 里的模型无法读取（{}）；请重新下载或重新训练。"
 TOKENIZER = "{} 里的分词器无法读取（{}）；请重新下载或换一个模型。"
-NO_TEMPLATE = "{} 的分词器没有 <|im_end|> 或对话模板；请换一个 Qwen3 模型，例如 Qwen/Qwen3-1.7B。"
+ANOTHER = (
+    "{} 的分词器没有{}；如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，"
+    "否则请换一个用 Qwen3 模板的模型。"
+)
+NO_TEMPLATE, NO_END = (ANOTHER.format("{}", what) for what in ("对话模板", "<|im_end|>"))
+NO_TOKENIZER = (
+    "{} 里没有分词器（tokenizer.json、vocab.json、tokenizer.model 都没有）；"
+    "如果它没有下载完，请把文件补齐，或把这个文件夹改名后重新下载。"
+)
 UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py，或用 --model_path 指定模型的文件夹。"
 NO_MODEL = "找不到模型 {}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
 BAD_MODELS = {  # a file of the model, its content (None: not there), the message
@@ -30,7 +40,7 @@ BAD_MODELS = {  # a file of the model, its content (None: not there), the messag
         MODEL.format("{}", "缺少 ~ 个权重，例如 bert.~"),
     ),
     "generation settings cut": ("generation_config.json", b"{", MODEL),
-    "tokenizer missing": ("tokenizer.json", None, TOKENIZER),
+    "tokenizer missing": ("tokenizer.json", None, NO_TOKENIZER),
     "tokenizer empty": ("tokenizer.json", b"{}", TOKENIZER),
     "tokenizer an array": ("tokenizer.json", b"[]", TOKENIZER),
     "tokenizer settings cut": ("tokenizer_config.json", b"[", TOKENIZER),
@@ -78,9 +88,53 @@ def test_model_that_cannot_be_trained(workspace, tiny_model, file):
     refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
 
 
-def test_folder_that_holds_no_model_cannot_be_trained(workspace):
+def test_folder_that_holds_no_tokenizer_cannot_be_trained(folder, tiny_model):
     Path("bad").mkdir()
-    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
+    shutil.copy(tiny_model / "config.json", "bad")
+    refused(NO_TOKENIZER.format("bad"), models.load_tokenizer, "bad")
+
+
+def change_tokens(folder: Path, old: str, new: str | None, **settings) -> Path:
+    """`folder` with another name for a token, and these settings of its tokenizer."""
+    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    file.write_text(file.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    known = json.loads(config.read_text(encoding="utf-8")) | settings
+    config.write_text(json.dumps({name: value for name, value in known.items() if value}), encoding="utf-8")
+    return folder
+
+
+def test_turns_that_end_otherwise(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "base")
+    path = change_tokens(tmp_path / "base", "<|im_end|>", "<|eot|>", eos_token="<|eot|>")
+    refused(NO_END.format(path), models.load_tokenizer, str(path))
+
+
+@pytest.mark.parametrize(("there", "padding"), [("<|endoftext|>", "<|endoftext|>"), ("<|other|>", "<|im_end|>")])
+def test_tokenizer_that_names_no_padding(tiny_model, tmp_path, there, padding):
+    shutil.copytree(tiny_model, tmp_path / "base")
+    path = change_tokens(tmp_path / "base", "<|endoftext|>", there, pad_token=None)
+    assert models.load_tokenizer(str(path)).pad_token == padding
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "inside"),
+    [
+        ("Qwen/Qwen3-0.6B", 0.6, 0.44),
+        ("Qwen/Qwen3-1.7B-Base", 1.7, 1.4),
+        ("Qwen/Qwen3-4B", 4.0, 3.6),
+        ("Qwen/Qwen3-8B", 8.2, 6.95),
+        ("Qwen/Qwen3-14B", 14.8, 13.2),
+        ("Qwen/Qwen3-32B", 32.8, 31.2),
+    ],
+)
+def test_shapes_have_as_many_parameters_as_published(name, billions, inside):
+    """Of all, and of all but the embeddings."""
+    with torch.device("meta"):
+        model = transformers.Qwen3ForCausalLM(models.shape_of(name))
+    ends = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.05)
+    rest = model.num_parameters() - sum(weight.numel() for weight in ends.values())
+    assert rest / 1e9 == pytest.approx(inside, abs=0.05)
 
 
 def test_model_that_ends_its_turn_with_another_token(tiny_model, tmp_path):
