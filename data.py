@@ -1,12 +1,15 @@
 """Download the medical R1 data, check it, split it, and turn rows into training examples.
 
-    python data.py                              # the published set, from ModelScope
-    python data.py --dataset my.jsonl           # your own .jsonl, .json, .csv or .parquet
-    python data.py --dataset owner/name         # another ModelScope data set
-    python data.py --revision REV --sha256 HEX  # exactly this data, or none
+    python data.py                                        # the published set, from ModelScope
+    python data.py --dataset my.jsonl                     # your own .jsonl, .json, .csv, .tsv or .parquet
+    python data.py --dataset owner/name hf://owner/name   # sets of ModelScope and Hugging Face, together
+    python data.py --dataset my.jsonl owner/name#500      # 500 rows of the second
+    python data.py --revision REV --sha256 HEX            # exactly this data, or none
 
-Every row needs three texts: question, think, answer. The split is the published one: seed 42, shuffle, the first
-90 % train. A row that cannot be used is left out after the split, so it moves no other row, and is reported.
+A row has a question, a thinking and an answer, and perhaps earlier turns; the shapes of the leading public sets are
+read as they are. The published set is split as published: seed 42, shuffle, the first 90 % train. Others likewise, but
+all rows of a question go to one side, and what a hub keeps for validation or tests is never trained on. A row that
+cannot be used is left out after the split, so it moves no other row, and is reported.
 """
 
 import argparse
@@ -14,12 +17,13 @@ import contextlib
 import hashlib
 import json
 import os
-import random
+import sys
+from functools import partial
 from pathlib import Path
 
 try:
-    from parts import encoding, hub, row_files, rows, terminal
-    from parts.rows import FIELDS, Place, Row
+    from parts import encoding, row_files, rows, sources, split, terminal
+    from parts.rows import Row
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -39,72 +43,53 @@ LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
 SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
 
 
-def load_rows(dataset: str, revision: str | None, sha256: str | None) -> tuple[list[tuple[Place, object]], str, str]:
-    """Rows of a local file or of a ModelScope data set as (place, row), where they came from, and their SHA-256.
-
-    `sha256` is the checksum that the file must have; of several files, that of their contents in order of their names.
-    """
-    local = os.path.exists(dataset) or Path(dataset).suffix.lower() in row_files.SUFFIXES
-    if not local and not hub.HUB_ID.fullmatch(dataset):
-        raise SystemExit(
-            f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 {DATASET_NAME}）。"
-        )
-    if local and revision:
-        raise SystemExit(f"错误：--revision {revision} 只用于 ModelScope 上的数据集，而 {dataset} 是本地文件。")
-    contents = {"": row_files.read_bytes(Path(dataset))} if local else hub.download_dataset(dataset, revision)
-    found = hashlib.sha256(b"".join(contents.values())).hexdigest()
-    if sha256 and sha256.lower() != found:
-        raise SystemExit(
-            f"错误：{dataset} 的 SHA-256 是 {found}，不是 --sha256 {sha256}；数据已变，请核对来源，或去掉 --sha256。"
-        )
-    loaded = [
-        ((name, number) if len(contents) > 1 else number, row)
-        for name, content in contents.items()
-        for number, row in row_files.parse(Path(dataset, name), content)
-    ]
-    return loaded, dataset if local else f"{dataset}（{'、'.join(contents)}）", found
+def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
+    """Raises SystemExit when one file would be written over another, or over the data."""
+    train_path, val_path = map(os.path.realpath, (train_file, val_file))
+    if train_path == val_path:
+        raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
+    for dataset in datasets:
+        if os.path.realpath(dataset) in (train_path, val_path):
+            raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
 
 
-def split_rows(loaded: list[tuple[Place, object]]) -> tuple[list[Row], list[Row], dict[str, list[Place]]]:
-    """(train, val, problems): the published split, then the check. Raises SystemExit when a part would be empty."""
-    columns = {name for _, row in loaded if isinstance(row, dict) for name in row}
-    if missing := [field for field in FIELDS if field not in columns]:
-        there = "、".join(sorted(map(str, columns))[:10]) or "无"
-        raise SystemExit(
-            f"错误：数据缺少列 {'、'.join(missing)}（现有的列：{there}）；请改列名为 {'、'.join(FIELDS)}。"
-        )
-    shuffled = list(loaded)
-    random.Random(SEED).shuffle(shuffled)
-    cut = int(len(shuffled) * TRAIN_SHARE)
-    problems: dict[str, list[Place]] = {}
-    train = rows.keep_usable(shuffled[:cut], problems, taken=set())
-    val = rows.keep_usable(shuffled[cut:], problems, taken={row["question"] for row in train})
+def prepare(
+    dataset: str | list[str] = DATASET_NAME,
+    train_file: str = TRAIN_FILE,
+    val_file: str = VAL_FILE,
+    revision: str | None = None,
+    sha256: str | None = None,
+    without_thinking: str = "drop",
+) -> None:
+    """Load, check, clean and split each data set, write the two files, and print the summary."""
+    wanted = [sources.read_count(name) for name in ([dataset] if isinstance(dataset, str) else dataset)]
+    names = [name for name, _ in wanted]
+    refuse_overwriting(train_file, val_file, names)
+    if len(names) != len(set(names)) or len(names) > 1 and (revision or sha256):
+        what = "同一个数据集写了两次" if len(names) != len(set(names)) else "--revision 和 --sha256 只用于一个数据集"
+        raise SystemExit(f"错误：--dataset {' '.join(names)}：{what}；请改正。")
+    loaded, problems = [], {}
+    for name in names:
+        fixed = name == DATASET_NAME
+        divide = partial(split.by_row if fixed else split.by_question, seed=SEED, share=TRAIN_SHARE)
+        loaded.append(sources.load(name, revision, sha256, len(names) > 1, divide, fixed))
+    found = sources.check(loaded, [count for _, count in wanted], without_thinking == "keep", problems)
+    train, val = ([row for part in parts for _, row in part] for parts in zip(*found))
+    total = sum(len(source.train) + len(source.val) for source in loaded)
     if not train or not val:
         part = "训练集" if not train else "验证集"
         raise SystemExit(
-            f"错误：{len(loaded)} 行中可用的有 {len(train) + len(val)} 行，划分后{part}为空；请提供更多不同的行。"
+            f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，划分后{part}为空；请提供更多不同的行。"
             + "".join(f"\n  {line}" for line in rows.describe_problems(problems))
         )
-    return train, val, problems
-
-
-def refuse_overwriting(train_file: str, val_file: str, dataset: str) -> None:
-    """Raises SystemExit when one file would be written over another, or over the data."""
-    train_path, val_path, source_path = map(os.path.realpath, (train_file, val_file, dataset))
-    if train_path == val_path:
-        raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
-    if source_path in (train_path, val_path):
-        raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
-
-
-def prepare(dataset=DATASET_NAME, train_file=TRAIN_FILE, val_file=VAL_FILE, revision=None, sha256=None) -> None:
-    """Load, check, clean and split `dataset`, write the two files, and print the summary."""
-    refuse_overwriting(train_file, val_file, dataset)
-    loaded, source, found = load_rows(dataset, revision, sha256)
-    train, val, problems = split_rows(loaded)
+    lines = []
+    for source, (_, count), parts in zip(loaded, wanted, found):
+        lines += source.lines
+        if count or len(loaded) > 1:
+            limit = f"，最多取 {count} 行" if count else ""
+            lines.append(f"采用      训练 {len(parts[0])} 行，验证 {len(parts[1])} 行{limit}")
     texts = {train_file: row_files.to_jsonl(train), val_file: row_files.to_jsonl(val)}
-    local = os.path.exists(dataset)  # its folder may name people
-    origin = {"source": Path(source).name if local else source, "revision": revision, "sha256": found}
+    origin = {"sources": [source.origin for source in loaded]}
     origin["train_sha256"] = hashlib.sha256(texts[train_file].encode()).hexdigest()
     try:
         row_files.write(texts | {train_file + SOURCE_SUFFIX: row_files.to_jsonl([origin])})
@@ -113,11 +98,11 @@ def prepare(dataset=DATASET_NAME, train_file=TRAIN_FILE, val_file=VAL_FILE, revi
             f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；"
             "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
         ) from None
-    print(rows.summary(source, found, len(loaded), {train_file: train, val_file: val}, problems))
+    print(rows.summary(lines, {train_file: train, val_file: val}, problems))
 
 
-def read_origin(train_file: str) -> dict[str, str | None]:
-    """{source, revision, sha256 of the source, train_sha256}: what `prepare` made the file from. Only the last for a
+def read_origin(train_file: str) -> dict[str, object]:
+    """{sources: [{source, revision, sha256}], train_sha256}: what `prepare` made the file from. Only the last for a
     file that it did not write, or that has changed since."""
     found = {"train_sha256": hashlib.sha256(Path(train_file).read_bytes()).hexdigest()}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -143,11 +128,11 @@ def read_examples(path: str) -> list[Row]:
 def to_messages(
     question: str, think: str | None = None, answer: str | None = None, history=None, system: str = SYSTEM_PROMPT
 ) -> list[dict[str, str]]:
-    """[system, user], and the assistant's message when there is an answer. `history`, [[question, answer], ...] or
-    None, goes before the question, without thinking."""
+    """[system, earlier turns, user], and the assistant's message when there is an answer. `history`: [[question,
+    answer], …]; their thinking is not fed back."""
     messages = [{"role": "system", "content": system}]
-    for earlier, reply in history or ():
-        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
+    for asked, said in history or []:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     messages.append({"role": "user", "content": question})
     if answer is not None:
         messages.append({"role": "assistant", "reasoning_content": think or "", "content": answer})
@@ -159,10 +144,11 @@ def load_dataset(path: str, tokenizer, max_length: int):
     examples are left out, as a cut would lose the answer, which comes last. Raises SystemExit when none is left."""
     import datasets
 
-    datasets.disable_progress_bars()
-    examples = datasets.Dataset.from_list(read_examples(path))
+    (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
+    examples = datasets.Dataset.from_list([{"history": None} | row for row in read_examples(path)])
     encoded = examples.map(
         lambda row: encoding.encode_example(tokenizer, to_messages(**row)),
+        desc=f"编码 {path}",
         remove_columns=examples.column_names,
         new_fingerprint="encoded",  # else datasets hashes the whole tokenizer: 4 s, for a cache that is not used here
     )
@@ -180,7 +166,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--dataset", default=DATASET_NAME, help="local file or ModelScope id (default: %(default)s)")
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=DATASET_NAME,
+        help="local files, ModelScope ids, hf://owner/name; #500 behind one: 500 rows of it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--without_thinking",
+        choices=("drop", "keep"),
+        default="drop",
+        help="rows without thinking: left out, or learnt as replies without thinking (default: %(default)s)",
+    )
     parser.add_argument("--train_file", default=TRAIN_FILE, help="where the training part goes (default: %(default)s)")
     parser.add_argument("--val_file", default=VAL_FILE, help="where the validation part goes (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the ModelScope data set (default: master)")

@@ -5,9 +5,9 @@ import codecs
 import json
 from pathlib import Path
 
-from parts import row_files, scores
+from parts import row_files, scores, shapes
 from parts.encoding import Reply
-from parts.rows import Row
+from parts.rows import Row, check_history
 
 BATCH_ROWS = 64  # questions of a file answered together, at most
 
@@ -26,13 +26,16 @@ def read(path: str) -> list[Row]:
         lines = enumerate(row_files.decode_all(Path(path), content).split("\n"), 1)
         rows = [(number, {"question": line.strip()}) for number, line in lines if line.strip()]
     else:
-        rows = row_files.read(path)
+        rows, _ = shapes.to_fields(row_files.read(path), path, answered=False)
     if not rows:
         raise SystemExit(f"错误：--questions {path} 里没有问题；请每行写一个问题。")
     for number, row in rows:
         question = row.get("question") if isinstance(row, dict) else None
         if not isinstance(question, str) or not question.strip():
             raise SystemExit(f"错误：{path} 第 {number} 行没有问题；每行需要一个不为空的 question 字段。")
+        _, problem = check_history(row.get("history") or [])
+        if problem:
+            raise SystemExit(f"错误：{path} 第 {number} 行的 {problem}；请改正这一行。")
     return [row for _, row in rows]
 
 

@@ -1,17 +1,20 @@
-"""Files of rows (.jsonl, .json, .csv, .parquet) to objects and back. Text stays as typed; what cannot be read ends with
-the line and the remedy. Does not look into the rows: that is rows.py's."""
+"""Files of rows (.jsonl, .json, .csv, .tsv, .parquet) to objects and back. Text stays as typed; what cannot be read
+ends with the line and the remedy. Does not look into the rows: that is rows.py's."""
 
 import codecs
 import contextlib
+import csv
 import io
 import json
 import os
+import shlex
 from pathlib import Path
 
 from parts.rows import FIELDS, SAME_FIELD_TWICE
 from parts.terminal import first_line
 
-SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")  # the first kind that a data set on the hub has is taken
+SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv", ".json")  # the first kind that a data set on the hub has is taken
+CONVERSATIONS = ("messages", "conversations")  # fields that hold the turns of one row
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
@@ -26,9 +29,16 @@ def read(path: str | Path) -> list[tuple[int, object]]:
 
 def read_bytes(path: Path) -> bytes:
     """A data file's bytes."""
+    if os.path.isdir(path):
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        there = f"里面的数据文件有 {'、'.join(file.name for file in files[:10])}" if files else "里面没有数据文件"
+        remedy = f"：python data.py --dataset {shlex.quote(str(files[0]))}" if files else ""
+        raise SystemExit(f"错误：{path} 是一个文件夹，{there}；请指定一个文件{remedy}")
     if path.suffix.lower() not in SUFFIXES:
+        packed = path.suffix.lower() in (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar")
         raise SystemExit(
-            f"错误：不认识 {path} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
+            f"错误：不认识 {path} 的格式；请{'先解压，再' * packed}"
+            "转成 .jsonl、.json、.csv、.tsv 或 .parquet（UTF-8）再用 --dataset 指定。"
         )
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for a file
         raise SystemExit(
@@ -78,11 +88,16 @@ def to_object(pairs: list[tuple[str, object]]) -> object:
     return row if len(row) == len(pairs) else SAME_FIELD_TWICE
 
 
+def load_json(text: str) -> object:
+    """A JSON text; texts stay as typed."""
+    # int() refuses long numbers; no number is used anyway
+    return json.loads(text, parse_int=float, object_pairs_hook=to_object)
+
+
 def parse_json(path: Path, text: str, line: int = 1) -> object:
     """A JSON text that begins on this line of its file."""
     try:
-        # int() refuses long numbers; no number is used anyway
-        return json.loads(text, parse_int=float, object_pairs_hook=to_object)
+        return load_json(text)
     except json.JSONDecodeError as error:
         raise SystemExit(
             f"错误：{path} 第 {line + error.lineno - 1} 行不是合法的 JSON"
@@ -92,31 +107,48 @@ def parse_json(path: Path, text: str, line: int = 1) -> object:
         raise SystemExit(f"错误：{path} 第 {line} 行的 JSON 嵌套过深；每行只要一个简单的对象。") from None
 
 
-def read_jsonl(path: Path, content: bytes) -> list[tuple[int, object]]:
-    # Split at \n alone: str.splitlines would also break at characters such as U+2028 that JSON allows inside texts.
-    lines = enumerate(content.split(b"\n"), 1)
-    return [(number, parse_json(path, decode(path, number, line), number)) for number, line in lines if line.strip()]
-
-
 def read_json(path: Path, content: bytes) -> list[tuple[int, object]]:
-    rows = parse_json(path, decode_all(path, content))
-    if not isinstance(rows, list):
-        raise SystemExit(f"错误：{path} 应是对象的数组 [{{…}}, …]；每行一个对象的文件请命名为 .jsonl。")
-    return list(enumerate(rows, 1))
+    """Of a file named .jsonl or .json: one object a line, or an array of them, whichever it is."""
+    # Split at \n alone: str.splitlines would also break at characters such as U+2028 that JSON allows inside texts.
+    # Files that were joined have a byte order mark in the middle, where nobody sees it.
+    lines = [line.removeprefix(codecs.BOM_UTF8) for line in content.split(b"\n")]
+    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    first = None
+    with contextlib.suppress(ValueError, RecursionError):
+        first = load_json(lines[0][1].decode())
+    if first is None and (path.suffix.lower() == ".json" or lines[0][1].lstrip().startswith(b"[")):
+        first, lines = parse_json(path, decode_all(path, content)), lines[:1]
+    if len(lines) > 1 or not isinstance(first, list | dict):
+        return [(number, parse_json(path, decode(path, number, line), number)) for number, line in lines]
+    return list(enumerate(first if isinstance(first, list) else rows_in(first), 1))
+
+
+def rows_in(found: dict) -> list:
+    """The rows of {"data": [{…}, …]}; else the object is itself the only row."""
+    lists = [value for name, value in found.items() if name not in CONVERSATIONS and isinstance(value, list)]
+    only = lists[0] if len(lists) == 1 else []
+    return only if only and all(isinstance(row, dict) for row in only) else [found]
+
+
+SEPARATORS = {",": "逗号", ";": "分号", "\t": "制表符"}
 
 
 def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
     import pandas
 
-    decode_all(path, content)
+    header = decode_all(path, content).lstrip("\n").partition("\n")[0]
+    separator = max(
+        SEPARATORS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), []))
+    )  # the first of equals
     try:
-        table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8")
+        table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8", sep=separator)
         # Where the first row has more fields than the header, pandas makes its first ones the index: all would shift.
         if not isinstance(table.index, pandas.RangeIndex):
             raise ValueError("第 1 行数据比表头多出字段")
     except ValueError as error:  # pandas' ParserError and EmptyDataError among them
         raise SystemExit(
-            f"错误：{path} 不是合法的 CSV（{str(error).strip()}）；含逗号或换行的文字请用双引号括起。"
+            f"错误：{path} 不是合法的 CSV（{str(error).strip()}）；"
+            f"含{SEPARATORS[separator]}或换行的文字请用双引号括起。"
         ) from None
     return list(enumerate(table.to_dict("records"), 1))
 
@@ -126,14 +158,15 @@ def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
 
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        # Only what is needed; all when something is missing, so that the message can name what is there.
-        rows = table.select(FIELDS if set(FIELDS) <= set(table.column_names) else table.column_names).to_pylist()
+        # Only what is needed, where it has our names.
+        needed = [*FIELDS, *({"history"} & set(table.column_names))]
+        rows = table.select(needed if set(FIELDS) <= set(table.column_names) else table.column_names).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
         raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。") from None
     return list(enumerate(rows, 1))
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
 
 
 def to_jsonl(rows: list[dict]) -> str:

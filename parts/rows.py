@@ -1,68 +1,130 @@
-"""A row of data: three texts, checked and cleaned once. Knows no file format and no split."""
+"""A row of data: question, thinking and answer, checked and cleaned once. Knows no file format and no split."""
 
+import json
 import re
 import statistics
+import unicodedata
 
 from parts.terminal import shorten
 
 FIELDS = ("question", "think", "answer")
+THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what check says of a row without thinking
 TAG = re.compile(r"</?think>")
-SAME_FIELD_TWICE = object()  # stands for a row that has a field twice
-Row = dict[str, str]
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothing
+Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
 Place = int | tuple[str, int]  # of a row: its number, with the file's name where there are several
+Placed = tuple[Place, object]  # a row, and where it stands
+
+
+class Unusable(str):
+    """Stands for a row that cannot be read: says why."""
+
+
+SAME_FIELD_TWICE = Unusable("同一字段出现多次")
+
+
+def invisible(character: str) -> bool:
+    """Whether nothing is seen of it: white space, marks of width 0, fillers."""
+    return character in BLANK or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+
+
+def strip_invisible(text: str) -> str:
+    """Without what cannot be seen at its ends."""
+    start = next((place for place, character in enumerate(text) if not invisible(character)), len(text))
+    end = next((place for place in range(len(text), start, -1) if not invisible(text[place - 1])), start)
+    return text[start:end]
 
 
 def clean(text: str) -> str:
-    """Strip white space, make line ends `\\n`, and turn a literal backslash-n into the line break it stands for.
+    """Strip white space, make line ends `\\n`, Excel's _x000D_ too, and turn a literal backslash-n into the line break
+    it stands for. A text of which nothing can be seen is empty.
 
     Before a letter the two characters stay: there they begin a LaTeX command (\\nu) or a path.
     """
-    return re.sub(r"\\n(?![A-Za-z])", "\n", text.replace("\r\n", "\n")).strip()
+    text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?", "\n", text)
+    text = re.sub(r"\\n(?![A-Za-z])", "\n", text).strip()
+    return "" if all(map(invisible, text)) else text
 
 
-def check(row: object) -> tuple[Row | None, str | None]:
-    """(clean row, None), or (None, what is wrong with it)."""
+def check(row: object, thinkless: bool = True) -> tuple[Row | None, str | None]:
+    """(clean row, None), or (None, what is wrong with it). `thinkless`: a thinking of "" stands for none, and is
+    taken."""
     if not isinstance(row, dict):
-        return None, "同一字段出现多次" if row is SAME_FIELD_TWICE else "不是对象"
+        return None, str(row) if isinstance(row, Unusable) else "不是对象"
     cleaned = {}
     for field in FIELDS:
         if field not in row:
             return None, f"缺少字段 {field}"
-        text = row[field]
-        if text is None:
-            return None, f"{field} 为 null"
-        if not isinstance(text, str):
-            return None, f"{field} 不是文本"
-        if not (text := clean(text)):
-            return None, f"{field} 为空"
-        if field != "question" and TAG.search(text):  # the template writes them; these would be learnt as text
-            return None, f"{field} 含 <think> 或 </think> 标签"
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return None, f"{field} 含无效字符（不成对的代理码点）"
-        cleaned[field] = text
-    return cleaned, None
-
-
-def keep_usable(part: list[tuple[Place, object]], problems: dict[str, list[Place]], taken: set[str]) -> list[Row]:
-    """The clean, distinct rows of one part, in order; `problems` gathers what is left out: reason -> places.
-
-    `taken` holds the questions of the other part, which must not appear here.
-    """
-    kept, seen = [], set()
-    for number, raw in part:
-        row, problem = check(raw)
-        if row and tuple(row.values()) in seen:
-            problem = "与前面的行重复"
-        elif row and row["question"] in taken:
-            problem = "验证集的问题也在训练集里"
+        if field == "think" and row[field] == "" and thinkless:
+            cleaned[field] = ""
+            continue
+        cleaned[field], problem = check_text(field, row[field], answered=field != "question")
         if problem:
-            problems.setdefault(problem, []).append(number)
+            return None, problem
+    history, problem = check_history(row.get("history") or [])
+    return (None, problem) if problem else (cleaned | ({"history": history} if history else {}), None)
+
+
+def check_history(history: object) -> tuple[list[list[str]] | None, str | None]:
+    """(clean earlier turns, None), or (None, what is wrong with them)."""
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        return None, "history 不是 [[问题, 回答], …]"
+    checked = [[check_text("history", text, place > 0) for place, text in enumerate(pair)] for pair in history]
+    problem = next((problem for pair in checked for _, problem in pair if problem), None)
+    return (None, problem) if problem else ([[text for text, _ in pair] for pair in checked], None)
+
+
+def check_text(field: str, text: object, answered: bool) -> tuple[str | None, str | None]:
+    """(clean text, None), or (None, what is wrong with it). `answered`: by the model, not by a person."""
+    if text is None:
+        return None, f"{field} 为 null"
+    if not isinstance(text, str):
+        return None, f"{field} 不是文本"
+    if not (text := clean(text)):
+        return None, f"{field} 为空"
+    if answered and TAG.search(text):  # the template writes them; these would be learnt as text
+        return None, f"{field} 含 <think> 或 </think> 标签"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return None, f"{field} 含无效字符（不成对的代理码点）"
+    return text, None
+
+
+def topic(row: dict) -> str:
+    """The question that a conversation begins with."""
+    return row["history"][0][0] if row.get("history") else row["question"]
+
+
+def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[str], thinkless: bool) -> list[Placed]:
+    """The clean, distinct rows of one part, in order; `problems` gathers what is left out: reason -> places, `seen` the
+    rows that there were."""
+    kept = []
+    for place, raw in part:
+        if thinkless and isinstance(raw, dict) and not clean(str(raw.get("think") or "")):
+            raw = raw | {"think": ""}
+        row, problem = check(raw, thinkless)
+        text = json.dumps(row)
+        if row and text in seen:
+            problem = "与前面的行重复"
+        if problem:
+            problems.setdefault(problem, []).append(place)
         else:
-            seen.add(tuple(row.values()))
-            kept.append(row)
+            seen.add(text)
+            kept.append((place, row))
     return kept
+
+
+def leave_out(part: list[Placed], topics: set[str], problem: str, problems: dict[str, list[Place]]) -> list[Placed]:
+    """The rows whose topic is not among these."""
+    for place, row in part:
+        if topic(row) in topics:
+            problems.setdefault(problem, []).append(place)
+    return [(place, row) for place, row in part if topic(row) not in topics]
+
+
+def topics(part: list[Placed]) -> set[str]:
+    return {topic(row) for _, row in part}
 
 
 def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[str]:
@@ -74,14 +136,15 @@ def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[s
         if isinstance(first[0], tuple):
             where = "、".join(f"{file} 第 {number} 行" for file, number in first) + more
         lines.append(f"{problem}：{len(places)} 行（{where}）")
+    if not problems.keys().isdisjoint(THINKLESS):
+        lines.append("没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学")
     return lines
 
 
-def summary(source: str, sha256: str, total: int, parts: dict[str, list[Row]], problems: dict) -> str:
-    """What a person wants to know about the data, as text."""
+def summary(lines: list[str], parts: dict[str, list[Row]], problems: dict[str, list[Place]]) -> str:
+    """What a person wants to know about the data, as text, after the `lines` on where it comes from."""
     rows = [row for part in parts.values() for row in part]
-    lines = [f"数据来源  {source}：共 {total} 行", f"SHA-256   {sha256}"]
-    lines += [f"已写入    {path}：{len(part)} 行" for path, part in parts.items()]
+    lines = lines + [f"已写入    {path}：{len(part)} 行" for path, part in parts.items()]
     lines += [f"未采用    {line}" for line in describe_problems(problems)] or ["未采用    0 行"]
     for field in FIELDS:
         lengths = [len(row[field]) for row in rows]
@@ -89,6 +152,8 @@ def summary(source: str, sha256: str, total: int, parts: dict[str, list[Row]], p
             f"字符数    {field}：平均 {statistics.mean(lengths):.0f}，"
             f"中位数 {statistics.median(lengths):.0f}，最长 {max(lengths)}"
         )
+    if turns := sum("history" in row for row in rows):
+        lines.append(f"多轮对话  {turns} 行")
     example = rows[0]
     lines += ["", "示例（训练集第 1 行）"]
     lines += [f"  {name}：{shorten(example[field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]

@@ -76,7 +76,7 @@ def test_link_to_a_file_is_read_and_stays_a_link():
             "--dataset",
             "nonsense",
             1,
-            "错误：--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 krisfu/delicate_medical_r1_data）。",
+            "错误：--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。",
         ),
         ("--datasets", "rows.csv", 2, "data.py: error: unrecognized arguments: --datasets {}"),
         ("--data", "rows.csv", 2, "data.py: error: unrecognized arguments: --data {}"),  # no flag can be shortened

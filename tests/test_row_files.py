@@ -1,6 +1,7 @@
 """Every format gives the same rows of the same texts; a file that cannot be read ends with its line and its remedy."""
 
 import codecs
+import csv
 import json
 from pathlib import Path
 
@@ -40,30 +41,30 @@ GOOD = as_jsonl(make_rows(20))
 HEAD = "question,think,answer\n"
 MISSING = "找不到数据文件 {}；请检查路径，或不带 --dataset 运行 python data.py 下载公开数据集。"
 EMPTY = "{} 是空文件；请换一个有内容的文件。"
-FORMAT = "不认识 {} 的格式；请转成 .jsonl、.json、.csv 或 .parquet（UTF-8）再用 --dataset 指定。"
+FOLDER = "{} 是一个文件夹，里面没有数据文件；请指定一个文件"
+FORMAT = "不认识 {} 的格式；请转成 .jsonl、.json、.csv、.tsv 或 .parquet（UTF-8）再用 --dataset 指定。"
 JSON = "{} 第 %s 行不是合法的 JSON（%s 列）；请修正这一行。"
 CODING = "{} 第 %s 行不是 UTF-8 编码（该行第 %s 字节）；请另存为 UTF-8，例如：iconv -f %s -t UTF-8 {} > utf8[]"
 NUL = "{} 第 %s 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。"
 DEEP = "{} 第 %s 行的 JSON 嵌套过深；每行只要一个简单的对象。"
-COLUMNS = "数据缺少列 %s（现有的列：%s）；请改列名为 question、think、answer。"
+COLUMNS = "认不出 {} 的列（%s）；一行是 ~"
 CSV = "{} 不是合法的 CSV（%s）；含逗号或换行的文字请用双引号括起。"
 PARQUET = "{} 不是完整的 Parquet 文件（~）；请重新导出。"
 NO_ROWS = "{} 里没有一行数据；每行需要 question、think、answer 三个字段。"
 TOO_FEW = "%s 行中可用的有 %s 行，划分后%s为空；请提供更多不同的行。"
-EQUAL = "\n  与前面的行重复：8 行（第 1、3、4、5、6 等 行）\n  验证集的问题也在训练集里：1 行（第 2 行）"
-NEITHER = "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 krisfu/delicate_medical_r1_data）。"
-OBJECT = "{} 应是对象的数组 [{…}, …]；每行一个对象的文件请命名为 .jsonl。"
-ALL = "question、think、answer"
+EQUAL = "\n  与前面的行重复：9 行（第 1、2、3、4、5 等 行）"
+KEEP = "\n  没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学"
+NEITHER = "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
 VAL_PLACES = sorted(published(range(1, 21))[1])
 ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), message with {} for the name, [] its ending
     ("missing.jsonl", None, MISSING),
-    ("folder.jsonl", ..., MISSING),
+    ("folder.jsonl", ..., FOLDER),
     ("n" * 300 + ".jsonl", None, MISSING),
     ("empty.jsonl", "", EMPTY),
     ("blank.csv", " \n\t\r\n", EMPTY),
     ("only-a-mark.json", "\ufeff\n", EMPTY),
     ("rows.xlsx", "x", FORMAT),
-    ("folder", ..., FORMAT),
+    ("folder", ..., FOLDER),
     ("gbk.jsonl", GOOD.encode() + GOOD.encode("gbk"), CODING % (21, 15, "GB18030")),
     ("gbk.json", '[\n"我"]'.encode("gbk"), CODING % (2, 2, "GB18030")),
     ("gbk.csv", f"{HEAD}q,t,a\n问,思,答\n".encode("gbk"), CODING % (3, 1, "GB18030")),
@@ -79,11 +80,6 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ("zeros-at-the-end.jsonl", GOOD + "\0" * 512, NUL % 21),
     ("old-mac.jsonl", GOOD.replace("\n", "\r"), JSON % (1, "Extra data，第 57")),
     (
-        "two-marks.jsonl",
-        f"{GOOD}\ufeff{GOOD}",
-        JSON % (21, "Unexpected UTF-8 BOM (decode using utf-8-sig)，第 1"),
-    ),
-    (
         "50-MB-line-cut.jsonl",
         f'{GOOD}{{"think": "' + "思" * 17_000_000,
         JSON % (21, "Unterminated string starting at，第 11"),
@@ -95,11 +91,7 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ),
     ("comma-at-the-end.json", "[{},\n]", JSON % ("~", "~")),
     ("half-an-array.json", json.dumps(make_rows(2), indent=1)[:-2], JSON % (11, "Expecting ',' delimiter，第 3")),
-    ("rows-in-data.json", json.dumps({"data": make_rows(20)}), OBJECT),
-    ("capitals.jsonl", GOOD.replace("question", "Question"), COLUMNS % ("question", "Question、answer、think")),
-    ("semicolons.csv", "question;think;answer\nq;t;a\n", COLUMNS % (ALL, "question;think;answer")),
-    ("spaces.csv", "question, think, answer\nq,t,a\n", COLUMNS % ("think、answer", " answer、 think、question")),
-    ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % (ALL, "a1、q1、t1")),
+    ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % "'q1'、't1'、'a1'"),
     (
         "numbers.parquet",
         as_parquet({"question": ["q"], "think": ["t"]} | {"answer": [None]}),
@@ -117,26 +109,25 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ),
     ("link-to-itself.jsonl", Path("link-to-itself.jsonl"), MISSING),
     ("link-to-nothing.jsonl", Path("nothing"), MISSING),
-    ("link-to-a-folder.jsonl", Path(), MISSING),
+    ("link-to-a-folder.jsonl", Path(), FOLDER),
     ("unreadable.jsonl", Path("/proc/self/mem"), "无法读取 {}（Input/output error）；请检查文件权限。"),
     ("words.jsonl", f"{GOOD}\n头痛\n", JSON % (22, "Expecting value，第 1")),
     ("cut.jsonl", GOOD[:-5], JSON % (20, "Unterminated string starting at，第 51")),
-    ("lines.json", GOOD, JSON % (2, "Extra data，第 1")),
     ("deep.jsonl", GOOD + "[" * 100000, DEEP % 21),
     ("deep.json", "[" * 100000, DEEP % 1),
-    ("array.jsonl", json.dumps(make_rows(20)), COLUMNS % (ALL, "无")),
-    ("object.json", "{}", OBJECT),
+    ("object.json", "{}", COLUMNS % "无"),
+    ("number.json", "5", COLUMNS % "无"),
     ("none.json", "[]", NO_ROWS),
     ("none.csv", HEAD, NO_ROWS),
     ("none.parquet", as_parquet({field: [] for field in FIELDS}), NO_ROWS),
-    ("columns.jsonl", as_jsonl([{"think": "思", "问": "b", "a": 1}]), COLUMNS % ("question、answer", "a、think、问")),
-    ("columns.csv", "question,output\n问,答\n", COLUMNS % ("think、answer", "output、question")),
-    ("columns.parquet", as_parquet({"think": ["t"], "x": ["x"]}), COLUMNS % ("question、answer", "think、x")),
+    ("columns.jsonl", as_jsonl([{"think": "思", "问": "b", "a": 1}]), COLUMNS % "'think'、'问'、'a'"),
+    ("columns.csv", "question,output\n问,答\n", COLUMNS % "'question'、'output'"),
+    ("columns.parquet", as_parquet({"think": ["t"], "x": ["x"]}), COLUMNS % "'think'、'x'"),
     ("one.jsonl", as_jsonl(make_rows(1)), TOO_FEW % (1, 1, "训练集")),
     (
         "bad.jsonl",
         as_jsonl([make_row(1, think="")] * 9),
-        TOO_FEW % (9, 0, "训练集") + "\n  think 为空：9 行（第 1、2、3、4、5 等 行）",
+        TOO_FEW % (9, 0, "训练集") + "\n  think 为空：9 行（第 1、2、3、4、5 等 行）" + KEEP,
     ),
     ("equal.jsonl", as_jsonl([make_row(1)] * 10), TOO_FEW % (10, 1, "验证集") + EQUAL),
     ("quote.csv", f'{HEAD}q,"t,a\nq,t,a\n', CSV % "~"),
@@ -170,6 +161,13 @@ ODD = {  # what looks wrong and is fine: how the 20 good rows are written, and t
     "empty lines": lambda: GOOD.replace("\n", "\n\n \n").encode(),
     "all escaped": lambda: "".join(json.dumps(row) + "\n" for row in make_rows(20)).encode(),
     "other fields, nested": lambda: GOOD.replace("{", '{"metrics": {"f1": [1e400, {}]}, ').encode(),
+    "arrays of lines": lambda: json.dumps(make_rows(20), indent=1).encode(),
+    "a mark in the middle": lambda: GOOD.replace(as_jsonl([make_row(9)]), "\ufeff" + as_jsonl([make_row(9)])).encode(),
+    "an array in a line": lambda: json.dumps(make_rows(20)).encode(),
+    "names in capitals, with blanks": lambda: GOOD.replace('"think"', '" Think\u200b "').encode(),
+    "tags around the thinking": lambda: (
+        GOOD.replace("思考", "<think>\n思考").replace('。", "answer', '。</think>", "answer').encode()
+    ),
     "spaces around": lambda: GOOD.replace("。", "。\\u3000 ").encode(),
 }
 
@@ -179,6 +177,43 @@ def test_odd_file_gives_the_same_rows(content):
     Path("odd.jsonl").write_bytes(content())
     data.prepare("odd.jsonl")
     assert written() == published(make_rows(20))
+
+
+TABLES = {
+    "semicolons.csv": ";",
+    "tabs.csv": "\t",
+    "tabs.tsv": "\t",
+    "commas.tsv": ",",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_separator_is_read_from_the_header(name):
+    save([row | {"answer": "甲,乙；\t;丙"} for row in make_rows(20)], "rows.csv")
+    with open("rows.csv", encoding="utf-8", newline="") as file, open(name, "w", encoding="utf-8", newline="") as out:
+        csv.writer(out, delimiter=TABLES[name]).writerows(csv.reader(file))
+    assert row_files.read(name) == row_files.read("rows.csv") and len(row_files.read(name)) == 20
+
+
+NAMED_JSON = {"lines": GOOD, "array": json.dumps(make_rows(20))}
+NAMED_JSON["a list in it"] = json.dumps({"total": 20, "data": make_rows(20)})
+
+
+@pytest.mark.parametrize("text", NAMED_JSON.values(), ids=NAMED_JSON)
+def test_json_is_read_as_what_it_is(text):
+    Path("rows.json").write_text(text, encoding="utf-8")
+    data.prepare("rows.json")
+    assert written() == published(make_rows(20))
+
+
+def test_folder_is_named_with_the_files_in_it(fails):
+    Path("here").mkdir()
+    save(make_rows(20), "here/rows.jsonl")
+    fails(
+        "here 是一个文件夹，里面的数据文件有 rows.jsonl；请指定一个文件：python data.py --dataset here/rows.jsonl",
+        "--dataset",
+        "here",
+    )
 
 
 @pytest.mark.parametrize("text", ["空\0字", "<|im_end|>", "思" * 17_000_000], ids=["NUL", "control token", "50 MB"])

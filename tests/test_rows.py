@@ -29,8 +29,15 @@ BAD = {
     '{"question": "问", "think": "思", "answer": -Infinity}': "answer 不是文本",
     '{"question": "问", "think": "思", "answer": true}': "answer 不是文本",
     '{"question": "问", "question": "另问", "think": "思", "answer": "答"}': "同一字段出现多次",
-    '{"question": "问", "think": "<think>思</think>", "answer": "答"}': "think 含 <think> 或 </think> 标签",
-    '{"question": "问", "think": "思", "answer": "思</think>答"}': "answer 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "思<think>", "answer": "答"}': "think 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "思", "answer": "别的</think>答"}': "answer 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "\u200b\ufeff\u2060\u3164", "answer": "答"}': "think 为空",  # nothing to be seen
+    '{"question": "问", "think": "思", "answer": "答", "history": [3]}': "history 不是 [[问题, 回答], …]",
+    '{"question": "问", "think": "思", "answer": "答", "history": [["问"]]}': "history 不是 [[问题, 回答], …]",
+    '{"question": "问", "think": "思", "answer": "答", "history": [["问", ""]]}': "history 为空",
+    '{"question": "问", "think": "思", "answer": "答", "history": [["问", "</think>"]]}': (
+        "history 含 <think> 或 </think> 标签"
+    ),
 }
 
 
@@ -46,17 +53,18 @@ def test_unusable_row_is_left_out_and_named(line, problem, capsys):
 
 @pytest.mark.parametrize("first, second", [(0, 0), (1, 1), (0, 1)], ids=["in train", "in val", "in both"])
 @pytest.mark.parametrize("change", [{}, {"answer": "另一个回答"}], ids=["same answer", "other answer"])
-def test_repeated_rows_and_questions_of_both_parts_are_left_out(first, second, change, capsys):
+def test_repeated_rows_are_left_out_and_rows_of_one_question_stay_together(first, second, change, capsys):
     parts = published(range(1, 41))
     original, copy = parts[first][1], parts[second][2]
     rows = make_rows(40, first=0)  # row 0 is not saved: numbers count from 1
     rows[copy] = make_row(original, **change)
     spaced = [row | {"think": row["think"] + " " * i} for i, row in enumerate(rows)]  # white space is no difference
     data.prepare(save(spaced[1:], "rows.jsonl"))
-    # Two answers to one question are two examples, as long as both are in one part.
-    problem = "验证集的问题也在训练集里" if first != second else None if change else "与前面的行重复"
-    assert f"\n未采用    {f'{problem}：1 行（第 {copy} 行）' if problem else '0 行'}\n" in capsys.readouterr().out
-    assert written() == tuple([rows[i] for i in part if not (problem and i == copy)] for part in parts)
+    assert f"\n未采用    {'0 行' if change else f'与前面的行重复：1 行（第 {copy} 行）'}\n" in capsys.readouterr().out
+    questions = [{row["question"] for row in part} for part in written()]
+    assert questions[0].isdisjoint(questions[1])
+    left_out = [] if change else [rows[copy]]  # of both, one is left
+    assert sorted(map(str, sum(written(), []) + left_out)) == sorted(map(str, rows[1:]))
 
 
 def test_many_problems_are_counted_by_kind_with_the_first_five_lines(capsys):
@@ -68,7 +76,8 @@ def test_many_problems_are_counted_by_kind_with_the_first_five_lines(capsys):
     Path("rows.jsonl").write_text(as_jsonl(rows).replace("\n", "\n\n", 1), encoding="utf-8")
     data.prepare("rows.jsonl")
     out = capsys.readouterr().out
-    assert out.startswith("数据来源  rows.jsonl：共 100 行\n") and out.count("未采用") == 2
+    assert out.startswith("数据来源  rows.jsonl：共 100 行\n") and out.count("未采用") == 3
+    assert "\n未采用    没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学\n" in out
     assert "\n未采用    answer 为 null：2 行（第 21、51 行）\n" in out
     assert "\n未采用    think 为空：7 行（第 4、15、16、41、61 等 行）\n" in out
 
@@ -91,7 +100,9 @@ CLEANED = {
     "一\\n\\n二": "一\n\n二",
     "一。\\n第二": "一。\n第二",
     "\\n一\\n": "一",
-    "一\r\n二\n三": "一\n二\n三",
+    "一\r\n二\n三\r四": "一\n二\n三\n四",
+    "一_x000D_\n二_x000D_三_x000d_\r\n四": "一\n二\n三\n四",  # Excel's line ends
+    "\u200b一\u200d": "\u200b一\u200d",
     r"频率 $\nu$ 与 $\nabla f$": r"频率 $\nu$ 与 $\nabla f$",
     r"C:\new": r"C:\new",
     "里面  的 空格\t不动": "里面  的 空格\t不动",

@@ -1,0 +1,103 @@
+"""Data sets, local or on a hub: read, recognised, divided into their two parts, and held against each other. Knows no
+set by name and writes nothing."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from parts import hub, row_files, rows, shapes, split
+from parts.rows import Placed
+
+IN_TRAIN, IN_VAL = "验证集的问题也在训练集里", "训练集的问题也在验证集里"
+
+
+class Source(NamedTuple):
+    """A data set that was read: what to say of it, where it came from, and its two parts."""
+
+    lines: list[str]
+    origin: dict[str, str | None]
+    train: list[Placed]
+    val: list[Placed]
+    own_val: bool  # a part that its hub keeps for validation
+
+
+def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
+    """{file: bytes} of a local file, whose name is "", or of a hub's data set."""
+    if not dataset.startswith(hub.SCHEMES):
+        if os.path.exists(dataset) or Path(dataset).suffix.lower() in row_files.SUFFIXES:
+            if revision:
+                raise SystemExit(f"错误：--revision {revision} 只用于 ModelScope 上的数据集，而 {dataset} 是本地文件。")
+            return {"": row_files.read_bytes(Path(dataset))}
+        if not hub.is_name(dataset):
+            raise SystemExit(
+                f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
+            )
+    return hub.download_dataset(dataset, revision)
+
+
+def load(dataset: str, revision: str | None, sha256: str | None, several: bool, divide, fixed: bool = False) -> Source:
+    """One data set, recognised and split by `divide(rows)`, unless a hub keeps a part of it for validation; `fixed`: by
+    it in any case. `sha256` is the checksum that it must have; of several files, that of their contents in order of
+    their names."""
+    contents = read_contents(dataset, revision)
+    found = hashlib.sha256(b"".join(contents.values())).hexdigest()
+    if sha256 and sha256.lower() != found:
+        raise SystemExit(
+            f"错误：{dataset} 的 SHA-256 是 {found}，不是 --sha256 {sha256}；数据已变，请核对来源，或去掉 --sha256。"
+        )
+    parts: dict[str, list[Placed]] = {"train": [], "val": [], "test": []}
+    mappings = []
+    for name, content in contents.items():
+        where = f"{dataset} 的 {name}" if several and name else name or dataset
+        placed = row_files.parse(Path(name or dataset), content)
+        if several or len(contents) > 1:
+            placed = [((where, number), row) for number, row in placed]
+        converted, mapping = shapes.to_fields(placed, name or dataset)
+        parts["train" if fixed else split.part_of(name)] += converted
+        mappings.append(mapping)
+    if not parts["train"]:
+        raise SystemExit(f"错误：{dataset} 里只有验证或测试的部分，不用来训练；请换一个数据集。")
+    own = parts["val"] or parts["test"]
+    if own:
+        train, val = (sum(divide(part), []) for part in (parts["train"], own))
+    else:
+        train, val = divide(parts["train"])
+    unused = len(parts["test"]) * bool(parts["val"])
+    shown = f"{dataset}（{'、'.join(contents)}）" if contents.keys() != {""} else dataset
+    lines = [f"数据来源  {shown}：共 {sum(map(len, parts.values()))} 行", f"SHA-256   {found}"]
+    lines += [f"读作      {mapping}" for mapping in dict.fromkeys(filter(None, mappings))]
+    lines += [f"划分      验证集是它自己的{'验证' if parts['val'] else '测试'}部分，{len(val)} 行"] * bool(own)
+    lines += [f"划分      它的测试部分不用，{unused} 行"] * bool(unused)
+    local = contents.keys() == {""}  # its folder may name people
+    origin = {"source": Path(dataset).name if local else shown, "revision": revision, "sha256": found}
+    return Source(lines, origin, train, val, bool(own))
+
+
+def check(sources: list[Source], counts: list[int | None], thinkless: bool, problems: dict) -> list[tuple[list, list]]:
+    """[(train, val)] of the clean rows of each source, at most `counts` of them. No question is in a training part and
+    in a validation part; `problems` gathers what is left out."""
+    found, seen = [], (set(), set())
+    for source, count in zip(sources, counts):
+        train, val = (
+            rows.keep_usable(part, problems, there, thinkless) for part, there in zip((source.train, source.val), seen)
+        )
+        if source.own_val:
+            train = rows.leave_out(train, rows.topics(val), IN_VAL, problems)
+        else:
+            val = rows.leave_out(val, rows.topics(train), IN_TRAIN, problems)
+        found.append(split.sample(train, val, count))
+    for place, (train, val) in enumerate(found):  # validation parts stay as they are
+        others = set().union(*(rows.topics(other) for i, (_, other) in enumerate(found) if i != place))
+        found[place] = rows.leave_out(train, others, IN_VAL, problems), val
+    return found
+
+
+def read_count(dataset: str) -> tuple[str, int | None]:
+    """(data set, rows of the sample) of `owner/name#500`."""
+    if "#" not in dataset or os.path.exists(dataset):
+        return dataset, None
+    name, _, count = dataset.rpartition("#")
+    if not count.isdecimal() or not 2 <= int(count) < 2**32:
+        raise SystemExit(f"错误：--dataset {dataset}：# 后面要一个不小于 2 的整数，例如 {name}#500")
+    return name, int(count)
