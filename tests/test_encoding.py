@@ -200,11 +200,25 @@ def test_the_smallest_template_that_thinks(tokenizer):
         TURN.replace("CONTENT", THOUGHT).replace("assistant\n{%", "model\n{%"),  # the prompt is another one
         TURN.replace("CONTENT", THOUGHT).replace("<|im_end|>", "<|endoftext|>"),
         TURN.replace("CONTENT", THOUGHT + " + m.content"),
+        TURN.replace("CONTENT", THOUGHT.replace(" + m.content", " + '<think>' + m.content")),
     ],
 )
 def test_a_template_that_does_not_write_the_thinking_is_refused(tokenizer, template):
     message = "own/er 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
     refused(message, encoding.require_thinking, templated(tokenizer, template), "own/er")
+
+
+def test_an_empty_thinking_is_rendered_as_the_template_does(tokenizer):
+    """This one writes no block then."""
+    thoughtful = templated(tokenizer, TURN.replace("CONTENT", THOUGHT))
+    messages = data.to_messages("问", "", "答")
+    expected = thoughtful.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert encoding.encode_messages(thoughtful, messages) == expected
+
+
+def test_a_prompt_with_a_closed_block_opens_no_thinking(any_tokenizer):
+    prompt = encoding.encode_messages(any_tokenizer, data.to_messages("问"), True, thinking=False)
+    assert not encoding.opens_thinking(any_tokenizer, prompt)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('System role not supported') }}", "{{ 1 / 0 }}", "{% x %}"])
