@@ -44,10 +44,12 @@ def load_rows(dataset: str, revision: str | None, sha256: str | None) -> tuple[l
 
     `sha256` is the checksum that the file must have; of several files, that of their contents in order of their names.
     """
-    local = os.path.exists(dataset) or Path(dataset).suffix.lower() in row_files.SUFFIXES
-    if not local and not hub.HUB_ID.fullmatch(dataset):
+    named = "://" not in dataset and Path(dataset).suffix.lower() in row_files.SUFFIXES  # a file that is not there
+    local = os.path.exists(dataset) or named
+    if not local and not hub.is_name(dataset):
         raise SystemExit(
             f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 {DATASET_NAME}）。"
+            f"{hub.forms(dataset)}"
         )
     if local and revision:
         raise SystemExit(f"错误：--revision {revision} 只用于 ModelScope 上的数据集，而 {dataset} 是本地文件。")

@@ -3,7 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
-from parts.hub import HUB_ID
+from parts import hub
 from parts.run_settings import LORA_SETTINGS
 
 CARD = """\
@@ -69,7 +69,7 @@ def plot_losses(axes, log_history: list[dict]) -> None:
 def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> str:
     """The card's text."""
     args, state, optimizer = trainer.args, trainer.state, trainer.plan.optimizer
-    base = args.model_name if HUB_ID.fullmatch(args.model_name) else Path(args.model_name).name
+    base = found[1] if (found := hub.split(args.model_name)) else Path(args.model_name).name
     evaluations = [(log["eval_loss"], log["step"]) for log in state.log_history if "eval_loss" in log]
     best = "{:.4f}（第 {} 步）".format(*min(evaluations)) if evaluations else "未评估"
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
