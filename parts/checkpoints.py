@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from parts.terminal import first_line
+from parts.terminal import first_line, show_progress
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's
 FINISHED_MARK = "trainer_state.json"  # Trainer's state: in each checkpoint, and in the folder once all else is written
@@ -21,10 +21,12 @@ MANIFEST = "manifest.json"  # written into a checkpoint last: {file: [bytes, sha
 def sha256(*paths: str | Path) -> str:
     """Of the files' contents, one after another."""
     digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+    with show_progress("SHA-256", sum(Path(path).stat().st_size for path in paths)) as progress:
+        for path in paths:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    progress.update(len(block))
     return digest.hexdigest()
 
 

@@ -63,7 +63,7 @@ def optional_versions() -> dict[str, str]:
 def find_model(args):
     """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = hub.find_downloaded(name, revision) if hub.HUB_ID.fullmatch(name) and not Path(name).is_dir() else None
+    path = hub.find_downloaded(name, revision) if hub.is_name(name) and not Path(name).is_dir() else None
     if path or Path(name).is_dir():
         path = str(path or hub.find_model(name, "", revision))
         print(f"模型：{path}")

@@ -3,8 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
-from parts import checkpoints
-from parts.hub import HUB_ID
+from parts import checkpoints, hub
 from parts.run_settings import LORA_SETTINGS
 
 CARD = """\

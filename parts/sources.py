@@ -24,15 +24,16 @@ class Source(NamedTuple):
 
 def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
     """{file: bytes} of a local file, whose name is "", or of a hub's data set."""
-    if not dataset.startswith(hub.SCHEMES):
-        if os.path.exists(dataset) or Path(dataset).suffix.lower() in row_files.SUFFIXES:
-            if revision:
-                raise SystemExit(f"错误：--revision {revision} 只用于 ModelScope 上的数据集，而 {dataset} 是本地文件。")
-            return {"": row_files.read_bytes(Path(dataset))}
-        if not hub.is_name(dataset):
-            raise SystemExit(
-                f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
-            )
+    named = "://" not in dataset and Path(dataset).suffix.lower() in row_files.SUFFIXES  # a file that is not there
+    if os.path.exists(dataset) or named:
+        if revision:
+            raise SystemExit(f"错误：--revision {revision} 只用于 hub 上的数据集，而 {dataset} 是本地文件。")
+        return {"": row_files.read_bytes(Path(dataset))}
+    if not hub.is_name(dataset):
+        raise SystemExit(
+            f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
+            f"{hub.forms(dataset)}"
+        )
     return hub.download_dataset(dataset, revision)
 
 

@@ -24,6 +24,13 @@ def shorten(text: str, most: int = 120) -> str:
     return text if len(text) <= most else text[:most] + "……"
 
 
+def show_progress(what: str, size: int):
+    """tqdm's bar over `size` bytes, for a person who would wait: of several GB, and at a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=size < 4e9 or not sys.stderr.isatty())
+
+
 def in_main_thread() -> bool:
     """Only the main thread hears signals."""
     return threading.current_thread() is threading.main_thread()

@@ -34,6 +34,12 @@ LIMITS = {  # of the client, so that a test of a fault takes seconds
 }
 ROUTE = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
 
+COMMIT = "c0" * 20
+HUGGINGFACE = re.compile(
+    r"/(?:(api/models|api/datasets|datasets)/)?([^/]+/[^/]+)/(?:revision|resolve)/([^/]+)(?:/(.+))?|"
+    r"/(api/models|api/datasets)/([^/]+/[^/]+)"
+)
+
 
 def entries(folder: Path, root: str) -> list[dict]:
     """List the folder as the hub does: one entry a file or sub-folder, only those below root where it is given."""
@@ -103,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         url = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        if route := HUGGINGFACE.fullmatch(unquote(url.path)):
+            return self.huggingface(route[1] or route[5], route[2] or route[6], route[4])
         route = ROUTE.fullmatch(unquote(url.path))
         folder = hub.folders[route[1]].get(route[2]) if route else None
         if folder is None or self.command == "POST":
@@ -111,6 +119,22 @@ class Handler(BaseHTTPRequestHandler):
             self.listing(folder, query)
         else:
             self.file(folder, query.get("FilePath", ""))
+
+    def huggingface(self, listed: str | None, name: str, file: str | None) -> None:
+        """Answer Hugging Face's client: every file is LFS here, with a checksum in the list."""
+        kind = "datasets" if listed and listed.endswith("datasets") else "models"
+        folder = self.server.hub.folders[kind].get(name)
+        if folder is None:
+            return self.missing("no such repository")
+        if file:
+            return self.file(folder, file)
+        files = []
+        for entry in entries(folder, ""):
+            if entry["Type"] == "blob":
+                lfs = {"size": entry["Size"], "sha256": entry["Sha256"], "pointerSize": 9}
+                files.append({"rfilename": entry["Path"], "size": entry["Size"], "blobId": "0", "lfs": lfs})
+        files += [{"rfilename": path, "size": len(data)} for path, data in self.server.hub.outside.items()]
+        self.reply(200, {"id": name, "sha": COMMIT, "siblings": files})
 
     do_GET = do_HEAD = do_POST = answer
 
@@ -130,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}:
             return self.missing("no such file")
         data = (folder / name).read_bytes()
-        head = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        head = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes", "X-Repo-Commit": COMMIT}
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not part:
             return self.send(200, data, head)

@@ -24,7 +24,7 @@ import inference
 import inference_lora
 import train
 from parts import hub as parts_hub
-from parts import models, rows
+from parts import huggingface, models, modelscope, rows
 
 REMEDY = "请检查名称和网络后重试同一命令，或用环境变量 MODELSCOPE_ENDPOINT 换一个镜像，或"
 FAILED = "错误：无法从 {url} 下载{what} own/er（{cause}）；" + REMEDY + "{remedy}。"
@@ -226,9 +226,9 @@ def test_revision_that_leaves_the_cache_is_refused(hub, tmp_path, revision):
 
 def test_limits_reach_the_client_and_add_up_to_what_is_stated(tmp_path):
     code = (
-        "from parts import hub\ntry: hub.download('own/er', 'dataset', '', list)\nexcept SystemExit: pass\n"
+        "from parts import hub, modelscope\ntry: hub.download('own/er', 'dataset', '', list)\nexcept SystemExit: pass\n"
         "from modelscope_hub import constants\n"
-        "print({name: getattr(constants, name.removeprefix('MODELSCOPE_')) for name in hub.LIMITS"
+        "print({name: getattr(constants, name.removeprefix('MODELSCOPE_')) for name in modelscope.LIMITS"
         " if name != 'MODELSCOPE_DOWNLOAD_MAX_RETRIES'})\n"
         "attempts = constants.DOWNLOAD_RETRY_TIMES + 1\n"
         "silent = max(constants.DOWNLOAD_TIMEOUT, constants.DOWNLOAD_LOW_SPEED_WINDOW_SECONDS)\n"
@@ -239,7 +239,7 @@ def test_limits_reach_the_client_and_add_up_to_what_is_stated(tmp_path):
     env |= {"HOME": str(tmp_path), "MODELSCOPE_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8")
     limits, listing, file = result.stdout.splitlines()
-    expected = {name: int(value) for name, value in parts_hub.LIMITS.items()}
+    expected = {name: int(value) for name, value in modelscope.LIMITS.items()}
     del expected["MODELSCOPE_DOWNLOAD_MAX_RETRIES"]
     assert ast.literal_eval(limits) == expected
     assert (int(listing), int(file)) == (48, 150)
@@ -343,10 +343,8 @@ def test_inference_asks_for_its_revision(hub, monkeypatch, capsys):
 
 def test_revision_of_what_is_no_repository():
     flags = {"dataset": "here.jsonl", "revision": "v1"}
-    assert ends(data.prepare, **flags) == (
-        "错误：--revision v1 只用于 ModelScope 上的数据集，而 here.jsonl 是本地文件。"
-    )
-    said = "错误：版本 v1 只用于 ModelScope 上的模型，而 . 是本地文件夹。"
+    assert ends(data.prepare, **flags) == ("错误：--revision v1 只用于 hub 上的数据集，而 here.jsonl 是本地文件。")
+    said = "错误：版本 v1 只用于 hub 上的模型，而 . 是本地文件夹。"
     assert ends(find_model, ".", revision="v1") == said == ends(inference.load_trained, ".", "v1")
 
 
@@ -417,6 +415,71 @@ def test_adapter_asks_for_the_revision_that_it_was_made_for(hub, tmp_path):
     Path("adapter_config.json").write_text(json.dumps(settings))
     assert "无法装到 own/er 上（缺少 adapter_model.safetensors）" in ends(inference_lora.load_adapter, ".")
     assert all("Revision=v8" in path for _, path in hub.requests if "/models/" in path)
+
+
+# ---- Hugging Face -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hf(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return hub
+
+
+HF_LIST, HF_FILE = r"/api/(models|datasets)/", "/resolve/"
+
+
+def test_huggingface_model_and_data_arrive_and_the_model_is_used_again(hf, model, capsys):
+    folder = Path(find_model("hf://own/er"))
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == {k: v for k, v in contents(model).items() if not k.lower().endswith(("bin", "x"))}
+    data.prepare("hf://own/er/rows.jsonl", revision="v2")
+    assert written() == published(make_rows(40))
+    assert any("/revision/v2" in path for _, path in hf.requests)
+    hf.__exit__()
+    assert find_model("hf://own/er") == str(folder) and "连不上 Hugging Face" in capsys.readouterr().out
+    assert parts_hub.find_downloaded("hf://own/er", "v1") is None
+
+
+@pytest.mark.parametrize(
+    "place, fault, cause",
+    [
+        (HF_LIST, partial(status, 404), "没有这个名称"),
+        (HF_LIST, partial(status, 401), "没有权限"),
+        (HF_LIST, partial(status, 403), "没有权限"),
+        (HF_FILE, wrong, "内容与文件列表不符"),
+        (HF_LIST, drip, "超时"),
+    ],
+)
+def test_huggingface_failure_is_one_sentence_and_leaves_nothing(hf, tmp_path, monkeypatch, place, fault, cause):
+    monkeypatch.setattr(huggingface, "WINDOW", 1)
+    hf.fault = on(place, fault)
+    for kind in ("model", "dataset"):
+        said = ends(*((find_model, "hf://own/er") if kind == "model" else (data.prepare, "hf://own/er")))
+        assert said.startswith(f"错误：无法从 {hf.url} 下载") and cause in said and "HF_ENDPOINT" in said
+    assert contents(tmp_path / "work") == {} and parts_hub.find_downloaded("hf://own/er", None) is None
+
+
+def test_huggingface_list_that_leaves_the_folder_is_refused(hf):
+    hf.outside = {"../../escaped.jsonl": b"x"}
+    assert "会写到文件夹之外" in ends(find_model, "hf://own/er")
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://a", "HF://own/er", "https://huggingface.co/own/er", "hf://own/er/x"])
+def test_address_that_is_no_name_is_told_the_right_form(name):
+    assert "hf://owner/name" in ends(find_model, name) or name.endswith("x")
+    assert parts_hub.is_name(name) == name.endswith("x")
+
+
+def test_folder_that_is_not_whole_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen/Qwen3-1.7B").mkdir(parents=True)
+    Path("Qwen/Qwen3-1.7B/config.json").write_text("{}")
+    assert "./Qwen/Qwen3-1.7B 是这里的一个文件夹，但不完整" in ends(find_model, "Qwen/Qwen3-1.7B")
 
 
 # ---- nothing that is loaded can run code --------------------------------------------------------------------------
