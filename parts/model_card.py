@@ -89,7 +89,7 @@ def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None
 def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> str:
     """The card's text."""
     args, state, optimizer = trainer.args, trainer.state, trainer.plan.optimizer
-    base = args.model_name if HUB_ID.fullmatch(args.model_name) else Path(args.model_name).name
+    base = found[1] if (found := hub.split(args.model_name)) else Path(args.model_name).name
     mixed = "，混合精度 " + ("bfloat16" if args.bf16 else "float16") if args.bf16 or args.fp16 else ""
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     rows = {
@@ -98,7 +98,7 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
         "训练到 epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
         "max_length": args.max_length,
         "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
-        "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "master"),
+        "基础模型的版本": args.model_revision or ("本地文件夹" if Path(args.model_name).is_dir() else "默认版本"),
         "基础权重的 SHA-256": settings["model_sha256"],
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
@@ -115,7 +115,9 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
 
 def describe_origin(origin: dict) -> str:
     """What the training file was made from, in the model card."""
-    if "source" not in origin:
+    if "sources" not in origin:
         return "不是 data.py 写的，或之后改过"
-    revision = f"，版本 {origin['revision']}" if origin["revision"] else ""
-    return f"{origin['source']}{revision}，SHA-256 {origin['sha256']}"
+    return "<br>".join(
+        f"{source['source']}{'，版本 ' + source['revision'] if source['revision'] else ''}，SHA-256 {source['sha256']}"
+        for source in origin["sources"]
+    )

@@ -91,8 +91,9 @@ def from_columns(row: dict, taken: dict[str, list[str]], answered: bool) -> obje
     values, history = split_thinking(values), row.get("history")
     if isinstance(history, list) and history:  # a text, such as a patient's, is a column like any other
         pairs = all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history)
-        values["history"] = [[asked, split_thinking({"answer": said})["answer"]] for asked, said in history if pairs]
-        return values if pairs else Unusable("history 不是 [[问题, 回答], …]")
+        if not pairs:
+            return Unusable("history 不是 [[问题, 回答], …]")
+        values["history"] = [[asked, split_thinking({"answer": said})["answer"]] for asked, said in history]
     return values
 
 
@@ -146,7 +147,8 @@ def describe_unknown(named: list[Placed], columns: list[str], source: str) -> st
     names = [*columns, "列名", "列名", "列名"]
     made = ", ".join(f"'{field}': r[{name!r}]" for field, name in zip(FIELDS, names))
     return (
-        f"错误：{source} 缺少能认出的问题或回答（现有的列：{quote(columns)}）；请转成 question、think、answer 三列。\n"
-        f'  第一行：{shorten(first, 200)}\n  例如（换成对应的列名）：python -c "from parts import row_files as f; '
+        f"错误：{source} 里认不出问题和回答（有这些列：{quote(columns)}；一行是 {shorten(first, 200)}）。"
+        "能直接读的样子在 README 的“自己的数据”里；其他的先转换，例如（换成对应的列名和文件）：\n"
+        '  python -c "from parts import row_files as f; '
         f"f.write({{'new.jsonl': f.to_jsonl([{{{made}}} for _, r in f.read({source!r})])}})\""
     )

@@ -51,7 +51,7 @@ def load(dataset: str, revision: str | None, sha256: str | None, several: bool, 
     mappings = []
     for name, content in contents.items():
         where = f"{dataset} 的 {name}" if several and name else name or dataset
-        placed = row_files.parse(Path(name or dataset), content)
+        placed = row_files.parse(Path(dataset, name), content)
         if several or len(contents) > 1:
             placed = [((where, number), row) for number, row in placed]
         converted, mapping = shapes.to_fields(placed, name or dataset)

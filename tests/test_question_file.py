@@ -113,7 +113,7 @@ def test_ctrl_c_keeps_what_is_answered(workspace, tiny_model):
         ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行没有问题"),
         ("q.jsonl", b'{"question": " "}', "q.jsonl 第 1 行没有问题"),
         ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行没有问题"),
-        ("q.jsonl", b"[]", "q.jsonl 第 1 行没有问题"),
+        ("q.jsonl", b"[]", "q.jsonl 里没有一行数据"),
         ("q.jsonl", b"{", "q.jsonl 第 1 行不是合法的 JSON"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ JSON = "{} 第 %s 行不是合法的 JSON（%s 列）；请修正这一行。"
 CODING = "{} 第 %s 行不是 UTF-8 编码（该行第 %s 字节）；请另存为 UTF-8，例如：iconv -f %s -t UTF-8 {} > utf8[]"
 NUL = "{} 第 %s 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。"
 DEEP = "{} 第 %s 行的 JSON 嵌套过深；每行只要一个简单的对象。"
-COLUMNS = "认不出 {} 的列（%s）；一行是 ~"
+COLUMNS = "{} 里认不出问题和回答（有这些列：%s；一行是 ~\n  python -c ~"
 CSV = "{} 不是合法的 CSV（%s）；含逗号或换行的文字请用双引号括起。"
 PARQUET = "{} 不是完整的 Parquet 文件（~）；请重新导出。"
 NO_ROWS = "{} 里没有一行数据；每行需要 question、think、answer 三个字段。"
@@ -91,7 +92,7 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ),
     ("comma-at-the-end.json", "[{},\n]", JSON % ("~", "~")),
     ("half-an-array.json", json.dumps(make_rows(2), indent=1)[:-2], JSON % (11, "Expecting ',' delimiter，第 3")),
-    ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % "'q1'、't1'、'a1'"),
+    ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % "“q1”、“t1”、“a1”"),
     (
         "numbers.parquet",
         as_parquet({"question": ["q"], "think": ["t"]} | {"answer": [None]}),
@@ -120,9 +121,9 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ("none.json", "[]", NO_ROWS),
     ("none.csv", HEAD, NO_ROWS),
     ("none.parquet", as_parquet({field: [] for field in FIELDS}), NO_ROWS),
-    ("columns.jsonl", as_jsonl([{"think": "思", "问": "b", "a": 1}]), COLUMNS % "'think'、'问'、'a'"),
-    ("columns.csv", "question,output\n问,答\n", COLUMNS % "'question'、'output'"),
-    ("columns.parquet", as_parquet({"think": ["t"], "x": ["x"]}), COLUMNS % "'think'、'x'"),
+    ("columns.jsonl", as_jsonl([{"think": "思", "问": "b", "a": 1}]), COLUMNS % "“think”、“问”、“a”"),
+    ("columns.csv", "question,label\n问,答\n", COLUMNS % "“question”、“label”"),
+    ("columns.parquet", as_parquet({"think": ["t"], "x": ["x"]}), COLUMNS % "“think”、“x”"),
     ("one.jsonl", as_jsonl(make_rows(1)), TOO_FEW % (1, 1, "训练集")),
     (
         "bad.jsonl",
@@ -165,9 +166,7 @@ ODD = {  # what looks wrong and is fine: how the 20 good rows are written, and t
     "a mark in the middle": lambda: GOOD.replace(as_jsonl([make_row(9)]), "\ufeff" + as_jsonl([make_row(9)])).encode(),
     "an array in a line": lambda: json.dumps(make_rows(20)).encode(),
     "names in capitals, with blanks": lambda: GOOD.replace('"think"', '" Think\u200b "').encode(),
-    "tags around the thinking": lambda: (
-        GOOD.replace("思考", "<think>\n思考").replace('。", "answer', '。</think>", "answer').encode()
-    ),
+    "tags around the thinking": lambda: re.sub("(思考.*?。)", r"<think>\\n\1</think>", GOOD).encode(),
     "spaces around": lambda: GOOD.replace("。", "。\\u3000 ").encode(),
 }
 

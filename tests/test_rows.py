@@ -35,7 +35,7 @@ BAD = {
     '{"question": "问", "think": "思", "answer": "答", "history": [3]}': "history 不是 [[问题, 回答], …]",
     '{"question": "问", "think": "思", "answer": "答", "history": [["问"]]}': "history 不是 [[问题, 回答], …]",
     '{"question": "问", "think": "思", "answer": "答", "history": [["问", ""]]}': "history 为空",
-    '{"question": "问", "think": "思", "answer": "答", "history": [["问", "</think>"]]}': (
+    '{"question": "问", "think": "思", "answer": "答", "history": [["问", "答<think>"]]}': (
         "history 含 <think> 或 </think> 标签"
     ),
 }
