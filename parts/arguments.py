@@ -160,7 +160,7 @@ def parse_flags(arguments_class: type[Arguments], description: str) -> Arguments
     values = vars(parser.parse_args())
     try:
         args = arguments_class(**values)
-        libraries.find_torchao(args)
+        libraries.find_packages(args)
         return args
     except ValueError as error:
         parser.error(str(error))

@@ -16,8 +16,6 @@ PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow"}  # where the t
 def try_out(args) -> None:
     """Raises ValueError where a library refuses what the flags ask of it. Once transformers has filled in what was left
     open."""
-    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes")
     if args.fp16 and (args.device.type == "cpu" or best_is_bfloat16(args)):
         raise ValueError("--fp16：这里的权重是 bfloat16，或没有 GPU，半精度用不上")
     if args.use_liger_kernel and (args.device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None):
@@ -35,10 +33,14 @@ def try_out(args) -> None:
     attempt("--dataloader_*", torch.utils.data.DataLoader, [0], **options)
 
 
-def find_torchao(args) -> None:
-    """Raises ValueError where the optimizer that was asked for needs it and it is not installed."""
-    if str(args.optimizer).startswith("8bit") and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"--optimizer {args.optimizer} 要用 torchao；请先运行 pip install torchao")
+def find_packages(args) -> None:
+    """Raises ValueError where one is not installed that was asked for: of a command only, as plans for another machine
+    can be made without them."""
+    wanted = {"--load_in_4bit": args.load_in_4bit and "bitsandbytes"}
+    wanted[f"--optimizer {args.optimizer}"] = str(args.optimizer).startswith("8bit") and "torchao"
+    for flag, package in wanted.items():
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag} 要用 {package}；请先运行 pip install {package}")
 
 
 def best_is_bfloat16(args) -> bool:
