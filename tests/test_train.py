@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import ROOT, arguments, losses, make_rows, refused, run, save, weights
+from helpers import ROOT, arguments, losses, make_row, make_rows, opening, refused, run, save, weights
 
 import data
 import train
@@ -143,3 +143,39 @@ def test_out_of_memory_says_what_to_lower_in_order():
     steps = ("--memory_gb", "--max_length 1024", "train_lora.py", "--load_in_4bit", "Qwen/Qwen3-0.6B")
     places = [train.OUT_OF_MEMORY.index(step) for step in steps]
     assert places == sorted(places)
+
+
+def conversations(count: int) -> list[dict]:
+    """Rows as data.py writes them: every second one after an earlier turn, every third one without thinking."""
+    rows = [make_row(i, **{} if i % 3 else {"think": ""}) for i in range(count)]
+    return [row | ({"history": [["先问？", "先答。"]]} if i % 2 else {}) for i, row in enumerate(rows)]
+
+
+def test_conversations_and_rows_without_thinking_are_trained_on(workspace, tiny_model, capsys):
+    files = {
+        "train_file": save(conversations(12), "turns.jsonl"),
+        "val_file": save(conversations(4), "v.jsonl"),
+    }
+    run(tiny_model, max_steps=2, **files)
+    out = capsys.readouterr().out
+    assert "turns.jsonl：12 条" in out and "\n【问题】问题0？\n" in out
+    tokenizer = models.load_tokenizer(data.OUTPUT_DIR)
+    examples = data.load_dataset("turns.jsonl", tokenizer, 2048)
+    texts = [
+        tokenizer.decode([label for label in labels if label != encoding.IGNORE_INDEX]) for labels in examples["labels"]
+    ]
+    assert "<think>" not in texts[0] and texts[0].startswith("回答0。")  # as --no_thinking asks
+    assert texts[1].startswith("答。<|im_end|>") and "思考1。" in texts[1]  # the earlier answer but for its first token
+    assert len(set(texts)) == 12
+
+
+def test_rows_without_thinking_need_a_model_that_can_do_without(workspace, tiny_model, folder):
+    shutil.copytree(tiny_model, "thinking_only")
+    template = Path("thinking_only/chat_template.jinja")
+    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
+    refused(
+        "数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；~",
+        run,
+        "thinking_only",
+        train_file=save(conversations(12), "turns.jsonl"),
+    )
