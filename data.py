@@ -70,7 +70,7 @@ def prepare(
         raise SystemExit(f"错误：--dataset {' '.join(names)}：{what}；请改正。")
     loaded, problems = [], {}
     for name in names:
-        fixed = name == DATASET_NAME
+        fixed = name.removeprefix("ms://") == DATASET_NAME
         divide = partial(split.by_row if fixed else split.by_question, seed=SEED, share=TRAIN_SHARE)
         loaded.append(sources.load(name, revision, sha256, len(names) > 1, divide, fixed))
     found = sources.check(loaded, [count for _, count in wanted], without_thinking == "keep", problems)

@@ -155,8 +155,8 @@ def test_a_mistake_ends_the_command_without_a_traceback(workspace, tiny_model):
 
 def test_bad_row_in_the_training_file_is_named(workspace, tiny_model):
     with open("train.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"question": "头痛？", "think": "", "answer": "休息。"}\n')
-    message = "错误：train.jsonl 第 109 行 think 为空；请用 python data.py --dataset <原始数据> 重新生成。"
+        file.write('{"question": "头痛？", "think": "想。", "answer": ""}\n')
+    message = "错误：train.jsonl 第 109 行 answer 为空；请用 python data.py --dataset <原始数据> 重新生成。"
     with pytest.raises(SystemExit, match=f"^{message}$"):
         train.train(train.TrainArguments(model_name=str(tiny_model), report_to="none"))
 
