@@ -54,32 +54,36 @@ def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> N
 
 
 def prepare(
-    dataset: str | list[str] = DATASET_NAME,
+    dataset: str | list[str] | None = None,
     train_file: str = TRAIN_FILE,
     val_file: str = VAL_FILE,
     revision: str | None = None,
     sha256: str | None = None,
     without_thinking: str = "drop",
 ) -> None:
-    """Load, check, clean and split each data set, write the two files, and print the summary."""
-    wanted = [sources.read_count(name) for name in ([dataset] if isinstance(dataset, str) else dataset)]
+    """Load, check, clean and split each data set, the published one where none is named; write the two files, and
+    print the summary."""
+    given = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
+    wanted = [sources.read_count(name) for name in given]
     names = [name for name, _ in wanted]
     refuse_overwriting(train_file, val_file, names)
-    if len(names) != len(set(names)) or len(names) > 1 and (revision or sha256):
-        what = "同一个数据集写了两次" if len(names) != len(set(names)) else "--revision 和 --sha256 只用于一个数据集"
-        raise SystemExit(f"错误：--dataset {' '.join(names)}：{what}；请改正。")
+    if len(names) > len(set(names)):
+        raise SystemExit(f"错误：--dataset {' '.join(names)}：同一个数据集写了两次；请改正。")
+    if len(names) > 1 and (revision or sha256):
+        raise SystemExit(f"错误：--dataset {' '.join(names)}：--revision 和 --sha256 只用于一个数据集；请改正。")
     loaded, problems = [], {}
     for name in names:
         fixed = name.removeprefix("ms://") == DATASET_NAME
         divide = partial(split.by_row if fixed else split.by_question, seed=SEED, share=TRAIN_SHARE)
         loaded.append(sources.load(name, revision, sha256, len(names) > 1, divide, fixed))
-    found = sources.check(loaded, [count for _, count in wanted], without_thinking == "keep", problems)
+    found = sources.check(loaded, [count for _, count in wanted], TRAIN_SHARE, without_thinking == "keep", problems)
     train, val = ([row for part in parts for _, row in part] for parts in zip(*found))
     total = sum(len(source.train) + len(source.val) for source in loaded)
     if not train or not val:
         part = "训练集" if not train else "验证集"
         raise SystemExit(
-            f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，划分后{part}为空；请提供更多不同的行。"
+            f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，划分后{part}为空；"
+            f"{'请提供更多不同的行' if train or val else '请按下面的原因改正'}。"
             + "".join(f"\n  {line}" for line in rows.describe_problems(problems))
         )
     lines = []
@@ -169,8 +173,8 @@ def main() -> None:
     parser.add_argument(
         "--dataset",
         nargs="+",
-        default=DATASET_NAME,
-        help="local files, ModelScope ids, hf://owner/name; #500 behind one: 500 rows of it (default: %(default)s)",
+        action="extend",
+        help=f"local files, ModelScope ids, hf://owner/name; #500 behind one: 500 rows of it (default: {DATASET_NAME})",
     )
     parser.add_argument(
         "--without_thinking",
@@ -180,7 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--train_file", default=TRAIN_FILE, help="where the training part goes (default: %(default)s)")
     parser.add_argument("--val_file", default=VAL_FILE, help="where the validation part goes (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the ModelScope data set (default: master)")
+    parser.add_argument("--revision", help="branch, tag or commit of the data set on its hub (default: master)")
     parser.add_argument("--sha256", help="checksum that the data must have (default: not checked)")
     prepare(**vars(parser.parse_args()))
 

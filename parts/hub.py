@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from parts import huggingface, modelscope
 from parts.checkpoints import ADAPTER_CONFIG
 from parts.row_files import SUFFIXES
+from parts.split import part_of
 from parts.terminal import first_line, shorten
 
 NAME = re.compile(r"(?:(hf|ms)://(?=.))?([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?")  # owner/name; a path after hf://, ms://
@@ -121,10 +122,11 @@ def choose_data(dataset: str, names: list[str]) -> list[str]:
     names = [name for name in names if not inside or name == inside or name.startswith(inside + "/")]
     # Metadata that the hub keeps beside the data has these names.
     names = [name for name in sorted(names) if not Path(name).name.startswith(("dataset_info", "configuration"))]
-    for suffix in SUFFIXES:
-        if found := [name for name in names if name.lower().endswith(suffix)]:
-            return found
-    raise SystemExit(f"错误：数据集 {dataset} 里没有 .jsonl、.json、.csv 或 .parquet 文件；请用 --dataset 换一个。")
+    formats = [[name for name in names if name.lower().endswith(suffix)] for suffix in SUFFIXES]
+    if not any(formats):
+        raise SystemExit(f"错误：数据集 {dataset} 里没有 {'、'.join(SUFFIXES)} 文件；请用 --dataset 换一个。")
+    # Tests alone, or an example, in another format are not the set.
+    return next((found for found in formats if "train" in map(part_of, found)), max(formats, key=bool))
 
 
 def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parts import row_files, scores, shapes
 from parts.encoding import Reply
-from parts.rows import Row, check_history
+from parts.rows import Row, Unusable, check_history, clean
 
 BATCH_ROWS = 64  # questions of a file answered together, at most
 
@@ -29,14 +29,18 @@ def read(path: str) -> list[Row]:
         rows, _ = shapes.to_fields(row_files.read(path), path, answered=False)
     if not rows:
         raise SystemExit(f"错误：--questions {path} 里没有问题；请每行写一个问题。")
+    found = []
     for number, row in rows:
         question = row.get("question") if isinstance(row, dict) else None
-        if not isinstance(question, str) or not question.strip():
+        if isinstance(row, Unusable):
+            raise SystemExit(f"错误：{path} 第 {number} 行：{row}；请改正这一行。")
+        if not isinstance(question, str) or not (question := clean(question)):
             raise SystemExit(f"错误：{path} 第 {number} 行没有问题；每行需要一个不为空的 question 字段。")
-        _, problem = check_history(row.get("history") or [])
+        history, problem = check_history(row.get("history") or [])
         if problem:
             raise SystemExit(f"错误：{path} 第 {number} 行的 {problem}；请改正这一行。")
-    return [row for _, row in rows]
+        found.append(row | {"question": question, "history": history})
+    return found
 
 
 def refuse_taken(path: str) -> None:

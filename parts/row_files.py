@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from parts.rows import FIELDS, SAME_FIELD_TWICE
 from parts.terminal import first_line
 
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv", ".json")  # the first kind that a data set on the hub has is taken
-CONVERSATIONS = ("messages", "conversations")  # fields that hold the turns of one row
+CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names of a list of rows in an object
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
@@ -125,9 +126,8 @@ def read_json(path: Path, content: bytes) -> list[tuple[int, object]]:
 
 def rows_in(found: dict) -> list:
     """The rows of {"data": [{…}, …]}; else the object is itself the only row."""
-    lists = [value for name, value in found.items() if name not in CONVERSATIONS and isinstance(value, list)]
-    only = lists[0] if len(lists) == 1 else []
-    return only if only and all(isinstance(row, dict) for row in only) else [found]
+    lists = [value for name, value in found.items() if name in CONTAINERS and isinstance(value, list)]
+    return lists[0] if len(lists) == 1 and any(isinstance(row, dict) for row in lists[0]) else [found]
 
 
 SEPARATORS = {",": "逗号", ";": "分号", "\t": "制表符"}
@@ -136,10 +136,11 @@ SEPARATORS = {",": "逗号", ";": "分号", "\t": "制表符"}
 def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
     import pandas
 
-    header = decode_all(path, content).lstrip("\n").partition("\n")[0]
-    separator = max(
-        SEPARATORS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), []))
-    )  # the first of equals
+    header = re.split(r"[\r\n]", decode_all(path, content).lstrip("\r\n"), maxsplit=1)[0]
+    names = {sign: next(csv.reader([header], delimiter=sign), []) for sign in SEPARATORS}
+    separator = max(names, key=lambda sign: len(names[sign]))  # the first of equals, a comma, for a single column
+    if len(set(names[separator])) < len(names[separator]):
+        raise SystemExit(f"错误：{path} 的表头里有重复的列名；请改名，或删掉不要的一列。")
     try:
         table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8", sep=separator)
         # Where the first row has more fields than the header, pandas makes its first ones the index: all would shift.
@@ -150,17 +151,16 @@ def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
             f"错误：{path} 不是合法的 CSV（{str(error).strip()}）；"
             f"含{SEPARATORS[separator]}或换行的文字请用双引号括起。"
         ) from None
-    return list(enumerate(table.to_dict("records"), 1))
+    rows = enumerate(table.to_dict("records"), 1)
+    header = [name.strip("\ufeff") for name in table.columns]  # where files were joined, the second one is no row
+    return [(number, row) for number, row in rows if [text.strip("\ufeff") for text in row.values()] != header]
 
 
 def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        # Only what is needed, where it has our names.
-        needed = [*FIELDS, *({"history"} & set(table.column_names))]
-        rows = table.select(needed if set(FIELDS) <= set(table.column_names) else table.column_names).to_pylist()
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
         raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。") from None
     return list(enumerate(rows, 1))

@@ -9,7 +9,7 @@ from parts.terminal import shorten
 
 FIELDS = ("question", "think", "answer")
 THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what check says of a row without thinking
-TAG = re.compile(r"</?think>")
+TAG = re.compile(r"</?think(?:ing)?>")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothing
 Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
 Place = int | tuple[str, int]  # of a row: its number, with the file's name where there are several
@@ -101,7 +101,8 @@ def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[
     rows that there were."""
     kept = []
     for place, raw in part:
-        if thinkless and isinstance(raw, dict) and not clean(str(raw.get("think") or "")):
+        think = raw.get("think") if isinstance(raw, dict) else raw
+        if thinkless and isinstance(raw, dict) and (think is None or isinstance(think, str) and not clean(think)):
             raw = raw | {"think": ""}
         row, problem = check(raw, thinkless)
         text = json.dumps(row)

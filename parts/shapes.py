@@ -1,12 +1,13 @@
-"""The forms in which sets of questions, thinking and answers are published, to our fields: by the names of the columns
-of all rows, then by what is in them. Reads no file; what a row's texts must be is rows.py's."""
+"""The shapes in which sets of questions, thinking and answers are published, to our fields: by the names of a row's
+columns, then by what is in them. Reads no file; what a row's texts must be is rows.py's."""
 
+import contextlib
 import json
 
-from parts.rows import FIELDS, SAME_FIELD_TWICE, TAG, Placed, Unusable, strip_invisible
+from parts.rows import FIELDS, SAME_FIELD_TWICE, TAG, Placed, Unusable, clean, strip_invisible
 from parts.terminal import shorten
 
-# Lower-case names of leading sets; an exact field name goes before all of them.
+# Lower-case names of leading sets; the field's own name goes before all of them.
 ALIASES = {
     "question": ("问题", "instruction", "input", "prompt", "query", "problem"),
     "think": (
@@ -15,111 +16,143 @@ ALIASES = {
     ),
     "answer": ("回答", "答案", "response", "response (content)", "output", "content", "completion"),
 }
-CONVERSATIONS = ("messages", "conversations")
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+TURNS = ("messages", "conversations", "conversation", "dialogue")
+ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 THINKING = ("reasoning_content", "thinking", "reasoning")  # of a message
 
 
 def to_fields(loaded: list[Placed], source: str, answered: bool = True) -> tuple[list[Placed], str | None]:
-    """(rows with our fields, how they were made from the columns: None where they had them).
+    """(rows with our fields, how they were made of the columns: None where those are the fields).
 
     A row that cannot be read becomes rows.Unusable. `answered`: whether the rows need answers, or may be questions
-    alone. Raises SystemExit when the columns are not recognised, or two of them could be one field.
+    alone. Raises SystemExit when no row's columns are recognised, or two of them could be one field.
     """
-    named = [(place, strip_names(row)) for place, row in loaded]
-    columns = list(dict.fromkeys(name for _, row in named if isinstance(row, dict) for name in row))
-    if not columns and not answered:
-        return named, None
-    if set(FIELDS) <= set(columns):
-        taken, mapping = {field: [field] for field in FIELDS}, None
-    elif turns := [name for name in columns if name.lower() in CONVERSATIONS]:
-        if len(turns) > 1:
-            raise SystemExit(f"错误：{source} 有两列对话：{quote(turns)}；请只留一列。")
-        convert = lambda row: from_turns(row.get(turns[0]), answered)  # noqa: E731
-        mapping = f"{turns[0]} 的各轮 -> question、think、answer；不用其中的 system（训练用本项目的系统提示词）"
-        return [(place, convert(row) if isinstance(row, dict) else row) for place, row in named], mapping
-    else:
-        taken = {field: choose(field, columns, source) for field in FIELDS}
-        if not taken["question"] or answered and not taken["answer"]:
-            raise SystemExit(describe_unknown(named, columns, source))
-        pairs = [f"{' + '.join(names)} -> {field}" for field, names in taken.items() if names and names != [field]]
-        if not taken["think"]:
-            pairs.append(f"{'、'.join(taken['answer']) or '回答'} 开头的 <think>…</think> -> think")
-        if "system" in columns:
-            pairs.append("不用 system（训练用本项目的系统提示词）")
-        mapping = "，".join(pairs)
-    return [
-        (place, from_columns(row, taken, answered) if isinstance(row, dict) else row) for place, row in named
-    ], mapping
+    taken: dict[tuple, dict[str, list[str]]] = {}  # for each set of columns: those of each field
+    found, mappings, known = [], {}, None
+    for place, row in loaded:
+        if isinstance(row, dict):
+            named = {strip_invisible(name): value for name, value in row.items()}
+            row, columns = (named, tuple(named)) if len(named) == len(row) else (SAME_FIELD_TWICE, ())
+        if isinstance(row, dict):
+            if turns := turns_of(row):
+                mappings[f"{turns} 的各轮 -> question、think、answer，不用其中的 system"] = known = True
+                row = from_turns(row[turns], answered)
+            else:
+                if columns not in taken:
+                    taken[columns] = {field: choose(field, columns, source, answered) for field in FIELDS}
+                fields = taken[columns]
+                if fields["question"] and (fields["answer"] or not answered):
+                    mappings[describe(fields, columns)] = known = True
+                known = bool(known)  # None: no row had columns to be recognised
+                row = from_columns(row, fields, answered)
+        found.append((place, row))
+    if known is False:
+        raise SystemExit(describe_unknown(loaded, source))
+    return found, "；".join(filter(None, mappings)) or None
 
 
-def strip_names(row: object) -> object:
-    """A row without blanks and invisible characters around the names of its columns."""
-    if not isinstance(row, dict):
-        return row
-    stripped = {strip_invisible(name): value for name, value in row.items()}
-    return stripped if len(stripped) == len(row) else SAME_FIELD_TWICE
+def turns_of(row: dict) -> str | None:
+    """The column that holds a conversation in this row."""
+    names = [name for name in row if name.lower() in TURNS and row[name] not in (None, "")]
+    return names[0] if names else None
+
+
+def choose(field: str, columns: tuple[str, ...], source: str, answered: bool) -> list[str]:
+    """The columns that are this field. Raises SystemExit when several could be."""
+    for wanted in ((field,), ALIASES[field]):
+        found = [name for name in columns if name == field] or [name for name in columns if name.lower() in wanted]
+        lower = [name.lower() for name in found]
+        if sorted(lower) == ["input", "instruction"]:  # Alpaca's: the task, then what it is about
+            return sorted(found, key=str.lower, reverse=True)
+        if len(found) > 1 and (answered or field == "question"):
+            raise SystemExit(f"错误：{source} 有几列都可能是 {field}：{quote(found)}；请把要用的一列改名为 {field}。")
+        if found:
+            return found
+    return []
+
+
+def describe(fields: dict[str, list[str]], columns: tuple[str, ...]) -> str:
+    """Which column is taken for which field, and which could have been and is not."""
+    parts = [f"{' + '.join(names)} -> {field}" for field, names in fields.items() if names and names != [field]]
+    if not fields["think"]:
+        parts.append(f"{'、'.join(fields['answer']) or '回答'} 开头的 <think>…</think> -> think")
+    parts += [f"{name} -> 前几轮" for name in columns if name.lower() == "history"]
+    used = sum(fields.values(), [])
+    like = {name for names in ALIASES.values() for name in names} | {"system"}
+    if unused := [name for name in columns if name.lower() in like and name not in used]:
+        parts.append(f"不用 {'、'.join(unused)}")
+    return "，".join(parts)
 
 
 def quote(names: list[str]) -> str:
     return "、".join(f"“{name}”" for name in names[:12]) or "无"
 
 
-def choose(field: str, columns: list[str], source: str) -> list[str]:
-    """The columns that are this field. Raises SystemExit when several could be."""
-    if field in columns:
-        return [field]
-    found = [name for name in columns if name.lower() in (field, *ALIASES[field])]
-    if [name.lower() for name in sorted(found, key=str.lower, reverse=True)] == ["instruction", "input"]:
-        return sorted(found, key=str.lower, reverse=True)  # Alpaca's: the task, then what it is about
-    if len(found) > 1:
-        raise SystemExit(f"错误：{source} 有几列都可能是 {field}：{quote(found)}；请把要用的一列改名为 {field}。")
-    return found
-
-
-def from_columns(row: dict, taken: dict[str, list[str]], answered: bool) -> object:
+def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> object:
     """One row of columns. Values that are no text stay as they are: the check names them."""
-    values = {field: row[names[0]] for field, names in taken.items() if names and names[0] in row}
+    values = {field: row[names[0]] for field, names in fields.items() if names and names[0] in row}
+    history = next((parse(value) for name, value in row.items() if name.lower() == "history"), None)
     if isinstance(values.get("question"), list) or isinstance(values.get("answer"), list):  # TRL's prompt, completion
         parts = (("user", values.get("question")), ("assistant", values.get("answer")))
         turns = [part if isinstance(part, list) else [{"role": role, "content": part}] for role, part in parts if part]
-        return from_turns(sum(turns, []), answered)
-    if len(taken["question"]) > 1:
-        texts = [row.get(name) for name in taken["question"]]
-        if all(text is None or isinstance(text, str) for text in texts):
-            values["question"] = "\n".join(text for text in texts if text and strip_invisible(text))
-    values, history = split_thinking(values), row.get("history")
+        found = from_turns(sum(turns, []), answered)
+        return found | {"think": found.get("think") or values.get("think")} if isinstance(found, dict) else found
+    if len(fields["question"]) > 1:
+        texts = [row.get(name) for name in fields["question"]]
+        odd = [text for text in texts if text is not None and not isinstance(text, str)]
+        values["question"] = odd[0] if odd else "\n".join(text for text in texts if text and clean(text))
+    values = split_thinking(values)
+    if isinstance(values.get("answer"), str) and not values.get("think") and TAG.match(values["answer"].lstrip()):
+        return Unusable("answer 开头的思考没有结束")
     if isinstance(history, list) and history:  # a text, such as a patient's, is a column like any other
-        pairs = all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history)
-        if not pairs:
+        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
             return Unusable("history 不是 [[问题, 回答], …]")
         values["history"] = [[asked, split_thinking({"answer": said})["answer"]] for asked, said in history]
     return values
 
 
+def parse(value: object) -> object:
+    """What a cell of a table holds as JSON text; a struct of lists as a list of structs, as datasets stores them."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, turn)) for turn in zip(*value.values())]
+    return value
+
+
 def split_thinking(values: dict) -> dict:
-    """Thinking without its one pair of tags; where there is none, that at the beginning of the answer."""
-    think, answer = values.get("think"), values.get("answer")
-    if isinstance(think, str) and (text := strip_invisible(think)):
-        inner = text.removeprefix("<think>").removesuffix("</think>")
-        wrapped = len(text) - len(inner) == len("<think></think>") and not TAG.search(inner)
-        return values | {"think": inner} if wrapped else values
-    if isinstance(answer, str) and (think is None or isinstance(think, str)):
-        before, end, after = answer.partition("</think>")
-        before = strip_invisible(before).removeprefix("<think>")  # which R1's template gives, and its replies lack
-        if end and "<think>" not in before:
-            return values | {"think": before, "answer": after}
-    return values
+    """Thinking without its one pair of tags; where there is none, that at the beginning of the answer. A template may
+    itself open what a reply closes."""
+    think, (before, after) = values.get("think"), cut(values.get("answer"))
+    inner, rest = cut(think)
+    if inner is not None and not clean(rest):
+        think = values["think"] = inner
+    if think is not None and not isinstance(think, str) or before is None:
+        return values
+    if not clean(think or ""):
+        return values | {"think": before, "answer": after}
+    return values | {"answer": after} if clean(before) in ("", clean(think)) else values
+
+
+def cut(text: object) -> tuple[str | None, object]:
+    """(thinking, rest) of a text that begins with thinking, else (None, text)."""
+    if not isinstance(text, str) or "</think>" not in text:
+        return None, text
+    before, _, after = text.partition("</think>")
+    before = strip_invisible(before).removeprefix("<think>")
+    return (None, text) if TAG.search(before) else (before, after)
 
 
 def from_turns(turns: object, answered: bool) -> object:
     """One conversation: its last exchange, the earlier ones without thinking as `history`."""
+    turns = parse(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return Unusable("对话不是消息的列表")
     read = []
     for place, turn in enumerate(turns):
-        name = turn.get("role") or turn.get("from")
-        role = ROLES.get(name.lower()) if isinstance(name, str) else None
+        role = ROLES.get(str(turn.get("role") or turn.get("from")).strip().lower())
         if role is None or turn.get("tool_calls") or turn.get("function_call"):
             return Unusable("对话里有工具调用或不认识的角色")
         if role == "system" and place == 0:
@@ -128,9 +161,9 @@ def from_turns(turns: object, answered: bool) -> object:
             return Unusable("对话不是用户和助手轮流")
         text = turn["content"] if turn.get("content") is not None else turn.get("value")
         if isinstance(text, list):
-            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
+            if not all(isinstance(part, dict) and part.get("type", "text") == "text" for part in text):
                 return Unusable("消息里有不是文本的内容")
-            text = "".join(part["text"] for part in text)
+            text = "".join(str(part.get("text")) for part in text)
         think = next((turn[name] for name in THINKING if turn.get(name)), None)
         read.append(split_thinking({"think": think, "answer": text}) if role == "assistant" else {"question": text})
     if not answered and len(read) % 2:
@@ -141,14 +174,15 @@ def from_turns(turns: object, answered: bool) -> object:
     return read[-2] | read[-1] | ({"history": earlier} if earlier else {})
 
 
-def describe_unknown(named: list[Placed], columns: list[str], source: str) -> str:
+def describe_unknown(loaded: list[Placed], source: str) -> str:
     """What is there, and a command that makes our fields of it."""
-    first = json.dumps(next((row for _, row in named if isinstance(row, dict)), None), ensure_ascii=False, default=str)
-    names = [*columns, "列名", "列名", "列名"]
-    made = ", ".join(f"'{field}': r[{name!r}]" for field, name in zip(FIELDS, names))
+    rows = [row for _, row in loaded if isinstance(row, dict)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    first = json.dumps(rows[0], ensure_ascii=False, default=str)
+    made = ", ".join(f"'{field}': r.get({name!r})" for field, name in zip(FIELDS, [*columns, "列名", "列名", "列名"]))
+    code = f"from parts.row_files import *; write({{'new.jsonl': to_jsonl([{{{made}}} for _, r in read({source!r})])}})"
     return (
         f"错误：{source} 里认不出问题和回答（有这些列：{quote(columns)}；一行是 {shorten(first, 200)}）。"
         "能直接读的样子在 README 的“自己的数据”里；其他的先转换，例如（换成对应的列名和文件）：\n"
-        '  python -c "from parts import row_files as f; '
-        f"f.write({{'new.jsonl': f.to_jsonl([{{{made}}} for _, r in f.read({source!r})])}})\""
+        f'  python -c "{code}"'
     )

@@ -1,8 +1,10 @@
 """Data sets, local or on a hub: read, recognised, divided into their two parts, and held against each other. Knows no
 set by name and writes nothing."""
 
+import contextlib
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,37 +49,48 @@ def load(dataset: str, revision: str | None, sha256: str | None, several: bool, 
         raise SystemExit(
             f"错误：{dataset} 的 SHA-256 是 {found}，不是 --sha256 {sha256}；数据已变，请核对来源，或去掉 --sha256。"
         )
-    parts: dict[str, list[Placed]] = {"train": [], "val": [], "test": []}
-    mappings = []
-    for name, content in contents.items():
-        where = f"{dataset} 的 {name}" if several and name else name or dataset
-        placed = row_files.parse(Path(dataset, name), content)
-        if several or len(contents) > 1:
-            placed = [((where, number), row) for number, row in placed]
-        converted, mapping = shapes.to_fields(placed, name or dataset)
-        parts["train" if fixed else split.part_of(name)] += converted
-        mappings.append(mapping)
-    if not parts["train"]:
+    files: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for name in contents:
+        files["train" if fixed else split.part_of(name)].append(name)
+    if not files["train"]:
         raise SystemExit(f"错误：{dataset} 里只有验证或测试的部分，不用来训练；请换一个数据集。")
-    own = parts["val"] or parts["test"]
-    if own:
-        train, val = (sum(divide(part), []) for part in (parts["train"], own))
-    else:
-        train, val = divide(parts["train"])
-    unused = len(parts["test"]) * bool(parts["val"])
+    read = partial(read_files, dataset, contents, marked=several or len(contents) > 1)
+    train, mapping = read(files["train"])
+    own, unused = [], [*files["val"], *files["test"]]
+    for part in ("val", "test"):  # tests are often published without answers
+        if not own and files[part]:
+            with contextlib.suppress(SystemExit) if part == "test" else contextlib.nullcontext():
+                own = [placed for placed in read(files[part])[0] if rows.check(placed[1])[0]]
+                unused = [name for name in unused if not own or name not in files[part]]
+    train, val = (sum(divide(part), []) for part in (train, own)) if own else divide(train)
     shown = f"{dataset}（{'、'.join(contents)}）" if contents.keys() != {""} else dataset
-    lines = [f"数据来源  {shown}：共 {sum(map(len, parts.values()))} 行", f"SHA-256   {found}"]
-    lines += [f"读作      {mapping}" for mapping in dict.fromkeys(filter(None, mappings))]
-    lines += [f"划分      验证集是它自己的{'验证' if parts['val'] else '测试'}部分，{len(val)} 行"] * bool(own)
-    lines += [f"划分      它的测试部分不用，{unused} 行"] * bool(unused)
+    lines = [f"数据来源  {shown}：共 {len(train) + len(val)} 行", f"SHA-256   {found}"]
+    lines += [f"读作      {mapping}"] * bool(mapping)
+    lines += [f"划分      验证集是它自己的，{len(own)} 行"] * bool(own)
+    lines += [f"划分      不用它的 {'、'.join(unused)}"] * bool(unused)
     local = contents.keys() == {""}  # its folder may name people
     origin = {"source": Path(dataset).name if local else shown, "revision": revision, "sha256": found}
     return Source(lines, origin, train, val, bool(own))
 
 
-def check(sources: list[Source], counts: list[int | None], thinkless: bool, problems: dict) -> list[tuple[list, list]]:
-    """[(train, val)] of the clean rows of each source, at most `counts` of them. No question is in a training part and
-    in a validation part; `problems` gathers what is left out."""
+def read_files(dataset: str, contents: dict[str, bytes], names: list[str], marked: bool) -> tuple[list[Placed], str]:
+    """(rows of these files with our fields, how they were read). `marked`: each place says the file too."""
+    found, mappings = [], {}
+    for name in names:
+        placed = row_files.parse(Path(dataset, name), contents[name])
+        if marked:
+            placed = [((name or dataset, number), row) for number, row in placed]
+        converted, mapping = shapes.to_fields(placed, name or dataset)
+        found += converted
+        mappings[mapping] = True
+    return found, "；".join(filter(None, mappings))
+
+
+def check(
+    sources: list[Source], counts: list[int | None], share: float, thinkless: bool, problems: dict
+) -> list[tuple[list, list]]:
+    """[(train, val)] of the clean rows of each source, at most `counts` of them, this `share` to train on.
+    No question is in a training part and in a validation part; `problems` gathers what is left out."""
     found, seen = [], (set(), set())
     for source, count in zip(sources, counts):
         train, val = (
@@ -87,7 +100,7 @@ def check(sources: list[Source], counts: list[int | None], thinkless: bool, prob
             train = rows.leave_out(train, rows.topics(val), IN_VAL, problems)
         else:
             val = rows.leave_out(val, rows.topics(train), IN_TRAIN, problems)
-        found.append(split.sample(train, val, count))
+        found.append(split.sample(train, val, count, share))
     for place, (train, val) in enumerate(found):  # validation parts stay as they are
         others = set().union(*(rows.topics(other) for i, (_, other) in enumerate(found) if i != place))
         found[place] = rows.leave_out(train, others, IN_VAL, problems), val

@@ -6,14 +6,10 @@ import re
 
 from parts.rows import Placed, clean, topic
 
-PARTS = {
-    "train": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "eval": "val",
-    "test": "test",
+PARTS = {  # words of a file's path
+    "train": ("train", "training", "trainset"),
+    "val": ("validation", "validate", "valid", "val", "valset", "dev", "devset", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "testset", "heldout", "holdout"),
 }
 
 
@@ -21,7 +17,7 @@ def part_of(file: str) -> str:
     """train, val or test: which part of a hub's data set a file is, `data/validation-00000-of-00001.parquet` say."""
     for name in reversed(file.lower().split("/")):  # its own name says more than its folders'
         words = re.split(r"[^a-z]+", name)
-        if found := [PARTS[word] for word in words if word in PARTS]:
+        if found := [part for part in PARTS if not set(PARTS[part]).isdisjoint(words)]:
             return found[0]
     return "train"
 
@@ -57,9 +53,9 @@ def question_of(placed: Placed) -> str:
         return f"\0{place}"
 
 
-def sample(train: list, val: list, count: int | None) -> tuple[list, list]:
-    """`count` rows of both together, in proportion: the first ones, so that a larger sample contains a smaller one."""
+def sample(train: list, val: list, count: int | None, share: float) -> tuple[list, list]:
+    """`count` rows, this share of them to train on: the first ones, so that a larger sample contains a smaller one."""
     if count is None or count >= len(train) + len(val):
         return train, val
-    cut = min(len(train), max(1, round(count * len(train) / (len(train) + len(val)))))
-    return train[:cut], val[: max(1, count - cut)]
+    cut = max(1, min(round(count * share), count - 1))
+    return train[:cut], val[: count - cut]

@@ -53,6 +53,7 @@ CSV = "{} 不是合法的 CSV（%s）；含逗号或换行的文字请用双引�
 PARQUET = "{} 不是完整的 Parquet 文件（~）；请重新导出。"
 NO_ROWS = "{} 里没有一行数据；每行需要 question、think、answer 三个字段。"
 TOO_FEW = "%s 行中可用的有 %s 行，划分后%s为空；请提供更多不同的行。"
+NONE = "%s 行中可用的有 0 行，划分后训练集为空；请按下面的原因改正。"
 EQUAL = "\n  与前面的行重复：9 行（第 1、2、3、4、5 等 行）"
 KEEP = "\n  没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学"
 NEITHER = "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
@@ -92,16 +93,17 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ),
     ("comma-at-the-end.json", "[{},\n]", JSON % ("~", "~")),
     ("half-an-array.json", json.dumps(make_rows(2), indent=1)[:-2], JSON % (11, "Expecting ',' delimiter，第 3")),
+    ("twice.csv", "question,think,answer,answer\nq,t,a,b\n", "{} 的表头里有重复的列名；请改名，或删掉不要的一列。"),
     ("no-header.csv", "q1,t1,a1\nq2,t2,a2\n", COLUMNS % "“q1”、“t1”、“a1”"),
     (
         "numbers.parquet",
         as_parquet({"question": ["q"], "think": ["t"]} | {"answer": [None]}),
-        TOO_FEW % (1, 0, "训练集") + "\n  answer 为 null：1 行（第 1 行）",
+        NONE % 1 + "\n  answer 为 null：1 行（第 1 行）",
     ),
     (
         "tags-in-all.jsonl",
         GOOD.replace("思考", "<think>思考"),
-        TOO_FEW % (20, 0, "训练集") + "\n  think 含 <think> 或 </think> 标签：20 行（第 1、2、3、4、5 等 行）",
+        NONE % 20 + "\n  think 含 <think> 或 </think> 标签：20 行（第 1、2、3、4、5 等 行）",
     ),
     (
         "validation-empty.jsonl",
@@ -117,7 +119,7 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     ("deep.jsonl", GOOD + "[" * 100000, DEEP % 21),
     ("deep.json", "[" * 100000, DEEP % 1),
     ("object.json", "{}", COLUMNS % "无"),
-    ("number.json", "5", COLUMNS % "无"),
+    ("number.json", "5", NONE % 1 + "\n  不是对象：1 行（第 1 行）"),
     ("none.json", "[]", NO_ROWS),
     ("none.csv", HEAD, NO_ROWS),
     ("none.parquet", as_parquet({field: [] for field in FIELDS}), NO_ROWS),
@@ -128,7 +130,7 @@ ERRORS = [  # name, content (None: nothing, ...: a folder, Path: a link), messag
     (
         "bad.jsonl",
         as_jsonl([make_row(1, think="")] * 9),
-        TOO_FEW % (9, 0, "训练集") + "\n  think 为空：9 行（第 1、2、3、4、5 等 行）" + KEEP,
+        NONE % 9 + "\n  think 为空：9 行（第 1、2、3、4、5 等 行）" + KEEP,
     ),
     ("equal.jsonl", as_jsonl([make_row(1)] * 10), TOO_FEW % (10, 1, "验证集") + EQUAL),
     ("quote.csv", f'{HEAD}q,"t,a\nq,t,a\n', CSV % "~"),
@@ -176,6 +178,18 @@ def test_odd_file_gives_the_same_rows(content):
     Path("odd.jsonl").write_bytes(content())
     data.prepare("odd.jsonl")
     assert written() == published(make_rows(20))
+
+
+def test_header_of_a_joined_table_is_no_row():
+    save(make_rows(9), "rows.csv", codecs.BOM_UTF8)
+    Path("twice.csv").write_bytes(Path("rows.csv").read_bytes() * 2)
+    assert [row for _, row in row_files.read("twice.csv")] == make_rows(9) * 2
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_other_line_ends_of_a_table(end):
+    Path("rows.csv").write_bytes(end.join(["", "question;think;answer", "问;想;答", ""]).encode())
+    assert row_files.read("rows.csv") == [(1, {"question": "问", "think": "想", "answer": "答"})]
 
 
 TABLES = {

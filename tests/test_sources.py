@@ -63,7 +63,7 @@ def test_no_question_of_one_sets_validation_is_in_anothers_training(capsys):
 def test_same_row_in_two_sets_is_one_row(capsys):
     data.prepare([save(make_rows(40), "a.jsonl"), save(make_rows(40), "b.jsonl")])
     assert written() == published(make_rows(40))
-    assert "与前面的行重复：40 行（a.jsonl" not in capsys.readouterr().out
+    assert "未采用    与前面的行重复：40 行（b.jsonl 第 1 行、" in capsys.readouterr().out
 
 
 WRONG = {
@@ -96,14 +96,14 @@ def test_own_part_of_a_hub_is_never_trained_on(hub, own):
     train, val = written()
     assert sorted(map(str, train)) == sorted(str(row) for row in make_rows(30) if row != make_row(7))
     assert sorted(map(str, val)) == sorted(map(str, [make_row(7, answer="别的"), *make_rows(109, first=101)]))
-    assert f"划分      验证集是它自己的{'验证' if own == 'validation' else '测试'}部分，10 行\n" in out
+    assert "划分      验证集是它自己的，10 行\n" in out
 
 
 def test_beside_a_validation_part_a_test_part_is_not_used(hub):
     fill(hub, train=make_rows(30), dev=make_rows(109, first=101), test=make_rows(208, first=201))
     out = download(hub, "--dataset", "owner/name")
     assert [len(part) for part in written()] == [30, 9]
-    assert "划分      它的测试部分不用，8 行\n" in out
+    assert "划分      不用它的 test.jsonl\n" in out
 
 
 def test_set_of_nothing_but_tests_is_refused(hub):

@@ -16,6 +16,9 @@ FILES = {
     "train/test.jsonl": "test",
     "validation/0001.parquet": "val",
     "latest/contest.jsonl": "train",
+    "testset.jsonl": "test",
+    "medical-evaluation.csv": "val",
+    "holdout/0.parquet": "test",
     "train_test_mix.jsonl": "train",
 }
 
@@ -60,7 +63,7 @@ def test_row_that_cannot_be_used_is_a_group_of_its_own(odd):
 
 def test_larger_sample_contains_the_smaller_one():
     train, val = split.by_question(place(make_rows(100)), 42, 0.9)
-    small, large = split.sample(train, val, 10), split.sample(train, val, 50)
+    small, large = split.sample(train, val, 10, 0.9), split.sample(train, val, 50, 0.9)
     assert [len(part) for part in small] == [9, 1] and [len(part) for part in large] == [45, 5]
     assert all(part == more[: len(part)] for part, more in zip(small, large))
-    assert split.sample(train, val, 100) == split.sample(train, val, 1000) == (train, val)
+    assert split.sample(train, val, 100, 0.9) == split.sample(train, val, 1000, 0.9) == (train, val)
