@@ -17,7 +17,9 @@ def read(path: str) -> list[Row]:
     Raises SystemExit when it cannot be read, has no question, or a row without one."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".txt", *row_files.SUFFIXES):
-        raise SystemExit(f"错误：--questions {path} 应是 .txt（一行一个问题）或 .jsonl（每行有 question 字段）文件。")
+        raise SystemExit(
+            f"错误：--questions {path} 应是 .txt（一行一个问题）或 .jsonl、.json、.csv、.tsv、.parquet（每行有 question 字段）文件。"
+        )
     try:
         content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:

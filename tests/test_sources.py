@@ -106,6 +106,18 @@ def test_beside_a_validation_part_a_test_part_is_not_used(hub):
     assert "划分      不用它的 test.jsonl\n" in out
 
 
+def test_tests_without_answers_are_not_used(hub):
+    fill(hub, train=make_rows(30), test=[{"question": f"考{i}？"} for i in range(9)])
+    out = download(hub, "--dataset", "owner/name")
+    assert written() == published(make_rows(30)) and "划分      不用它的 test.jsonl\n" in out
+
+
+def test_flag_given_twice_is_two_sets():
+    names = [save(make_rows(20), "a.jsonl"), save(make_rows(140, first=121), "b.jsonl")]
+    run_script("data.py", "--dataset", names[0], "--dataset", names[1], cwd=Path.cwd())
+    assert [len(part) for part in written()] == [36, 4]
+
+
 def test_set_of_nothing_but_tests_is_refused(hub):
     fill(hub, test=make_rows(30))
     out = download(hub, "--dataset", "owner/name")
