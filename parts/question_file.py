@@ -18,7 +18,8 @@ def read(path: str) -> list[Row]:
     suffix = Path(path).suffix.lower()
     if suffix not in (".txt", *row_files.SUFFIXES):
         raise SystemExit(
-            f"错误：--questions {path} 应是 .txt（一行一个问题）或 .jsonl、.json、.csv、.tsv、.parquet（每行有 question 字段）文件。"
+            f"错误：--questions {path} 应是 .txt（一行一个问题）"
+            f"或 {'、'.join(row_files.SUFFIXES)}（每行有 question 字段）文件。"
         )
     try:
         content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
