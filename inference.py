@@ -36,13 +36,15 @@ OUT_OF_MEMORY = (
 def load_trained(name: str, revision: str | None = None, thinking: bool = True):
     """(model, tokenizer) from an output folder of train.py, any folder with a model, or a ModelScope id. Raises
     SystemExit when it is to be asked without `thinking` and cannot be."""
-    from parts import hub, models
+    from parts import hub, models, replies
 
     local = (os.path.isdir(name) or name == OUTPUT_DIR) and not revision
     path = str(checkpoints.find_trained(name) if local else hub.find_model(name, "检查 --model_path", revision))
     if not thinking:
         require_no_thinking(path)
-    return models.load_weights(path, models.pick_device()), models.load_tokenizer(path)
+    model, tokenizer = models.load_weights(path, models.pick_device()), models.load_tokenizer(path)
+    replies.settle_generation(model, tokenizer)
+    return model, tokenizer
 
 
 def require_no_thinking(path: str) -> None:
@@ -111,6 +113,8 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.questions:
         question_file.refuse_taken(args.replies)
+    elif args.replies != parser.get_default("replies"):
+        parser.error("--replies 只和 --questions 一起起作用")
     return args
 
 

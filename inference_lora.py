@@ -72,11 +72,11 @@ def load_adapter(name: str, revision: str | None = None, thinking: bool = True, 
 
     path = str(checkpoints.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
     base, trained_revision = read_base(path)
+    if not thinking:
+        inference.require_no_thinking(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = hub.find_model(base, remedy, revision or trained_revision)
     check_base(path, base, base_path)
-    if not thinking:
-        inference.require_no_thinking(path)
     model = models.load_weights(base_path, device or models.pick_device())
     try:
         if not Path(path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
@@ -110,7 +110,7 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     older_readers.include(folder)
-    path = checkpoints.find_trained(adapter, ADAPTER_CONFIG, "train_lora.py")
+    path = Path(adapter)
     cards = [path / "README.md", path / "loss.png"] if path == run_folder(path) else []  # a checkpoint's is peft's
     for file in (*cards, run_folder(path) / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):
         if file.is_file():
@@ -123,13 +123,18 @@ def main() -> None:
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
     args = inference.parse_flags(parser)
     if args.merge_to is not None:
+        for name in vars(args).keys() - {"merge_to", "model_path", "revision"}:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
         refuse_unless_empty(args.merge_to)
     with terminal.explain_out_of_memory(inference.OUT_OF_MEMORY):
         if args.merge_to:  # on the CPU, in float32: in bfloat16 the product of the adapter's matrices would be rounded
             import torch
 
-            merged = load_adapter(args.model_path, args.revision, device=torch.device("cpu"))
-            merge_to(args.merge_to, *merged, args.model_path)
+            # Looked for once: a training that goes on may write a better checkpoint meanwhile.
+            adapter = str(checkpoints.find_trained(args.model_path, ADAPTER_CONFIG, "train_lora.py"))
+            merged = load_adapter(adapter, args.revision, device=torch.device("cpu"))
+            merge_to(args.merge_to, *merged, adapter)
         else:
             inference.predict(*load_adapter(args.model_path, args.revision, not args.no_thinking), args)
 

@@ -155,12 +155,12 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             with args.main_process_first(local=False):
                 prepare_files(args)
                 model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
-            run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
-
-            # Tokenizer, training set, validation set
             tokenizer = models.load_tokenizer(model_path)
             architecture.require(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)
+            run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
+
+            # Tokenizer, training set, validation set
             if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
                 print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
             tokenizer = encoding.with_default_system(tokenizer, SYSTEM_PROMPT)  # saved with the model

@@ -1,6 +1,7 @@
 """Which models can be trained rightly here, found out before their weights are loaded: what a configuration says of
 itself, and then a proof on a small random model of that configuration. Knows no model's name."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -24,6 +25,18 @@ PLACES = 8  # of the small model's positions: what changes for longer texts has 
 ROUNDING = 1e-3  # relative difference that float32 explains; right ones stood under 2e-5
 
 
+@contextlib.contextmanager
+def quiet():
+    """transformers keeps to itself what it thinks of odd settings."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@quiet()
 def require(path: str, name: str, tokenizer) -> None:
     """Raises SystemExit unless the model in the folder `path`, which the user calls `name`, can be trained here with
     this tokenizer. Runs no code of the model's own and reads no weights."""
@@ -83,12 +96,9 @@ def shrink(config, layers: int):
 def disproof(config_json: str) -> str | None:
     """Why packed examples and a loss without logits do not give what the model gives for each example alone, or None
     where losses and gradients agree."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # of the small model's sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         found = attempt(both_ways, config_json)
-    transformers.logging.set_verbosity(verbosity)
     if isinstance(found, Exception):
         return f"它不能打包计算（{shorten(f'{type(found).__name__}: {first_line(found)}')}）"
     differences = [difference(*pair) for pair in zip(*found)]

@@ -12,6 +12,8 @@ from parts.terminal import first_line, shorten
 
 IGNORE_INDEX = -100  # a label that the loss skips
 THINKING_MODEL = "Qwen/Qwen3-1.7B"  # named where a template cannot do what is asked of it
+DIFFERS = "错误：这个模型的对话模板在训练和提问时写得不一样，不能用于{}；"
+DIFFERS += f"请去掉这些行，或换一个模型，例如 {THINKING_MODEL}。"
 PROBE = [{"role": "system", "content": "系统"}, {"role": "user", "content": "问"}]
 # In front of a chat template: the system message of a conversation that brings none. The text is a JSON string, which
 # is one of Jinja's too, so quotes, line breaks and braces in it are text.
@@ -103,11 +105,14 @@ def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
             )
         if not last and opens_thinking(tokenizer, prompt):  # what the prompt opens is not in the history
             prompt = prompt[: prompt.index(marks[0])]
-        assert ids[: len(prompt)] == prompt, (prompt, ids)
         # When the model is asked, it is <think> that follows an earlier turn's header, here it is the answer, whose
         # thinking was dropped. To supervise that first token would teach not to think; the rest follows from it.
-        start, end = len(prompt) + (not last), ids.index(tokenizer.eos_token_id, len(prompt)) + 1
-        assert last or not set(marks) & set(ids[start - 1 : end]), ids
+        start = len(prompt) + (not last)
+        if ids[: len(prompt)] != prompt or tokenizer.eos_token_id not in ids[start:]:
+            raise SystemExit(DIFFERS.format("多轮对话" if turns[1:] else "有思考的行" if thinking else "没有思考的行"))
+        end = ids.index(tokenizer.eos_token_id, start) + 1
+        if not last and set(marks) & set(ids[start - 1 : end]):
+            raise SystemExit(DIFFERS.format("多轮对话"))
         labels[start:end] = ids[start:end]
     return {"input_ids": ids[:end], "labels": labels[:end]}  # without the line break after <|im_end|>
 
@@ -128,7 +133,7 @@ def require_thinking(tokenizer, name: str) -> None:
     reply = {"role": "assistant", "reasoning_content": "想", "content": "答"}
     try:
         example = encode_example(tokenizer, [*PROBE, reply])
-    except (AssertionError, ValueError):  # the prompt is no beginning of the example; there is no end of turn
+    except SystemExit:  # the prompt is no beginning of the example, or there is no end of turn
         example = {"input_ids": [], "labels": []}
     except Exception as error:  # templates raise what they like
         raise SystemExit(

@@ -3,6 +3,7 @@ Trainer of parts/ reads, no recipe."""
 
 import dataclasses
 import json
+import os
 
 from transformers import SchedulerType
 
@@ -61,7 +62,37 @@ def refuse(args) -> None:
     clipped = "max_grad_norm" in given and args.max_grad_norm and str(args.optimizer).endswith("in_backward")
     trackio = sorted(given.intersection(TRACKIO)) if "trackio" not in (args.report_to or ()) else []
     scheduler = SchedulerType(args.lr_scheduler_type)
+    unseen = sorted(given & {"eval_delay", "eval_on_start", "metric_for_best_model"})
+    strategy = getattr(args.save_strategy, "value", args.save_strategy)
+    evaluation = getattr(args.eval_strategy, "value", args.eval_strategy)
+    logging = getattr(args.logging_strategy, "value", args.logging_strategy)
+    every = (args.eval_steps or 0) if evaluation == "steps" and (args.save_steps or 0) >= 1 else 0
+    recompute = getattr(args, "activation_checkpointing", None)
+    recompute = args.gradient_checkpointing if recompute is None else recompute
     rules = {
+        f"--{unseen[0] if unseen else ''}：--eval_strategy no 时没有评估": unseen and evaluation == "no",
+        "--metric_for_best_model：只和 --load_best_model_at_end true 一起起作用": (
+            "metric_for_best_model" in given
+            and not args.load_best_model_at_end
+            and scheduler != SchedulerType.REDUCE_ON_PLATEAU
+        ),
+        "--eval_steps：--eval_strategy epoch 时不按步评估": "eval_steps" in given and evaluation == "epoch",
+        "--save_steps：只和 --save_strategy steps 一起起作用": args.save_steps is not None
+        and (strategy or evaluation) not in ("steps", *(["no"] if not strategy else [])),
+        "--logging_steps：只和 --logging_strategy steps 一起起作用": "logging_steps" in given and logging != "steps",
+        f"--save_strategy {strategy}：要和 --eval_strategy 一样，或是 best，或加 --load_best_model_at_end false": (
+            kept_best and strategy not in (None, "best", evaluation)
+        ),
+        f"--save_steps {args.save_steps}：要是 --eval_steps {args.eval_steps} 的倍数": (
+            kept_best and every >= 1 and args.save_steps % every
+        ),
+        "--gradient_checkpointing 和 --checkpoint_every 说的不一样；请只写 --checkpoint_every": (
+            None not in (recompute, args.checkpoint_every) and recompute != bool(args.checkpoint_every)
+        ),
+        f"--warmup_steps {args.warmup_steps}：比 --max_steps {args.max_steps} 多，学习率到不了 --learning_rate": (
+            0 < args.max_steps < args.warmup_steps
+        ),
+        "--ddp_backend：只和 torchrun 一起起作用": "ddp_backend" in given and "LOCAL_RANK" not in os.environ,
         "--label_smoothing_factor：只和 --full_logits true 一起起作用": args.label_smoothing_factor
         and not args.full_logits,
         "--use_liger_kernel：只和 --fast_kernels false 一起起作用；不写它，能用的 Liger 算子已经在用": (

@@ -35,16 +35,16 @@ class Interruption:
 
     def note(self, number, frame):
         """The handler: at a second signal what would have happened without us."""
-        if number == getattr(signal, "SIGHUP", None):
+        closed = number == getattr(signal, "SIGHUP", None)
+        if closed:
             leave_terminal()
-            if self.number == number:  # the system and the shell each send one
-                return
-        if self.number:
+        if self.number and not closed:  # a terminal may close after Ctrl-C; the system and the shell each send one
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
-        self.number = number
-        # print() may be under way in the very thread that the signal interrupts
-        os.write(2, "\n做完这一步就保存检查点并退出；再来一次信号（Ctrl-C）立即退出。\n".encode())
+        self.number = self.number or number
+        with contextlib.suppress(OSError):
+            # print() may be under way in the very thread that the signal interrupts
+            os.write(2, "\n做完这一步就保存检查点并退出；再来一次信号（Ctrl-C）立即退出。\n".encode())
 
     def requested(self, args) -> bool:
         """Whether any process got a signal: all have to stop at the same step."""
@@ -56,10 +56,11 @@ class Interruption:
 
 
 def leave_terminal() -> None:
-    """Let what is printed to terminals go nowhere: after SIGHUP they are gone, and a line could end the saving."""
+    """Let what is printed to terminals and pipes go nowhere: after SIGHUP they are gone, and so may `| tee` be; a line
+    could end the saving."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         with contextlib.suppress(OSError):  # one that is closed
-            if stat.S_ISCHR(os.fstat(number).st_mode):  # a terminal that is gone is none to isatty()
+            if not stat.S_ISREG(os.fstat(number).st_mode):  # a terminal that is gone is none to isatty()
                 os.dup2(nowhere, number)
     os.close(nowhere)

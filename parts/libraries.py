@@ -27,7 +27,7 @@ def try_out(args) -> None:
     attempt(f"--lr_scheduler_type {args.lr_scheduler_type.value}", build_scheduler, args)
     if args.torch_compile:
         options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-        attempt("--torch_compile", torch.compile, torch.nn.Linear(1, 1), **options)
+        attempt("--torch_compile", try_compiling, args.device, **options)
     options = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
     options = {name: getattr(args, f"dataloader_{name}") for name in options}
     attempt("--dataloader_*", torch.utils.data.DataLoader, [0], **options)
@@ -70,6 +70,11 @@ def find_tracker(name: str) -> None:
     except Exception as error:
         install = f"请先运行 pip install {PACKAGES.get(name, name)}，或用 --report_to none"
         raise ValueError(f"--report_to {name} 在这里用不了（{shorten(first_line(error))}）；{install}") from None
+
+
+def try_compiling(device: torch.device, **options) -> None:
+    """It compiles only what is called."""
+    torch.compile(torch.nn.Linear(1, 1).to(device), **options)(torch.zeros(1, device=device))
 
 
 def try_optimizer(args) -> None:

@@ -83,7 +83,8 @@ def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None
         axes.plot(step, loss, "*", markersize=14, label=f"{name}: {loss:.3f} at step {step}")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.has_data():
+        axes.legend()
 
 
 def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> str:
@@ -110,7 +111,8 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
     }
     rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
     table = "\n".join(f"| {name} | {getattr(value, 'value', value)} |" for name, value in rows.items())
-    return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=settings["system_prompt"])
+    prompt = settings["system_prompt"].replace("\n", "\n> ")
+    return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=prompt)
 
 
 def describe_origin(origin: dict) -> str:

@@ -29,9 +29,14 @@ class Run(NamedTuple):
 
 
 def check(args) -> None:
-    """Raises SystemExit for a finished run, for a folder that holds anything else, such as a model, and for one
-    without permission."""
+    """Raises SystemExit for a finished run, for a folder that holds anything else, such as a model, also the one that
+    is to be trained, and for one without permission."""
     folder = Path(args.output_dir)
+    if Path(args.model_name).resolve().is_relative_to(folder.resolve()) and Path(args.model_name).is_dir():
+        raise SystemExit(
+            f"错误：--model_name {args.model_name} 在 --output_dir {folder} 里，训练会写掉它；"
+            "请用 --output_dir 换一个文件夹。"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test_{os.getpid()}"
@@ -111,6 +116,11 @@ def choose_checkpoint(args) -> str | None:
     """The checkpoint to continue from, or None: the newest that is whole to the last bit, and whose best one is, as the
     weights that training ends with may be read from there. Prints which were passed over and why."""
     if Path(args.output_dir, FINISHED_MARK).exists():
+        if args.resume_from_checkpoint:
+            raise SystemExit(
+                f"错误：{args.output_dir} 里的训练已经完成；从 {args.resume_from_checkpoint} 继续，"
+                "请用 --output_dir 换一个新文件夹。"
+            )
         return None
     wanted, own = args.resume_from_checkpoint, checkpoints.folders(args.output_dir)
     if wanted and own and Path(wanted).resolve().parent != Path(args.output_dir).resolve():

@@ -60,6 +60,9 @@ def settle_generation(model, tokenizer) -> None:
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if not (settings.do_sample and settings.temperature):
         settings.update(do_sample=True, **THINKING_SAMPLING)
+    for name, value in THINKING_SAMPLING.items():  # what is left out, each tool fills in as it likes
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
 
 
 def room_in_memory(model) -> int:

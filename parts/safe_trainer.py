@@ -157,7 +157,13 @@ class Stopping(transformers.TrainerCallback):
 
 class BestCheckpoint(transformers.EarlyStoppingCallback):
     """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
-    is looked for where the output folder is now, not where it was then."""
+    is looked for where the output folder is now, not where it was then. A state that evaluates better than all before
+    is saved, whatever --save_steps says: else the best weights would be lost."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        found = metrics[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
+        control.should_save |= state.best_metric is None or found < state.best_metric
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.early_stopping_patience = args.early_stopping_patience or sys.maxsize

@@ -52,16 +52,25 @@ def test_a_signal_that_the_shell_ignores_is_ignored():
             signal.signal(number, before)
 
 
-def train_on(terminal: str) -> None:
-    """A training on this terminal, as far as signals and printing go; what it saves is the file `saved`."""
+def train_on(terminal: str, piped: bool, *before: int) -> None:
+    """A training on this terminal, as far as signals and printing go; what it saves is the file `saved`. `piped`: what
+    it prints goes to a pipe whose reader is gone; `before`: signals that came before the terminal closed."""
     os.setsid()
     streams = os.open(terminal, os.O_RDWR)  # the first that a session opens is its own
     for number in range(3):
         os.dup2(streams, number)
     os.close(streams)
+    if piped:
+        reader, writer = os.pipe()
+        os.close(reader)
+        for number in (1, 2):
+            os.dup2(writer, number)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
     with Interruption() as interruption:
-        print("begun")
+        for number in before:
+            signal.raise_signal(number)
+        os.write(0, b"begun")
+        time.sleep(0.2)  # in which the terminal closes
         while not interruption.requested(ARGS):
             time.sleep(0.01)
         interruption.acted = True
@@ -70,19 +79,26 @@ def train_on(terminal: str) -> None:
         Path("saved").touch()
 
 
-def test_a_terminal_that_closes_ends_nothing_before_it_is_saved(folder):
+@pytest.mark.parametrize(
+    "piped, before, status",
+    [(False, (), 129), (True, (), 129), (False, (signal.SIGINT,), 130)],
+    ids=["terminal", "pipe", "after Ctrl-C"],
+)
+def test_a_terminal_that_closes_ends_nothing_before_it_is_saved(folder, piped, before, status):
     ours, theirs = pty.openpty()
     process = os.fork()
     if not process:
-        status = 1
+        code = 1
         try:
             os.close(ours)
-            train_on(os.ttyname(theirs))
+            train_on(os.ttyname(theirs), piped, *before)
         except SystemExit as end:
-            status = end.code
+            code = end.code
         finally:
-            os._exit(status)
-    assert os.read(ours, 100).startswith(b"begun")
+            os._exit(code)
+    said = b""
+    while b"begun" not in said:
+        said += os.read(ours, 1000)
     os.close(theirs)
     os.close(ours)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129 and Path("saved").exists()
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status and Path("saved").exists()

@@ -32,7 +32,7 @@ def star(trainer) -> list[str]:
     [
         ({}, "，按 eval_loss 选出"),
         ({"metric_for_best_model": "token_loss"}, "，按 eval_token_loss 选出"),
-        ({"save_steps": 8}, None),  # the best evaluation may have no checkpoint
+        ({"save_steps": 8}, "，按 eval_loss 选出"),  # the best is saved beside them
         ({"load_best_model_at_end": False}, "，最后一步"),
         ({"early_stopping_patience": 1}, "，按 eval_loss 选出"),
         ({"eval_strategy": "no"}, "，最后一步"),
@@ -51,7 +51,9 @@ def test_the_claims_are_of_the_saved_weights(workspace, tiny_model, capsys, chan
     [step] = [i + 1 for i, state in enumerate(kept) if all(torch.equal(state[name], saved[name]) for name in saved)]
     loss = evaluations(trainer).get(step)
     claim = f"eval_loss {loss:.4f}（第 {step} 步）" if loss else f"未评估（第 {step} 步）"
-    claim += end or ("，最后一步" if step == trainer.state.global_step else "，按 eval_loss 选出")
+    claim += end
+    if end == "，按 eval_loss 选出":
+        assert loss == min(evaluations(trainer).values())
     assert f"| 保存的权重 | {claim} |" in Path(data.OUTPUT_DIR, "README.md").read_text(encoding="utf-8")
     assert star(trainer) == ([f"saved: {loss:.3f} at step {step}"] if loss else [])
     train.report(trainer, "inference.py")
