@@ -451,6 +451,8 @@ def test_huggingface_model_and_data_arrive_and_the_model_is_used_again(hf, model
         (HF_LIST, partial(status, 404), "没有这个名称"),
         (HF_LIST, partial(status, 401), "没有权限"),
         (HF_LIST, partial(status, 403), "没有权限"),
+        (HF_LIST, partial(status, 429), "请求太多"),
+        (HF_LIST, partial(status, 503), "服务器出错"),
         (HF_FILE, wrong, "内容与文件列表不符"),
         (HF_LIST, drip, "超时"),
     ],
@@ -462,6 +464,19 @@ def test_huggingface_failure_is_one_sentence_and_leaves_nothing(hf, tmp_path, mo
         said = ends(*((find_model, "hf://own/er") if kind == "model" else (data.prepare, "hf://own/er")))
         assert said.startswith(f"错误：无法从 {hf.url} 下载") and cause in said and "HF_ENDPOINT" in said
     assert contents(tmp_path / "work") == {} and parts_hub.find_downloaded("hf://own/er", None) is None
+
+
+def test_file_that_could_not_be_fetched_is_not_called_missing():
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    assert parts_hub.describe_error(LocalEntryNotFoundError("x")) == "连接失败或服务器出错：x"
+    assert parts_hub.describe_error(EntryNotFoundError("x")) == "没有这个名称、版本或文件：x"
+
+
+def test_one_file_of_a_set_is_named_behind_it(hub, capsys):
+    data.prepare("ms://own/er/rows.jsonl")
+    assert written() == published(make_rows(40)) and "ms://own/er/rows.jsonl（rows.jsonl）" in capsys.readouterr().out
+    assert "里没有 .jsonl、" in ends(data.prepare, "ms://own/er/other.jsonl")
 
 
 def test_huggingface_list_that_leaves_the_folder_is_refused(hf):
