@@ -17,14 +17,13 @@ SETTINGS = (
     "eval_delay load_best_model_at_end metric_for_best_model model_revision ignore_data_skip train_sampling_strategy "
     "dataloader_drop_last average_tokens_across_devices"
 ).split()
-BEST_SETTINGS = ("save_strategy", "save_steps")  # too, where the best checkpoint is what is kept
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit")
 
 
 def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
     """{name: value} of the settings that decide the weights, as JSON gives them back. Raises SystemExit when the base
     model's weights are not those of --model_sha256."""
-    names = (*SETTINGS, *LORA_SETTINGS * args.trains_adapter, *BEST_SETTINGS * args.load_best_model_at_end)
+    names = (*SETTINGS, *LORA_SETTINGS * args.trains_adapter)
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
     values["model_sha256"] = found = checkpoints.weights_sha256(model_path)

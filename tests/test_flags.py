@@ -75,7 +75,7 @@ ELSEWHERE = {
 ELSEWHERE = {name: where for where, names in ELSEWHERE.items() for name in names.split()}
 NAMES = [field.name for field in fields(transformers.TrainingArguments)]
 # In examples_per_step, where the processes may share a step otherwise.
-DECIDING = {*run_settings.SETTINGS, *run_settings.BEST_SETTINGS, "per_device_train_batch_size"}
+DECIDING = {*run_settings.SETTINGS, "per_device_train_batch_size"}
 DECIDING |= {"gradient_accumulation_steps"}
 ALIKE = ("eval_strategy", "eval_steps", "eval_delay")  # of the deciding ones, that decide which is the best checkpoint
 
