@@ -55,6 +55,7 @@ def test_a_signal_that_the_shell_ignores_is_ignored():
 def train_on(terminal: str, piped: bool, *before: int) -> None:
     """A training on this terminal, as far as signals and printing go; what it saves is the file `saved`. `piped`: what
     it prints goes to a pipe whose reader is gone; `before`: signals that came before the terminal closed."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest itself may run under nohup
     os.setsid()
     streams = os.open(terminal, os.O_RDWR)  # the first that a session opens is its own
     for number in range(3):
