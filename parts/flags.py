@@ -83,14 +83,11 @@ def refuse(args) -> None:
         f"--save_strategy {strategy}：要和 --eval_strategy 一样，或是 best，或加 --load_best_model_at_end false": (
             kept_best and strategy not in (None, "best", evaluation)
         ),
-        f"--save_steps {args.save_steps}：要是 --eval_steps {args.eval_steps} 的倍数": (
+        f"--save_steps {args.save_steps or 0:g}：要是 --eval_steps {args.eval_steps or 0:g} 的倍数": (
             kept_best and every >= 1 and args.save_steps % every
         ),
         "--gradient_checkpointing 和 --checkpoint_every 说的不一样；请只写 --checkpoint_every": (
             None not in (recompute, args.checkpoint_every) and recompute != bool(args.checkpoint_every)
-        ),
-        f"--warmup_steps {args.warmup_steps}：比 --max_steps {args.max_steps} 多，学习率到不了 --learning_rate": (
-            0 < args.max_steps < args.warmup_steps
         ),
         "--ddp_backend：只和 torchrun 一起起作用": "ddp_backend" in given and "LOCAL_RANK" not in os.environ,
         "--label_smoothing_factor：只和 --full_logits true 一起起作用": args.label_smoothing_factor

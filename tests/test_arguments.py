@@ -75,7 +75,9 @@ def test_nothing_is_written_into_what_the_user_wished(workspace, tiny_model):
 
 @pytest.mark.parametrize("strategy", ["no", "epoch"])
 def test_other_evaluation_strategies_work_with_one_flag(workspace, tiny_model, strategy):
-    steps = {"max_steps": 28} if strategy == "epoch" else {"max_steps": 2}  # 27 steps an epoch
+    steps = (
+        {"max_steps": 28, "eval_steps": train.EVAL_STEPS} if strategy == "epoch" else {"max_steps": 2}
+    )  # 27 steps an epoch
     trainer = run(tiny_model, eval_strategy=strategy, **steps)
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert bool(evaluated) == (strategy == "epoch")

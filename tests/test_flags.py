@@ -154,10 +154,6 @@ def test_each_flag_is_refused_or_acts(name):
             {"gradient_checkpointing": True, "checkpoint_every": 0},
             "--gradient_checkpointing 和 --checkpoint_every 说的不一样；请只写 --checkpoint_every",
         ),
-        (
-            {"warmup_steps": 200, "max_steps": 100},
-            "--warmup_steps 200：比 --max_steps 100 多，学习率到不了 --learning_rate",
-        ),
         ({"ddp_backend": "gloo"}, "--ddp_backend：只和 torchrun 一起起作用"),
         ({"lr_scheduler_kwargs": "{bad"}, '--lr_scheduler_kwargs：要写成 JSON，例如 {"min_lr_rate": 0.1}'),
     ],

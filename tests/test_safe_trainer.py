@@ -35,7 +35,10 @@ def interrupt_twice() -> None:
         # an evaluation that is not the best so far: of itself it saves nothing
         (signal.SIGTERM, False, 10, {"save_strategy": "best", "learning_rate": 1.0}),
         # 27 steps an epoch: in the second one, and at the end of the first
-        *((signal.SIGTERM, False, step, {"eval_strategy": "epoch", "max_steps": 32}) for step in (29, 27)),
+        *(
+            (signal.SIGTERM, False, step, {"eval_strategy": "epoch", "eval_steps": 100, "max_steps": 32})
+            for step in (29, 27)
+        ),
     ],
 )
 def test_signal_saves_at_the_end_of_the_step_and_the_command_continues(

@@ -71,7 +71,7 @@ def test_unknown_flag_is_an_error(script, tmp_path):
 
 def test_flags_that_do_not_fit_are_an_error(tmp_path):
     result = run_script("train.py", "--eval_steps", "30", "--save_steps", "20", cwd=tmp_path)
-    fails(result, "round multiple of the evaluation steps")
+    fails(result, "train.py: error: --save_steps 20：要是 --eval_steps 30 的倍数")
 
 
 def test_training_reports_data_tokens_and_where_the_model_is(trained):
