@@ -8,8 +8,8 @@
 
 A row has a question, a thinking and an answer, and perhaps earlier turns; the shapes of the leading public sets are
 read as they are. The published set is split as published: seed 42, shuffle, the first 90 % train. Others likewise, but
-all rows of a question go to one side, and what a hub keeps for validation or tests is never trained on. A row that
-cannot be used is left out after the split, so it moves no other row, and is reported.
+rows that begin with the same question go to one side, and what a hub keeps for validation or tests is never trained
+on. A row that cannot be used is left out after the split, so it moves no other row, and is reported.
 """
 
 import argparse
