@@ -20,8 +20,9 @@ def include(folder: str | Path) -> None:
 def translate_config(config: dict, folder: Path) -> dict:
     """With rope_theta, rope_scaling and torch_dtype beside rope_parameters and dtype."""
     rope = dict(config.get("rope_parameters") or {})
-    found = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    if "rope_theta" in found:
+    found = {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope.pop("rope_theta")
         found["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     if "dtype" in config:
         found["torch_dtype"] = config["dtype"]

@@ -114,7 +114,6 @@ def test_the_tokenizer_has_its_older_names_too(trained, folder):
     [
         {"rope_type": "default", "rope_theta": 5e5},
         {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192},
-        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ],
 )
 def test_transformers_5_reads_the_same_as_before(tmp_path, tokenizer, rope):
