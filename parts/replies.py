@@ -47,8 +47,8 @@ def generate(
 
 def stop_tokens(model, tokenizer) -> list[int]:
     """The end of turn, and what the model's own settings name."""
-    stops = model.generation_config.eos_token_id or []
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     return [tokenizer.eos_token_id, *(token for token in stops if token != tokenizer.eos_token_id)]
 
 

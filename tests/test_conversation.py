@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,16 @@ def test_thinking_and_answer_stream_under_their_headings(tokenizer, reply, expec
 )
 def test_what_the_prompt_opens_streams_as_thinking(thinking_only, reply, expected):
     assert shown(thinking_only, reply) == expected
+
+
+def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
+    """It would think in circles; and it is compared with its tuned self."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text('{"do_sample": false, "eos_token_id": 0}', encoding="utf-8")
+    model, tokenizer = inference.load_trained(str(tmp_path / "base"))
+    found = model.generation_config
+    assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.6, 0.95, 20)
+    assert found.eos_token_id == [tokenizer.eos_token_id, 0]
 
 
 def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, tokenizer):

@@ -113,6 +113,14 @@ def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finishe
     assert checkpoints.find_trained("merged") == Path("merged")
 
 
+@pytest.mark.parametrize("flags", [["感冒了？"], ["--chat"], ["--no_thinking"], ["--max_new_tokens", "9"]])
+def test_merging_asks_nothing(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--merge_to", "merged", *flags])
+    with pytest.raises(SystemExit) as end:
+        inference_lora.main()
+    assert end.value.code == 2 and "--merge_to 只合并，不提问；请去掉 " in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_merged_too(finished):
     loaded = inference_lora.load_adapter("lora/checkpoint-2")
     inference_lora.merge_to("merged", *loaded, "lora/checkpoint-2")

@@ -181,6 +181,20 @@ def test_a_finished_run_names_the_way_to_train_on(finished, tiny_model, lora, na
         run(tiny_model, lora, **flags)
 
 
+def test_a_checkpoint_is_not_passed_over_where_a_finished_run_is_overwritten(finished, tiny_model):
+    message = "lora 里的训练已经完成；从 full/checkpoint-2 继续，请用 --output_dir 换一个新文件夹。"
+    changes = {"resume_from_checkpoint": "full/checkpoint-2", "output_dir": "lora", "overwrite_output_dir": True}
+    refused(message, run, tiny_model, **changes)
+
+
+@pytest.mark.parametrize("base", ["full", "full/checkpoint-2"])
+def test_a_base_is_not_overwritten_by_its_own_training(finished, base):
+    before = contents(Path("full"))
+    message = f"--model_name {base} 在 --output_dir full 里，训练会写掉它；请用 --output_dir 换一个文件夹。"
+    refused(message, run, base, output_dir="full", overwrite_output_dir=True)
+    assert contents(Path("full")) == before
+
+
 def test_a_run_with_an_optimizer_that_is_no_more_is_not_continued(interrupted, tiny_model):
     path = Path("full", checkpoints.RUN_FILE)
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"optimizer": "4bit_in_backward"}))

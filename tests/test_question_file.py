@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_files_without_questions_get_one_sentence(tmp_path, monkeypatch, name, c
 def test_replies_that_cannot_be_written():
     with pytest.raises(SystemExit, match="无法写入 --replies /proc/no/replies.jsonl"):
         question_file.refuse_taken("/proc/no/replies.jsonl")
+
+
+def test_a_place_for_replies_without_questions_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--replies", "mine.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        inference.main()
+    assert end.value.code == 2 and "--replies 只和 --questions 一起起作用" in capsys.readouterr().err
 
 
 def test_questions_and_a_conversation_exclude_each_other(tmp_path, monkeypatch, capsys):
