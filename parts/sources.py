@@ -60,8 +60,9 @@ def load(dataset: str, revision: str | None, sha256: str | None, several: bool, 
     for part in ("val", "test"):  # tests are often published without answers
         if not own and files[part]:
             with contextlib.suppress(SystemExit) if part == "test" else contextlib.nullcontext():
-                own = [placed for placed in read(files[part])[0] if rows.check(placed[1])[0]]
-                unused = [name for name in unused if not own or name not in files[part]]
+                placed = read(files[part])[0]
+                if any(isinstance(row, dict) and row.get("answer") for _, row in placed):
+                    own, unused = placed, [name for name in unused if name not in files[part]]
     train, val = (sum(divide(part), []) for part in (train, own)) if own else divide(train)
     shown = f"{dataset}（{'、'.join(contents)}）" if contents.keys() != {""} else dataset
     lines = [f"数据来源  {shown}：共 {len(train) + len(val)} 行", f"SHA-256   {found}"]

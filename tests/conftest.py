@@ -127,3 +127,17 @@ def fails(folder, monkeypatch):
         assert contents(folder) == before  # and no draft is left behind
 
     return command
+
+
+@pytest.fixture
+def hub(tmp_path_factory):
+    """A hub with one set under two names; its files are those in `.set`."""
+    from hub_server import Hub
+
+    import data
+
+    folder = tmp_path_factory.mktemp("set")
+    (folder / "README.md").write_text("# 说明", encoding="utf-8")
+    with Hub(datasets={"owner/name": folder, data.DATASET_NAME: folder}) as server:
+        server.set = folder
+        yield server

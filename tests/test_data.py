@@ -91,16 +91,6 @@ def test_script_fails_with_one_sentence(folder, flag, name, status, message):
     assert list(contents(folder)) == ["cut.jsonl"]
 
 
-@pytest.fixture
-def hub(tmp_path_factory):
-    """A hub with one set under two names; its files are those in `.set`."""
-    folder = tmp_path_factory.mktemp("set")
-    (folder / "README.md").write_text("# 说明", encoding="utf-8")
-    with Hub(datasets={"owner/name": folder, data.DATASET_NAME: folder}) as server:
-        server.set = folder
-        yield server
-
-
 def download(hub: Hub, folder: Path, *flags: str):
     """Run data.py in work/; the client stores what it downloads beside it."""
     Path("work").mkdir(exist_ok=True)

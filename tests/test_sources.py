@@ -11,15 +11,6 @@ import data
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-@pytest.fixture
-def hub(tmp_path_factory):
-    """A hub with an empty set of two names; its files are those in `.set`."""
-    folder = tmp_path_factory.mktemp("set")
-    with Hub(datasets={"owner/name": folder, data.DATASET_NAME: folder}) as server:
-        server.set = folder
-        yield server
-
-
 def download(hub: Hub, *flags: str) -> str:
     """What data.py prints, in a process of its own: the client reads its address once."""
     return run_script("data.py", *flags, cwd=Path.cwd(), env=hub.env(Path.cwd() / "home")).stdout
@@ -97,6 +88,14 @@ def test_own_part_of_a_hub_is_never_trained_on(hub, own):
     assert sorted(map(str, train)) == sorted(str(row) for row in make_rows(30) if row != make_row(7))
     assert sorted(map(str, val)) == sorted(map(str, [make_row(7, answer="别的"), *make_rows(109, first=101)]))
     assert "划分      验证集是它自己的，10 行\n" in out
+
+
+def test_rows_of_an_own_part_that_cannot_be_used_are_reported_and_those_without_thinking_kept(hub):
+    odd = [make_row(101, answer=""), make_row(102, think=None)]
+    fill(hub, train=make_rows(30), validation=[*odd, *make_rows(109, first=103)])
+    out = download(hub, "--dataset", "owner/name", "--without_thinking", "keep")
+    assert "未采用    answer 为空：1 行（validation.jsonl 第 1 行）\n" in out
+    assert make_row(102, think="") in written()[1] and [len(part) for part in written()] == [30, 8]
 
 
 def test_beside_a_validation_part_a_test_part_is_not_used(hub):
