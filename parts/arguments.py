@@ -86,8 +86,7 @@ class Arguments(TrainingArguments):
         self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
         self.save_steps = (self.eval_steps or 500) if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
-        asked = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on
-        asked = self.gradient_checkpointing if asked is None else asked
+        asked = flags.recomputes(self)
         if self.checkpoint_every is None and asked is not None:
             self.checkpoint_every = int(asked)
         self.gradient_checkpointing = self.activation_checkpointing = False  # until the plan says otherwise

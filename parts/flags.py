@@ -50,6 +50,12 @@ def is_given(args, name: str) -> bool:
     return value != default and bool(value or default)  # of a list the command line says [] where nothing is said
 
 
+def recomputes(args) -> bool | None:
+    """What --gradient_checkpointing says, under either of its names; None where it says nothing."""
+    asked = getattr(args, "activation_checkpointing", None)  # its name from transformers 5.23 on
+    return args.gradient_checkpointing if asked is None else asked
+
+
 def refuse(args) -> None:
     """Raises ValueError for a flag that would do nothing, or not what it says; never with its value, which may be a
     secret. Before transformers has filled in what was left open."""
@@ -67,8 +73,7 @@ def refuse(args) -> None:
     evaluation = getattr(args.eval_strategy, "value", args.eval_strategy)
     logging = getattr(args.logging_strategy, "value", args.logging_strategy)
     every = (args.eval_steps or 0) if evaluation == "steps" and (args.save_steps or 0) >= 1 else 0
-    recompute = getattr(args, "activation_checkpointing", None)
-    recompute = args.gradient_checkpointing if recompute is None else recompute
+    recompute = recomputes(args)
     rules = {
         f"--{unseen[0] if unseen else ''}：--eval_strategy no 时没有评估": unseen and evaluation == "no",
         "--metric_for_best_model：只和 --load_best_model_at_end true 一起起作用": (

@@ -65,9 +65,13 @@ def check(row: object, thinkless: bool = True) -> tuple[Row | None, str | None]:
     return (None, problem) if problem else (cleaned | ({"history": history} if history else {}), None)
 
 
+def are_pairs(history: object) -> bool:
+    return isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)
+
+
 def check_history(history: object) -> tuple[list[list[str]] | None, str | None]:
     """(clean earlier turns, None), or (None, what is wrong with them)."""
-    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+    if not are_pairs(history):
         return None, "history 不是 [[问题, 回答], …]"
     checked = [[check_text("history", text, place > 0) for place, text in enumerate(pair)] for pair in history]
     problem = next((problem for pair in checked for _, problem in pair if problem), None)

@@ -4,7 +4,7 @@ columns, then by what is in them. Reads no file; what a row's texts must be is r
 import contextlib
 import json
 
-from parts.rows import FIELDS, SAME_FIELD_TWICE, TAG, Placed, Unusable, clean, strip_invisible
+from parts.rows import FIELDS, SAME_FIELD_TWICE, TAG, Placed, Unusable, are_pairs, clean, strip_invisible
 from parts.terminal import shorten
 
 # Lower-case names of leading sets; the field's own name goes before all of them.
@@ -105,10 +105,10 @@ def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> obj
     values = split_thinking(values)
     if isinstance(values.get("answer"), str) and not values.get("think") and TAG.match(values["answer"].lstrip()):
         return Unusable("answer 开头的思考没有结束")
+    if are_pairs(history):
+        history = [[asked, split_thinking({"answer": said})["answer"]] for asked, said in history]
     if isinstance(history, list) and history:  # a text, such as a patient's, is a column like any other
-        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
-            return Unusable("history 不是 [[问题, 回答], …]")
-        values["history"] = [[asked, split_thinking({"answer": said})["answer"]] for asked, said in history]
+        values["history"] = history
     return values
 
 
