@@ -40,21 +40,19 @@ def load_trained(name: str, revision: str | None = None, thinking: bool = True):
 
     local = (os.path.isdir(name) or name == OUTPUT_DIR) and not revision
     path = str(checkpoints.find_trained(name) if local else hub.find_model(name, "检查 --model_path", revision))
-    tokenizer = load_tokenizer(path, thinking)
-    model = models.load_weights(path, models.pick_device())
+    if not thinking:
+        require_no_thinking(path)
+    model, tokenizer = models.load_weights(path, models.pick_device()), models.load_tokenizer(path)
     replies.settle_generation(model, tokenizer)
     return model, tokenizer
 
 
-def load_tokenizer(path: str, thinking: bool):
-    """The tokenizer of a folder. Raises SystemExit, before the weights are loaded, when its model is to be asked
-    without `thinking` and cannot be."""
+def require_no_thinking(path: str) -> None:
+    """Raises SystemExit, before the weights are loaded, when a model cannot be asked without thinking."""
     from parts import encoding, models
 
-    tokenizer = models.load_tokenizer(path)
-    if not (thinking or encoding.has_no_thinking_mode(tokenizer)):
+    if not encoding.has_no_thinking_mode(models.load_tokenizer(path)):
         raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
-    return tokenizer
 
 
 def predict(model, tokenizer, args: argparse.Namespace) -> None:

@@ -72,7 +72,8 @@ def load_adapter(name: str, revision: str | None = None, thinking: bool = True, 
 
     path = str(checkpoints.find_trained(name, ADAPTER_CONFIG, "train_lora.py"))
     base, trained_revision = read_base(path)
-    tokenizer = inference.load_tokenizer(path, thinking)
+    if not thinking:
+        inference.require_no_thinking(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = hub.find_model(base, remedy, revision or trained_revision)
     check_base(path, base, base_path)
@@ -85,7 +86,7 @@ def load_adapter(name: str, revision: str | None = None, thinking: bool = True, 
         raise SystemExit(
             f"错误：{path} 的适配器无法装到 {base} 上（{terminal.first_line(error)}）；请重新运行 python train_lora.py"
         ) from None
-    model = model.merge_and_unload().eval()
+    model, tokenizer = model.merge_and_unload().eval(), models.load_tokenizer(path)
     replies.settle_generation(model, tokenizer)
     return model, tokenizer
 
