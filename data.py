@@ -5,11 +5,15 @@
     python data.py --dataset owner/name hf://owner/name   # sets of ModelScope and Hugging Face, together
     python data.py --dataset my.jsonl owner/name#500      # 500 rows of the second
     python data.py --revision REV --sha256 HEX            # exactly this data, or none
+    python data.py --raw                                  # the thinking as published, traces of its making and all
 
 A row has a question, a thinking and an answer, and perhaps earlier turns; the shapes of the leading public sets are
 read as they are. The published set is split as published: seed 42, shuffle, the first 90 % train. Others likewise, but
 rows that begin with the same question go to one side, and what a hub keeps for validation or tests is never trained
 on. A row that cannot be used is left out after the split, so it moves no other row, and is reported.
+
+Most published thinkings show how they were made: their writer had been given the answer. They are trained on without
+that. val.jsonl keeps the published text, so that losses compare; val.clean.jsonl is the same rows without it.
 """
 
 import argparse
@@ -22,8 +26,8 @@ from functools import partial
 from pathlib import Path
 
 try:
-    from parts import encoding, row_files, rows, sources, split, terminal
-    from parts.rows import Row
+    from parts import cleaning, encoding, near_duplicates, row_files, rows, sources, split, terminal
+    from parts.rows import Placed, Row
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -40,16 +44,24 @@ TRAIN_FILE = "train.jsonl"
 VAL_FILE = "val.jsonl"
 OUTPUT_DIR = "output/qwen3-medical"
 LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
+CLEAN_SUFFIX = ".clean.jsonl"  # of the validation file with clean thinking, beside the one as published
 SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
+
+
+def clean_file(val_file: str) -> str:
+    """The file with clean thinking beside `val_file`: val.clean.jsonl for val.jsonl."""
+    return val_file.removesuffix(".jsonl") + CLEAN_SUFFIX
 
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
     """Raises SystemExit when one file would be written over another, or over the data."""
-    train_path, val_path = map(os.path.realpath, (train_file, val_file))
-    if train_path == val_path:
+    paths = [os.path.realpath(file) for file in (train_file, val_file, clean_file(val_file))]
+    if paths[0] == paths[1]:
         raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
+    if paths[0] == paths[2]:
+        raise SystemExit(f"错误：--train_file 是 {train_file}，那里要写清理过的验证集；请换一个文件名。")
     for dataset in datasets:
-        if os.path.realpath(dataset) in (train_path, val_path):
+        if os.path.realpath(dataset) in paths:
             raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
 
 
@@ -60,9 +72,10 @@ def prepare(
     revision: str | None = None,
     sha256: str | None = None,
     without_thinking: str = "drop",
+    raw: bool = False,
 ) -> None:
-    """Load, check, clean and split each data set, the published one where none is named; write the two files, and
-    print the summary."""
+    """Load, check, clean and split each data set, the published one where none is named; write the files, and print the
+    summary. `raw`: the training file has the thinking as it was."""
     given = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
     wanted = [sources.read_count(name) for name in given]
     names = [name for name, _ in wanted]
@@ -77,7 +90,9 @@ def prepare(
         divide = partial(split.by_row if fixed else split.by_question, seed=SEED, share=TRAIN_SHARE)
         loaded.append(sources.load(name, revision, sha256, len(names) > 1, divide, fixed))
     found = sources.check(loaded, [count for _, count in wanted], TRAIN_SHARE, without_thinking == "keep", problems)
-    train, val = ([row for part in parts for _, row in part] for parts in zip(*found))
+    train, val = (sum(parts, []) for parts in zip(*found))
+    cleaned, how = cleaning.clean_rows(train)
+    train = train if raw else cleaning.keep_whole(cleaned, train, problems)
     total = sum(len(source.train) + len(source.val) for source in loaded)
     if not train or not val:
         part = "训练集" if not train else "验证集"
@@ -92,8 +107,11 @@ def prepare(
         if count or len(loaded) > 1:
             limit = f"，最多取 {count} 行" if count else ""
             lines.append(f"采用      训练 {len(parts[0])} 行，验证 {len(parts[1])} 行{limit}")
-    texts = {train_file: row_files.to_jsonl(train), val_file: row_files.to_jsonl(val)}
-    origin = {"sources": [source.origin for source in loaded]}
+    lines.append(f"清理      {'没有（--raw）；会是：' if raw else ''}{how}")
+    lines.append(mark_seen(train, val))
+    parts = {train_file: train, val_file: val, clean_file(val_file): cleaning.clean_rows(val)[0]}
+    texts = {file: row_files.to_jsonl(map(rows.without_instruction, part)) for file, part in parts.items()}
+    origin = {"sources": [source.origin for source in loaded], "raw": raw}
     origin["train_sha256"] = hashlib.sha256(texts[train_file].encode()).hexdigest()
     try:
         row_files.write(texts | {train_file + SOURCE_SUFFIX: row_files.to_jsonl([origin])})
@@ -102,7 +120,17 @@ def prepare(
             f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；"
             "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
         ) from None
-    print(rows.summary(lines, {train_file: train, val_file: val}, problems))
+    print(rows.summary(lines, parts, problems))
+
+
+def mark_seen(train: list[Placed], val: list[Placed]) -> str:
+    """Mark the validation rows whose answer nearly stands in the training part; returns what to say of it."""
+    alike = near_duplicates.pairs([row["answer"] for _, row in train + val])
+    seen = {j - len(train) for i, j in alike if i < len(train) <= j}
+    for place in seen:
+        val[place][1]["seen"] = True
+    inside = sum(j < len(train) for _, j in alike)
+    return f'近似重复  训练集内 {inside} 对；验证集 {len(seen)}/{len(val)} 行与训练集近似，标为 "seen": true'
 
 
 def read_origin(train_file: str) -> dict[str, object]:
@@ -186,6 +214,9 @@ def main() -> None:
     parser.add_argument("--val_file", default=VAL_FILE, help="where the validation part goes (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the data set on its hub (default: master)")
     parser.add_argument("--sha256", help="checksum that the data must have (default: not checked)")
+    parser.add_argument(
+        "--raw", action="store_true", help="train on the thinking as it is, with the traces of its making"
+    )
     prepare(**vars(parser.parse_args()))
 
 

@@ -101,8 +101,8 @@ def topic(row: dict) -> str:
 
 
 def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[str], thinkless: bool) -> list[Placed]:
-    """The clean, distinct rows of one part, in order; `problems` gathers what is left out: reason -> places, `seen` the
-    rows that there were."""
+    """The clean, distinct rows of one part, in order, with the `instruction` that their writer had beside the question;
+    `problems` gathers what is left out: reason -> places, `seen` the rows that there were."""
     kept = []
     for place, raw in part:
         think = raw.get("think") if isinstance(raw, dict) else raw
@@ -116,8 +116,14 @@ def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[
             problems.setdefault(problem, []).append(place)
         else:
             seen.add(text)
-            kept.append((place, row))
+            told = raw.get("instruction")
+            kept.append((place, row | {"instruction": told} if isinstance(told, str) else row))
     return kept
+
+
+def without_instruction(placed: Placed) -> Row:
+    """The row as it is written to a file."""
+    return {name: value for name, value in placed[1].items() if name != "instruction"}
 
 
 def leave_out(part: list[Placed], topics: set[str], problem: str, problems: dict[str, list[Place]]) -> list[Placed]:
@@ -146,9 +152,9 @@ def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[s
     return lines
 
 
-def summary(lines: list[str], parts: dict[str, list[Row]], problems: dict[str, list[Place]]) -> str:
+def summary(lines: list[str], parts: dict[str, list[Placed]], problems: dict[str, list[Place]]) -> str:
     """What a person wants to know about the data, as text, after the `lines` on where it comes from."""
-    rows = [row for part in parts.values() for row in part]
+    rows = [row for part in list(parts.values())[:2] for _, row in part]  # the third is the second, cleaned
     lines = lines + [f"已写入    {path}：{len(part)} 行" for path, part in parts.items()]
     lines += [f"未采用    {line}" for line in describe_problems(problems)] or ["未采用    0 行"]
     for field in FIELDS:

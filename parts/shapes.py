@@ -79,7 +79,7 @@ def describe(fields: dict[str, list[str]], columns: tuple[str, ...]) -> str:
         parts.append(f"{'、'.join(fields['answer']) or '回答'} 开头的 <think>…</think> -> think")
     parts += [f"{name} -> 前几轮" for name in columns if name.lower() == "history"]
     used = sum(fields.values(), [])
-    like = {name for names in ALIASES.values() for name in names} | {"system"}
+    like = {name for names in ALIASES.values() for name in names} - {"instruction"} | {"system"}
     if unused := [name for name in columns if name.lower() in like and name not in used]:
         parts.append(f"不用 {'、'.join(unused)}")
     return "，".join(parts)
@@ -92,6 +92,8 @@ def quote(names: list[str]) -> str:
 def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> object:
     """One row of columns. Values that are no text stay as they are: the check names them."""
     values = {field: row[names[0]] for field, names in fields.items() if names and names[0] in row}
+    told = [name for name in row if name.lower() == "instruction" and name not in fields["question"]]
+    values |= {"instruction": row[told[0]]} if told else {}  # what the writer of the thinking was told; cleaning asks
     history = next((parse(value) for name, value in row.items() if name.lower() == "history"), None)
     if isinstance(values.get("question"), list) or isinstance(values.get("answer"), list):  # TRL's prompt, completion
         parts = (("user", values.get("question")), ("assistant", values.get("answer")))

@@ -87,7 +87,9 @@ def test_summary_tells_counts_lengths_and_an_example(capsys):
     checksum = hashlib.sha256(Path("rows.csv").read_bytes()).hexdigest()
     assert capsys.readouterr().out == (
         f"数据来源  rows.csv：共 3 行\nSHA-256   {checksum}\n"
-        "已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n未采用    0 行\n"
+        "清理      0/2 行的思考改过，保留 100.0% 的字\n"
+        '近似重复  训练集内 0 对；验证集 0/1 行与训练集近似，标为 "seen": true\n'
+        "已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n已写入    b.clean.jsonl：1 行\n未采用    0 行\n"
         "字符数    question：平均 5，中位数 4，最长 6\n字符数    think：平均 52，中位数 4，最长 150\n"
         "字符数    answer：平均 5，中位数 4，最长 6\n\n"
         f"示例（训练集第 1 行）\n  问题：问题150？\n  思考：{'思' * 120}……\n  回答：回答150。\n"

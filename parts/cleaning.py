@@ -1,0 +1,160 @@
+"""A thinking without the traces of its making, sentence by sentence: what can be said without them is kept, what cannot
+goes, and what rested on it. Knows how clauses hang together; the words are those of traces.py and rewrites.py."""
+
+import re
+from collections import Counter
+
+from parts import traces
+from parts.rewrites import BY, GIVEN, RULES, SAYS, VERDICT
+from parts.rows import Place, Placed
+
+KEPT = 0.6  # share of a thinking's characters below which its row is not worth training on
+SENTENCE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|[^。！？；])*(?:[。！？；]+[”’）]*|$)")
+CLAUSE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|[^，：])*(?:[，：]|$)")
+LEAD = re.compile(
+    r"^(?:另外|此外|不过|但是?|然后|接下来|最后|最终|同时|总之|总的来说|总结(?:一下|下来|起来|来说|的话)?|首先|其次|比如|例如|所以|因此|而且|并且|"
+    r"还有|还要注意|需要注意|综合来看|因为|虽然|现在|记得|嗯|可能|当然)?[，：]?$"
+)
+DANGLING = re.compile(
+    r"^(?:但是?(?!需要确认)|不过|所以|因此|因为|同时|而且|并且|然后|接着|也(?!许)|然而|而(?!是)|这样的话|这样|，)+(?=.{4})"
+)
+AFTER_GAP = re.compile(r"^(?:这点|因此|所以|比如|例如|但是?|不过|而且|并且|同时|也就是说|也就是|这样的话)，?(?=.{4})")
+CITES = re.compile(
+    rf"^(?:但是?|不过|而|只是)?{BY}?[^，]{{0,4}}{GIVEN}(?:部分|内容)?[，：]?$"
+)  # and says nothing itself
+CITED = re.compile(r"^(?:已经|已|没有?|可能没|可能已|里面没|其中没)")
+GOES_ON = re.compile(r"^(?:比如|例如|还有|以及|包括|甚至|进而|可能因为|因为|毕竟)")
+BARE_BY = re.compile(r"^(?:但是?|不过)?(?:根据|按照|基于|对于|关于)[^，]*，$")
+POINTING = re.compile(
+    r"^(?:因此，?|所以)?(?:这也?(?:说明|意味着|可能意味着|与|符合|表明|是|些都?)|这可能意味着|是的，)"
+)
+
+
+def clean(question: str, think: str, answer: str, instruction: str = "") -> tuple[str, Counter]:
+    """(the thinking without traces, how many of each kind of parts/traces.py were taken out). Without any it comes back
+    as it was, character for character; cleaned again it does not change."""
+    done = Counter()
+    while traces.find(think, question, answer, instruction):
+        before = think
+        think = _pass(think, question, answer, instruction, done)
+        if think == before:
+            break
+    return think, done
+
+
+def clean_rows(part: list[Placed]) -> tuple[list[Placed], str]:
+    """(the rows with clean thinking, what was done as text). A row's `instruction` is what its writer was told beside
+    the question; rows without thinking stay as they are."""
+    cleaned, done, before, after, changed = [], Counter(), 0, 0, 0
+    for place, row in part:
+        think, found = clean(row["question"], row["think"], row["answer"], row.get("instruction", ""))
+        cleaned.append((place, row | {"think": think}))
+        done += found
+        before, after, changed = before + len(row["think"]), after + len(think), changed + (think != row["think"])
+    kinds = "，".join(f"{name} {done[kind]} 处" for kind, name in traces.KINDS.items() if done[kind])
+    text = f"{changed}/{len(part)} 行的思考改过，保留 {after / max(before, 1):.1%} 的字"
+    return cleaned, text + (f"；去掉的：{kinds}" if kinds else "")
+
+
+def keep_whole(cleaned: list[Placed], before: list[Placed], problems: dict[str, list[Place]]) -> list[Placed]:
+    """The cleaned rows of which at least KEPT is left of the thinking; `problems` gets the places of the others."""
+    kept = []
+    for (place, row), (_, old) in zip(cleaned, before):
+        if len(row["think"]) < KEPT * len(old["think"]):
+            problems.setdefault(f"清理后剩下的思考不到 {KEPT:.0%}", []).append(place)
+        else:
+            kept.append((place, row))
+    return kept
+
+
+def _pass(think: str, question: str, answer: str, instruction: str, done: Counter) -> str:
+    kept, gone = [], False  # gone: the sentence before this one was taken out
+    for paragraph in re.split(r"(\n+)", think):
+        if not paragraph.strip():
+            if kept and kept[-1].strip():
+                kept.append(paragraph)
+            continue
+        sentences, gone = [], False
+        for sentence in SENTENCE.findall(paragraph):
+            found = traces.find(sentence, question, answer, instruction)
+            if found:
+                done.update(trace.kind for trace in found)
+                text = _mend(sentence, question, answer, instruction)
+            else:
+                text = sentence
+                if gone and sentence:
+                    text = "" if POINTING.match(text) and len(text) < 30 else AFTER_GAP.sub("", text)
+            gone = bool(sentence) and not text
+            sentences.append(text)
+        kept.append("".join(sentences))
+    while kept and not kept[-1].strip():
+        kept.pop()
+    return "".join(kept)
+
+
+def _mend(sentence: str, question: str, answer: str, instruction: str) -> str:
+    """The sentence without its traces, or "" when nothing is left that says something."""
+
+    def find(text: str) -> list:
+        return traces.find(text, question, answer, instruction)
+
+    kinds = {trace.kind for trace in find(sentence)}
+    if "covert" in kinds:
+        sentence = _say_plainly(sentence, question, answer, instruction)
+    for kind, pattern, replacement in RULES:
+        if kind in kinds:
+            sentence = pattern.sub(replacement, sentence)
+    kept: list[str] = []
+    rest = min((trace.start for trace in find(sentence) if trace.kind in ("doctor", "two")), default=len(sentence))
+    cut, cites = False, False  # the clause before this one was taken out; and did no more than cite
+    for clause in filter(None, CLAUSE.findall(sentence)):
+        rest -= len(clause)
+        if rest < 0:  # a doctor, or two questions: what follows rests on it
+            cut = True
+            break
+        found = find(clause)
+        if cites:
+            clause = re.sub(rf"^(?:里面|其中|它|这里|上面){SAYS}", "可以提到", clause)
+        falls = cut and (
+            VERDICT.match(clause) and len(clause) < 24 or GOES_ON.match(clause) or cites and CITED.match(clause)
+        )
+        if found or falls:
+            cut, cites = True, bool(found and CITES.match(clause))
+            continue
+        if cut:
+            alone = all(LEAD.match(text) for text in kept)
+            clause = (DANGLING if alone else re.compile(r"^(?:所以|因此|因为)，?")).sub("", clause)
+        kept.append(clause)
+        cut = cites = False
+    if cut:
+        while kept and (LEAD.match(kept[-1]) or BARE_BY.match(kept[-1])):
+            kept.pop()
+    text = "".join(kept)
+    if all(LEAD.match(clause.rstrip("。！？；")) for clause in kept) and not text.endswith("："):
+        return ""
+    if len(re.sub(r"\W", "", text)) < (2 if text.endswith("：") else 5):
+        return ""
+    if re.search(r"[。！？；][”’）]*$", sentence) and not re.search(r"[。！？；][”’）]*$", text):
+        asks = re.search("是否|吗|呢|吧|什么|哪|如何|怎", text)
+        end = re.search(r"([。！？；])[”’）]*$", sentence)[1]
+        text = re.sub(r"[，：]$", "", text) + ("。" if end == "？" and not asks else end)
+    return text
+
+
+def _say_plainly(sentence: str, question: str, answer: str, instruction: str) -> str:
+    """用户提到X, where the asker did not, becomes X or 关于X."""
+
+    def plain(match: re.Match) -> str:
+        said = match[1]
+        if not traces.is_covert(said, question, answer, instruction):
+            return match[0]
+        if re.match("[“「]?要?(?:详细)?(?:说明|解释|讨论|描述|分析|阐述|列举|比较)", said):
+            return ("" if said.startswith("要") else "需要") + said.strip("“”「」")
+        if said.startswith("的是"):
+            return said[1:]
+        follows = sentence[match.end() : match.end() + 1]
+        alone = follows == "，" and "的" not in match[0][: match.start(1) - match.start()][-1:]
+        noun = re.search(r"^“[^”]*”$|的(?:作用|数据|机制|情况|问题|特点|关系|影响|例子|方法|概念)$", said)
+        return ("关于" if alone and noun else "") + said
+
+    return traces.MENTIONED.sub(plain, sentence)

@@ -1,0 +1,75 @@
+"""What a sentence says once the traces of its making are out of it: the patterns, in the order in which they are tried.
+Knows words; which sentences are mended, and what goes when no pattern fits, is cleaning.py's."""
+
+import re
+
+from parts import traces
+
+GIVEN, WRITTEN = traces.ANSWER.pattern, traces.PROCESS.pattern
+SAID = r"[^，。！？；：\n]"  # a character of what is said, to the end of the clause
+SAYS = (  # what a given answer does, without what it says
+    r"(?:里|中|内容|部分|里面|最后部分|的最后部分|中的最后部分)?(?:还|也|就|已经|已|主要|只|特别|最后|似乎|可能|确实|都|有)*"
+    r"(?:提到|提及|提出|指出|说明|说|写|列出|列举|给出|概括|强调|描述|用|建议|认为|介绍|涉及|包含|包括|涵盖)(?:到|了|过)*"
+)
+BY = r"(?:根据|按照|依据|基于|参考|参照|结合|依照|按|从|对照)"
+VERDICT = re.compile(  # of a given answer; falls with the clause that speaks of it
+    r"^(?:但|不过)?(?:所以|因此|这点?|也|就|都|应该|可能|已经|这些?|那么|应|属于健康建议)*(?:没问题|没有问题|足够|够了|可以接受|是?合适|不需要|无需|不必|"
+    r"不用|可以不|可以保持|可以稍微|带过|很重要|是?正确|是?合理|是?对的|即可|涵盖|覆盖|包括在内|部分说明|不准确|遗漏|思考过程)"
+)
+# Rules for one sentence, in this order: the kind of trace, a pattern, what stands there afterwards. X is what is said.
+RULES = [
+    # 答案里提到的是X -> X
+    ("answer", rf"{GIVEN}{SAYS}的是(?={SAID}{{2}})(?!合适|正确|合理)", ""),
+    # 答案中提到的几点包括X -> 要点包括X
+    ("answer", rf"{GIVEN}{SAYS}的(?:这?几个?|这些|各)?点(?={SAID}{{2}})", "要点"),
+    # 答案中提到的X -> X
+    ("answer", rf"{GIVEN}{SAYS}的(?={SAID}{{2}})(?!是|部分|内容|可能|已)", ""),
+    # 根据答案，里面提到X -> X
+    ("answer", rf"{BY}{GIVEN}，?(?:里面|其中){SAYS}(?={SAID}{{2}})", ""),
+    # 答案里说X -> X; 答案最后建议X -> 建议X
+    ("answer", rf"{GIVEN}(?:里|中|最后|也|还)*(?:说|认为|(?=建议))(?:是|的是)?(?={SAID}{{3}})", ""),
+    # 根据答案中的描述，X -> X, where X says something of its own
+    (
+        "answer",
+        rf"(?<!应该)(?<!需要){BY}{GIVEN}(?:部分|的|中的|里的|中|里)*"
+        r"(?:描述|内容|结构|建议|要点|步骤|信息|提示|说明|思路|逻辑|框架|例子|数据|解释|顺序)?"
+        rf"(?:来看|来说|所述|所说|所示|可知)?，(?={SAID}{{3}})(?!已|没|可能没|可能已|里面|其中|但)",
+        "",
+    ),
+    # 答案中提到X -> 可以提到X, unless it is said only to say that X is there and nothing is missing
+    (
+        "answer",
+        rf"{GIVEN}(?:里|中|最后|的?最后部分)?(?:还|也|主要|特别|最后|有|已经|已)?(?:提到|提及|指出|强调)了?"
+        rf"(?={SAID}{{3}})(?!的|{SAID}*(?:正确|对的|合理|合适|足够|已经|包括了|可能)的?)"
+        r"(?![^。！？]*(?:没问题|(?:可能|应该|已经?|就|这)足够|[足]?够了|不需要|无需|不必|不用|可以保持|可以接受|带过|合适的))",
+        "可以提到",
+    ),
+    # 答案主要分为X -> 可以分为X; 答案列出了X -> 可以提到X; 答案的逻辑是X -> X
+    ("answer", rf"{GIVEN}(?:里|中)?(?:主要|大致|应)?(?=(?:分为|分成|分)[^，]{{2}})", "可以"),
+    ("answer", rf"{GIVEN}(?:里|中)?(?:列出|列举|给出)了(?={SAID}{{4}})", "可以提到"),
+    ("answer", rf"{GIVEN}的(?:逻辑|结构|顺序|思路|框架)(?:应该|主要)?[是为](?={SAID}{{2}})", ""),
+    # 答案里提到X是对的 -> X是对的
+    ("answer", rf"{GIVEN}(?:里|中)?(?:还|也)?(?:提到|提及|指出|强调)了?(?={SAID}{{4,}}是(?:正确|对)的)", ""),
+    # 答案中的X -> X; a comparison with it goes as a whole
+    (
+        "answer",
+        rf"(和|与|跟|同|符合|对应|参考)?{GIVEN}(?:中|里|部分)的(?={SAID}{{2}})"
+        rf"(?!部分|最后|点|第|内容|描述|推荐是|建议是|说法|信息|顺序|思路|{SAID}*(?:足够|没问题|已经))",
+        lambda match: match[0] if match[1] else "",
+    ),
+    ("answer", r"(?<!组织)(?<!考虑)(?<!注意)答案的(?=要点|关键点|重点)", ""),
+    # A check of the answer is one of the reply.
+    ("answer", r"(?<=检查|确认|确保|核对|判断|保证|考虑)答案(?=是否|覆盖|涵盖|没有|包含|包括)", "回答"),
+    ("answer", "标准答案(?!$)", "标准的"),
+    # What was to be written down is the reply; that it was to be, is nobody's matter.
+    ("process", rf"总结(?:一下|下来|起来)?(?:我的)?{WRITTEN}(?=[：:])", "总结"),
+    ("process", rf"作为{WRITTEN}，?(?={SAID}{{3}})", ""),
+    (
+        "process",
+        r"(?:来|我?需要|重点是|并|，)+(?:解释|分析|倒推|反推|推导|写出|写下|展示|描述|撰写|模拟|还原|生成|说明)(?:一下|出)?"
+        rf"(?:我的)?{WRITTEN}",
+        "",
+    ),
+    ("process", rf"(?:我的)?{WRITTEN}", "回答"),
+]
+RULES = [(kind, re.compile(pattern), after) for kind, pattern, after in RULES]
