@@ -2,6 +2,7 @@
 goes, and what rested on it. Knows how clauses hang together; the words are those of traces.py and rewrites.py."""
 
 import re
+from bisect import bisect_left
 from collections import Counter
 
 from parts import traces
@@ -31,14 +32,14 @@ POINTING = re.compile(
 
 
 def clean(question: str, think: str, answer: str, instruction: str = "") -> tuple[str, Counter]:
-    """(the thinking without traces, how many of each kind of parts/traces.py were taken out). Without any it comes back
-    as it was, character for character; cleaned again it does not change."""
-    done = Counter()
-    while traces.find(think, question, answer, instruction):
-        before = think
-        think = _pass(think, question, answer, instruction, done)
-        if think == before:
-            break
+    """(the thinking without traces, how many of each kind of parts/traces.py there were). Without any it comes back as
+    it was, character for character; cleaned again it does not change."""
+    told = (question, answer, instruction)
+    found = traces.find(think, *told)
+    done = Counter(trace.kind for trace in found)
+    while found:
+        before, think = think, _pass(think, [trace.start for trace in found], told)
+        found = traces.find(think, *told) if think != before else []
     return think, done
 
 
@@ -67,24 +68,25 @@ def keep_whole(cleaned: list[Placed], before: list[Placed], problems: dict[str, 
     return kept
 
 
-def _pass(think: str, question: str, answer: str, instruction: str, done: Counter) -> str:
-    kept, gone = [], False  # gone: the sentence before this one was taken out
+def _pass(think: str, places: list[int], told: tuple[str, str, str]) -> str:
+    """The thinking with each sentence mended in which one of these places is; `told`: question, answer, instruction."""
+    kept, at = [], 0
     for paragraph in re.split(r"(\n+)", think):
-        if not paragraph.strip():
+        if not paragraph.strip("\n"):
+            at += len(paragraph)
             if kept and kept[-1].strip():
                 kept.append(paragraph)
             continue
-        sentences, gone = [], False
-        for sentence in SENTENCE.findall(paragraph):
-            found = traces.find(sentence, question, answer, instruction)
-            if found:
-                done.update(trace.kind for trace in found)
-                text = _mend(sentence, question, answer, instruction)
+        sentences, gone = [], False  # gone: the sentence before this one was taken out
+        for sentence in filter(None, SENTENCE.findall(paragraph)):
+            at += len(sentence)
+            if bisect_left(places, at - len(sentence)) < bisect_left(places, at):
+                text = _mend(sentence, told)
+            elif gone:
+                text = "" if POINTING.match(sentence) and len(sentence) < 30 else AFTER_GAP.sub("", sentence)
             else:
                 text = sentence
-                if gone and sentence:
-                    text = "" if POINTING.match(text) and len(text) < 30 else AFTER_GAP.sub("", text)
-            gone = bool(sentence) and not text
+            gone = not text
             sentences.append(text)
         kept.append("".join(sentences))
     while kept and not kept[-1].strip():
@@ -92,15 +94,15 @@ def _pass(think: str, question: str, answer: str, instruction: str, done: Counte
     return "".join(kept)
 
 
-def _mend(sentence: str, question: str, answer: str, instruction: str) -> str:
+def _mend(sentence: str, told: tuple[str, str, str]) -> str:
     """The sentence without its traces, or "" when nothing is left that says something."""
 
     def find(text: str) -> list:
-        return traces.find(text, question, answer, instruction)
+        return traces.find(text, *told)
 
     kinds = {trace.kind for trace in find(sentence)}
     if "covert" in kinds:
-        sentence = _say_plainly(sentence, question, answer, instruction)
+        sentence = _say_plainly(sentence, told)
     for kind, pattern, replacement in RULES:
         if kind in kinds:
             sentence = pattern.sub(replacement, sentence)
@@ -141,12 +143,12 @@ def _mend(sentence: str, question: str, answer: str, instruction: str) -> str:
     return text
 
 
-def _say_plainly(sentence: str, question: str, answer: str, instruction: str) -> str:
+def _say_plainly(sentence: str, told: tuple[str, str, str]) -> str:
     """用户提到X, where the asker did not, becomes X or 关于X."""
 
     def plain(match: re.Match) -> str:
         said = match[1]
-        if not traces.is_covert(said, question, answer, instruction):
+        if not traces.is_covert(said, *told):
             return match[0]
         if re.match("[“「]?要?(?:详细)?(?:说明|解释|讨论|描述|分析|阐述|列举|比较)", said):
             return ("" if said.startswith("要") else "需要") + said.strip("“”「」")

@@ -105,7 +105,7 @@ def given_answers(text: str, question: str) -> list[re.Match]:
     of an exam does, leaves only what is somebody's beyond doubt."""
     found = []
     for match in ANSWER.finditer(text) if re.search("答案|回答|参考|给定", text) else ():
-        clause = text[max(text.rfind(mark, 0, match.start()) for mark in "，。；：\n") + 1 :]
+        clause = text[max(text.rfind(mark, 0, match.start()) for mark in "，。；：！？\n") + 1 :]
         clause = re.split("[，。；！？\n]", clause, maxsplit=1)[0]
         before, after = text[max(match.end() - 20, 0) : match.end() - 2], text[match.end() : match.end() + 40]
         after = re.split("[，。；！？\n]", after, maxsplit=1)[0]
