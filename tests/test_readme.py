@@ -1,5 +1,6 @@
 """The READMEs: every command, flag, file and link in them exists, and both say the same."""
 
+import importlib.util
 import inspect
 import json
 import re
@@ -24,7 +25,9 @@ READMES = ("README.md", "README_EN.md")
 TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
 OTHERS = {"data.py": data, "inference.py": inference, "inference_lora.py": inference_lora}
 COMMANDS = ("python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter")
-COMMANDS += ("transformers", "vllm", "curl", "ruff", "bash")
+COMMANDS += ("transformers", "vllm", "evalscope", "curl", "ruff", "bash")
+EVALSCOPE_FLAGS = {"--model", "--model-args", "--api-url", "--datasets", "--dataset-args", "--generation-config"}
+EVALSCOPE_FLAGS |= {"--work-dir"}
 
 
 def read(name: str) -> str:
@@ -101,7 +104,9 @@ def each(find):
 @each(commands)
 def test_command_exists(found, help_flags, workspace):
     program, *words = shlex.split(found)
-    if program == "python":
+    if program == "python" and words[0] == "-m":
+        assert importlib.util.find_spec(words[1])
+    elif program == "python":
         accept(words[0], [word for word in words[1:] if word != "--help"], help_flags)
     elif program == "torchrun":
         args = torch.distributed.run.get_args_parser().parse_args(words)
@@ -121,6 +126,13 @@ def test_command_exists(found, help_flags, workspace):
         assert words[0] == "serve" and {word[2:] for word in words if word.startswith("--")} <= set(known)
     elif program == "vllm":  # not installed here: what its documentation has
         assert words[0] == "serve" and set(words[2::2]) <= {"--reasoning-parser", "--host", "--port"}
+    elif program == "evalscope":  # the same; tests/test_exam.py runs it where it is installed
+        assert words[0] == "eval" and {word for word in words if word.startswith("--")} <= EVALSCOPE_FLAGS
+        sets = json.loads(words[words.index("--dataset-args") + 1])
+        assert words[words.index("--datasets") + 1 : words.index("--dataset-args")] == list(sets)
+        assert all((ROOT / one["local_path"]).is_file() for one in sets.values() if "local_path" in one)
+    elif program == "source":  # of the environment that the line before makes
+        assert f"python -m venv {words[0].removesuffix('/bin/activate')}" in read("README.md")
     elif program == "curl":
         [user] = json.loads(words[-1])["messages"]  # the system prompt is in the model's chat template
         assert user == data.to_messages(user["content"])[-1]

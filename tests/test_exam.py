@@ -1,0 +1,142 @@
+"""The README's commands for medical exams: an unfinished thinking is wrong, whatever letters are in it.
+
+EVALSCOPE names the program, which has an environment of its own; where there is none, only the filter is tested. The
+questions of tests/demo/exam.jsonl go through the real EvalScope to a server on loopback; the sets of the exams
+themselves are not here."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from helpers import ROOT
+
+EVALSCOPE = os.environ.get("EVALSCOPE") or shutil.which("evalscope")
+installed = pytest.mark.skipif(not EVALSCOPE, reason="EVALSCOPE names no program and none is on PATH: see the README")
+QUESTIONS = "tests/demo/exam.jsonl"
+ROWS = [json.loads(line) for line in (ROOT / QUESTIONS).read_text(encoding="utf-8").splitlines()]
+KINDS = [  # one for each question: the thinking, whether it is finished, what follows it, whether that is right
+    ("像是{wrong}。答案：{wrong}。不对，再想。", True, "答案：{right}", 1),
+    ("答案：{right}", True, "答案：{wrong}", 0),
+    ("应该选{right}。答案：{right}", False, "", 0),
+    ("", True, "答案：{right}", 1),
+    ("", True, "多喝水，早点休息。", 0),
+    ("", True, "", 0),
+]
+
+
+def commands() -> list[list[str]]:
+    """The words of the README's lines that run EvalScope."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line) for line in lines if line.strip().startswith("evalscope eval ")]
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def dataset_args(words: list[str]) -> dict[str, dict]:
+    return json.loads(value(words, "--dataset-args"))
+
+
+def message(field: str, row: dict, think: str, finished: bool, answer: str) -> dict:
+    """A reply as a server sends it: thinking in the text, or in a field of its own."""
+    letters = {"right": row["answer"], "wrong": "B" if row["answer"] != "B" else "C"}
+    think, answer = think.format(**letters), answer.format(**letters)
+    if field != "content":
+        return {"role": "assistant", field: think or None, "content": answer or None}
+    mark = "\n</think>\n\n" if finished else ""
+    return {"role": "assistant", "content": f"<think>\n{think}{mark}{answer}" if think else answer}
+
+
+@pytest.fixture
+def server():
+    """server(field) is the address of a model that answers the questions, one in each way."""
+    started = []
+
+    def start(field: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                [user] = asked["messages"]  # the system prompt is in the model's chat template
+                [number] = [i for i, row in enumerate(ROWS) if row["question"] in user["content"]]
+                think, finished, answer, _ = KINDS[number]
+                choice = {"index": 0, "message": message(field, ROWS[number], think, finished, answer)}
+                reply = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"]}
+                reply |= {"choices": [choice | {"finish_reason": "stop" if finished else "length"}]}
+                body = json.dumps(reply).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                """Stay silent."""
+
+        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        Thread(target=started[0].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return f"http://127.0.0.1:{started[0].server_port}/v1"
+
+    yield start
+    for httpd in started:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+@installed
+@pytest.mark.parametrize("field", ["content", "reasoning_content", "reasoning"])
+def test_an_unfinished_thinking_is_wrong(field, folder, server):
+    [words] = [words for words in commands() if QUESTIONS in " ".join(words) and "--api-url" in words]
+    (folder / "tests" / "demo").mkdir(parents=True)
+    shutil.copy(ROOT / QUESTIONS, QUESTIONS)
+    words[0], words[words.index("--api-url") + 1] = EVALSCOPE, server(field)
+    subprocess.run(words, check=True)
+
+    [reviews] = folder.glob("output/exam/*/reviews/**/*.jsonl")
+    reviews = [json.loads(line) for line in reviews.read_text(encoding="utf-8").splitlines()]
+    right = {review["index"]: review["sample_score"]["score"]["value"]["accuracy"] for review in reviews}
+    assert [right[i] for i in range(len(ROWS))] == [kind[-1] for kind in KINDS]
+    [report] = folder.glob("output/exam/*/reports/**/*.json")
+    [metric] = json.loads(report.read_text(encoding="utf-8"))["metrics"]
+    assert (metric["num"], round(metric["score"], 3)) == (6, 0.333)
+
+
+@installed
+@pytest.mark.parametrize("exam", ["cmmlu", "ceval"])
+def test_the_exams_have_the_subjects(exam):
+    shown = subprocess.run([EVALSCOPE, "benchmark-info", exam, "--format", "json"], check=True, capture_output=True)
+    known = json.loads(shown.stdout)["meta"]["subset_list"]
+    asked = [dataset_args(words)[exam]["subset_list"] for words in commands() if exam in words]
+    assert asked and all(set(subjects) <= set(known) for subjects in asked)
+
+
+@pytest.mark.parametrize(
+    "reply, kept",
+    [
+        ("<think>\n答案：A\n</think>\n\n答案：B", ["\n\n答案：B"]),
+        ("答案：B", ["答案：B"]),
+        ("答案：A\n</think>\n\n答案：B", ["\n\n答案：B"]),  # a template that writes the opening mark itself
+        ("<think>\n答案：A", []),
+        ("好的。\n<think>\n答案：A", []),
+        ("<think>\n想\n</think>\n<think>\n答案：A", []),
+        ("<think>\n想\n</think>\n", ["\n"]),
+        ("", [""]),
+    ],
+)
+def test_only_what_follows_a_finished_thinking_is_marked(reply, kept):
+    filters = [args["filters"] for words in commands() for args in dataset_args(words).values()]
+    assert filters and all(set(one) == {"regex"} for one in filters)
+    for one in filters:
+        assert re.findall(one["regex"], reply) == kept
+
+
+def test_the_questions_have_one_answer_each():
+    assert len(ROWS) == len(KINDS) and {row["answer"] for row in ROWS} == set("ABCD")
+    for row in ROWS:
+        assert list(row) == ["question", "A", "B", "C", "D", "answer"]
+        assert len({row[letter] for letter in "ABCD"}) == 4
