@@ -34,7 +34,7 @@ POINTING = re.compile(
 def clean(question: str, think: str, answer: str, instruction: str = "") -> tuple[str, Counter]:
     """(the thinking without traces, how many of each kind of parts/traces.py there were). Without any it comes back as
     it was, character for character; cleaned again it does not change."""
-    told = (question, answer, instruction)
+    told = (question, answer, instruction, traces.was_shown(think, question, instruction))
     found = traces.find(think, *told)
     done = Counter(trace.kind for trace in found)
     while found:
@@ -68,8 +68,9 @@ def keep_whole(cleaned: list[Placed], before: list[Placed], problems: dict[str, 
     return kept
 
 
-def _pass(think: str, places: list[int], told: tuple[str, str, str]) -> str:
-    """The thinking with each sentence mended in which one of these places is; `told`: question, answer, instruction."""
+def _pass(think: str, places: list[int], told: tuple[str, str, str, bool]) -> str:
+    """The thinking with each sentence mended in which one of these places is; `told`: what traces.find
+    takes beside it."""
     kept, at = [], 0
     for paragraph in re.split(r"(\n+)", think):
         if not paragraph.strip("\n"):
@@ -94,7 +95,7 @@ def _pass(think: str, places: list[int], told: tuple[str, str, str]) -> str:
     return "".join(kept)
 
 
-def _mend(sentence: str, told: tuple[str, str, str]) -> str:
+def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
     """The sentence without its traces, or "" when nothing is left that says something."""
 
     def find(text: str) -> list:
@@ -143,14 +144,14 @@ def _mend(sentence: str, told: tuple[str, str, str]) -> str:
     return text
 
 
-def _say_plainly(sentence: str, told: tuple[str, str, str]) -> str:
+def _say_plainly(sentence: str, told: tuple[str, str, str, bool]) -> str:
     """用户提到X, where the asker did not, becomes X or 关于X."""
 
     def plain(match: re.Match) -> str:
         said = match[1]
-        if not traces.is_covert(said, *told):
+        if not traces.is_covert(said, *told[:3]):
             return match[0]
-        if re.match("[“「]?要?(?:详细)?(?:说明|解释|讨论|描述|分析|阐述|列举|比较)", said):
+        if re.match("[“「]?要?(?:详细)?(?:说明|解释|讨论|描述|分析|阐述|列举|比较|简述|概述)", said):
             return ("" if said.startswith("要") else "需要") + said.strip("“”「」")
         if said.startswith("的是"):
             return said[1:]

@@ -5,11 +5,11 @@ import re
 
 from parts import traces
 
-GIVEN, WRITTEN = traces.ANSWER.pattern, traces.PROCESS.pattern
+GIVEN, WRITTEN = f"(?:{traces.ANSWER.pattern})", f"(?:{traces.PROCESS.pattern})"
 SAID = r"[^，。！？；：\n]"  # a character of what is said, to the end of the clause
 SAYS = (  # what a given answer does, without what it says
     r"(?:里|中|内容|部分|里面|最后部分|的最后部分|中的最后部分)?(?:还|也|就|已经|已|主要|只|特别|最后|似乎|可能|确实|都|有)*"
-    r"(?:提到|提及|提出|指出|说明|说|写|列出|列举|给出|概括|强调|描述|用|建议|认为|介绍|涉及|包含|包括|涵盖)(?:到|了|过)*"
+    r"(?:提到|提及|提出|指出|说明|说|写|列出|列举|列|给出|给|讲|点出|概括|强调|描述|采用|用|建议|认为|介绍|涉及|包含|包括|涵盖)(?:到|了|过|着)*"
 )
 BY = r"(?:根据|按照|依据|基于|参考|参照|结合|依照|按|从|对照)"
 VERDICT = re.compile(  # of a given answer; falls with the clause that speaks of it
@@ -18,8 +18,12 @@ VERDICT = re.compile(  # of a given answer; falls with the clause that speaks of
 )
 # Rules for one sentence, in this order: the kind of trace, a pattern, what stands there afterwards. X is what is said.
 RULES = [
+    # 正如答案所说，X -> X; 除了答案提到的之外，X -> X; 答案之所以X -> 之所以X; 为什么答案里X -> 为什么X
+    ("answer", rf"(?:正如|就像|如同|如|像){GIVEN}(?:里|中)?所?(?:说|述|讲|写|示|提到|指出)?(?:的|的那样|那样)?，", ""),
+    ("answer", rf"除了?{GIVEN}(?:里|中)?所?(?:提及|提到|说|列|写)的?(?:之外|以外|外)，", ""),
+    ("answer", rf"{GIVEN}(?=之所以|为什么)|(?<=为什么){GIVEN}(?:里|中)?", ""),
     # 答案里提到的是X -> X
-    ("answer", rf"{GIVEN}{SAYS}的是(?={SAID}{{2}})(?!合适|正确|合理)", ""),
+    ("answer", rf"(?<!如果)(?<!因为){GIVEN}{SAYS}的是(?={SAID}{{2}})(?!合适|正确|合理)", ""),
     # 答案中提到的几点包括X -> 要点包括X
     ("answer", rf"{GIVEN}{SAYS}的(?:这?几个?|这些|各)?点(?={SAID}{{2}})", "要点"),
     # 答案中提到的X -> X
@@ -27,7 +31,11 @@ RULES = [
     # 根据答案，里面提到X -> X
     ("answer", rf"{BY}{GIVEN}，?(?:里面|其中){SAYS}(?={SAID}{{2}})", ""),
     # 答案里说X -> X; 答案最后建议X -> 建议X
-    ("answer", rf"{GIVEN}(?:里|中|最后|也|还)*(?:说|认为|(?=建议))(?:是|的是)?(?={SAID}{{3}})", ""),
+    (
+        "answer",
+        rf"(?<!如果)(?<!因为){GIVEN}(?:里|中|最后|也|还)*(?:说|认为|(?=建议))(?:是|的是)?(?!了|什么|明)(?={SAID}{{3}})",
+        "",
+    ),
     # 根据答案中的描述，X -> X, where X says something of its own
     (
         "answer",
@@ -39,9 +47,9 @@ RULES = [
     # 答案中提到X -> 可以提到X, unless it is said only to say that X is there and nothing is missing
     (
         "answer",
-        rf"{GIVEN}(?:里|中|最后|的?最后部分)?(?:还|也|主要|特别|最后|有|已经|已)?(?:提到|提及|指出|强调)了?"
-        rf"(?={SAID}{{3}})(?!的|{SAID}*(?:正确|对的|合理|合适|足够|已经|包括了|可能)的?)"
-        r"(?![^。！？]*(?:没问题|(?:可能|应该|已经?|就|这)足够|[足]?够了|不需要|无需|不必|不用|可以保持|可以接受|带过|合适的))",
+        rf"(?:因为|由于)?{GIVEN}(?:里|中|最后|的?最后部分)?(?:还|也|主要|特别|最后|有|已经|已)?(?:提到|提及|指出|强调)了?"
+        rf"(?={SAID}{{3}})(?!的|{SAID}{{0,60}}(?:正确|对的|合理|合适|足够|已经|包括了|可能)的?)"
+        r"(?![^。！？]{0,200}(?:没问题|(?:可能|应该|已经?|就|这)足够|[足]?够了|不需要|无需|不必|不用|可以保持|可以接受|带过|合适的))",
         "可以提到",
     ),
     # 答案主要分为X -> 可以分为X; 答案列出了X -> 可以提到X; 答案的逻辑是X -> X
@@ -54,7 +62,7 @@ RULES = [
     (
         "answer",
         rf"(和|与|跟|同|符合|对应|参考)?{GIVEN}(?:中|里|部分)的(?={SAID}{{2}})"
-        rf"(?!部分|最后|点|第|内容|描述|推荐是|建议是|说法|信息|顺序|思路|{SAID}*(?:足够|没问题|已经))",
+        rf"(?!部分|最后|点|第|内容|描述|推荐是|建议是|说法|信息|顺序|思路|{SAID}{{0,60}}(?:足够|没问题|已经))",
         lambda match: match[0] if match[1] else "",
     ),
     ("answer", r"(?<!组织)(?<!考虑)(?<!注意)答案的(?=要点|关键点|重点)", ""),
@@ -66,10 +74,10 @@ RULES = [
     ("process", rf"作为{WRITTEN}，?(?={SAID}{{3}})", ""),
     (
         "process",
-        r"(?:来|我?需要|重点是|并|，)+(?:解释|分析|倒推|反推|推导|写出|写下|展示|描述|撰写|模拟|还原|生成|说明)(?:一下|出)?"
+        r"(?:来|我?需要|重点是|并|，)+(?:解释|分析|倒推|反推|推导|写出|写下|展示|描述|撰写|模拟|还原|生成|说明|输出)(?:一下|出)?"
         rf"(?:我的)?{WRITTEN}",
         "",
     ),
-    ("process", rf"(?:我的)?{WRITTEN}", "回答"),
+    ("process", rf"(?<![出下示释述成原])(?<!以上就是)(?:我的)?{WRITTEN}(?!结束)", "回答"),
 ]
 RULES = [(kind, re.compile(pattern), after) for kind, pattern, after in RULES]

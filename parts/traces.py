@@ -22,61 +22,80 @@ class Trace(NamedTuple):
 
 # 答案 that somebody gave: 提供的答案, 原答案, 题目中的答案. And what means the same without the word.
 GIVEN = (
-    r"(?:用户|题目|问题|系统|对方|资料|原文)?(?:的问题)?(?:里|中)?(?:所|已经|已)?"
-    r"(?:提供|给出|给定|给|提到|列出|已有|现有|之前|先前|原有|原始|原|上述|参考|标准|正确|该|这个|此|的)*的?"
+    r"(?:(?:用户|题目|问题|系统|对方|资料|原文)(?:的问题)?(?:里|中)?)?(?:所|已经|已)?"
+    r"(?:提供|给出|给定|附带|给|提到|列出|已有|已知|现有|之前|先前|原有|原始|原|上述|参考|标准|正确|该|这个|那个|这份|那份|此|的){0,4}"
 )
 ANSWER = re.compile(
-    rf"(?:{GIVEN}答案|(?:提供|给出|给定|已有|参考|标准|原)的?回答|(?:参考|给定)的?(?:内容|要点)"
-    r"|回答(?=(?:里|中)?(?:已经|已)?(?:提到|提及|指出|列出|给出)(?:了|的)))"
+    rf"(?:{GIVEN}答案|(?:用户)?(?:提供|给出|给定|给我?|已有|参考|标准|原)的?(?:参考)?(?:回答|回复)|(?:给|给定|给出|已知)的结论|已知结论"
+    r"|(?:参考|给定|提供|给出|给我)的?(?:要点|资料|材料)|(?<!的)(?:之前的|上面的|这个|那份)?回答(?=(?:里|中)?(?:已经|已)?(?:提到|提及|指出|列出|给出|涵盖)(?:了|的)))"
 )
+# Only what somebody gave can be spoken of so.
 SOMEBODYS = re.compile(
-    r"(?:提供|给定|给|已有|现有|之前|先前|原有|原始|原|上述|参考|标准)的?答案|(?:用户|题目)(?:的|里的|中的)?答案|问题(?:里|中)的?答案|(?<!直接)给出的答案"
-    r"|(?:回答|内容|要点)$"
+    r"(?:提供|给定|附带|已有|现有|先前|原有|原始|用户给)的?答案|(?:用户|题目)(?:的|里的|中的)?答案|问题(?:里|中)的?答案|(?:提供|给定|给我?)的回答"
+)
+SHOWN = re.compile(
+    rf"{SOMEBODYS.pattern}|(?:答案|回答)(?:里|中|部分)(?:还|也|已经|已|主要|所)?(?:提到|说|给出|列出|没有提到|没提到|解释|建议|的)"
+    r"|答案(?:已经|已)(?:提到|给出|包含|涵盖|覆盖|解释|说明|概括)|(?:用户|题目)[^，。]{0,6}(?:给出|提供)了答案"
+    r"|(?:根据|按照|依据|围绕|对照|检查)答案|(?:与|和)答案(?:中的[^，]{0,6})?(?:一致|相符)"
 )
 # 答案 as the reply that is planned, or as the conclusion that is being reached: not a trace.
 BEFORE_PLANNED = re.compile(
-    r"(?:(?<!已经)(?<!已)(?<!用户)给出|得到|得出|组织|整理|整合|总结|归纳|形成|写出|写|提供|完善|呈现|构建|构思|准备|找到|找出|寻找|选择|选出|验证|确认一下|知道|想要|"
-    r"确保|保证|使|让|的?(?:直接|完整|最终|正确|准确|合适|清晰|全面|可能|明确|简短|简洁|最佳|合理)的|我的|问题的|整个|一个|最[后终]的?)(?:正确|最终|最佳|准确)?$"
+    r"(?:(?<!已经)(?<!已)(?<!用户)给出|得到|得出|组织|整理|整合|总结|归纳|形成|写出|写|提供|完善|呈现|构建|构思|准备|找到|找出|寻找|选择|选出"
+    r"|验证|确认一下|知道|想要|确保|保证|使|让|成|放在|直接给|(?:会|要|可以|应该|将)在"
+    r"|的?(?:直接|完整|最终|正确|准确|合适|清晰|全面|可能|明确|简短|简洁|最佳|合理|靠谱|统一)的|我的|问题的|整个|一个|最[后终]的?)"
+    r"(?:正确|最终|最佳|准确)?$"
 )
 AFTER_PLANNED = re.compile(
-    r"^(?:里|中|部分|的?(?:结构|重点|内容|开头|最后|语言))?(?:也|还|就|最后|可能|或许|大概|首先|最好|主要|应)*"
-    r"(?:不?需要|不?应该|应当|应(?=[^该当])|必须|不?要|不?可以|得先|不必|不用|不能|是(?:不是|否|什么|多少|哪|[A-EＡ-Ｅ])|[：:])"
-    r"(?!没|足够|已|是?(?:正确|合理|对的|准确)|覆盖了|不?会)"
-    r"|^(?:也|就|便|其实|显然|自然|应该|应|可能|很可能|大概|似乎|看来)*"
-    r"(?:是|为|在于|显而易见|指向|不复杂|不难|(?:很|更|也|就)*(?:明确|清楚|明显|明了|一目了然)(?:了|的))(?!正确|合理|对的|准确|合适|完整)"
-    r"|^(?:的?(?:结构|逻辑|语言|内容|表述))?(?:既|要|都)?(?:简洁|准确|清晰|完整|全面|通顺|易懂|专业|正确|有条理|符合医学|科学|通俗)(?!的)"
-    r"|^(?:选项|的结构$)"
+    r"^(?:里|中|部分|的?(?:结构|重点|内容|开头|最后|末尾|语言|篇幅|字数|语气))*(?:也|还|就|最后|可能|或许|大概|首先|主要|应)*"
+    r"(?:不?需要|不?应该|应当|应(?=[^该当])|必须|不?要(?!求)|不?可以|得先|不必|不用|不能|不宜|最好|再|先|加|补充|可能会|控制"
+    r"|是(?:不是|否|什么|多少|哪|[A-EＡ-Ｅ])|[：:])(?!没|足够|已|是?(?:正确|合理|对的|准确)|覆盖了|不?会)"
+    r"|^(?:也|就|便|其实|显然|自然|应该|应|可能|很可能|大概|似乎|看来|并)*"
+    r"(?:是|为(?!什么)|选|在于|取决于|因人而异|显而易见|呼之欲出|指向|不?复杂|不难|很?简单|(?:很|更|也|就)*(?:明确|清楚|明显|明了|一目了然)(?:了|的))"
+    r"(?!正确|合理|对的|准确|合适|完整|按|怎|如何|从|由)"
+    r"|^(?:的?(?:结构|逻辑|语言|内容|表述))?(?:既|要|都|就|比较|更)*"
+    r"(?:简洁|准确|清晰|完整|全面|通顺|易懂|专业|正确|有条理|符合医学|科学|通俗)(?!的)"
+    r"|^(?:选项|的结构$|的时候)"
 )
 # Somebody's 答案 all the same: it is compared, or it is found good.
 JUDGED = re.compile(
     r"答案(?:里|中|部分|内容)?(?:可能|应该|确实|基本|是|都|已经|已|整体)*"
-    r"(?:的(?!结构|准确|完整|语言|逻辑|重点|开头)|正确|合理|合适|没问题|没有问题|足够|可以接受|有误|错误|覆盖了|全面了|涵盖了|对的)|(?:与|和|跟|同)[^，]{0,8}答案[^，]{0,4}(?:一致|相符|吻合|对应)"
-    r"|(?:已知|既然|因为|符合|对应|参考|核对|对照|依据|根据|按照|基于|围绕|分析|检查|结合)[^，]{0,8}答案"
+    r"(?:的(?!结构|准确|完整|语言|逻辑|重点|开头|篇幅|字数|语气|末尾|最后|时候)|正确|合理|合适|没问题|没有问题|足够|可以接受|有误|错误"
+    r"|覆盖了|全面了|涵盖了|对的|写好|给出|有了)|(?:与|和|跟|同)[^，]{0,8}答案[^，]{0,4}(?:一致|相符|吻合|对应)|(?:已经|已|早就)知道答案"
+    r"|(?:已知|既然|因为|符合|对应|参考|核对|对照|依据|根据|按照|照着|基于|围绕|分析|检查|结合)[^，]{0,8}答案"
 )
 # 思考过程 is what the writer had been told to write.
 PROCESS = re.compile(
-    r"(?<!患者的)(?<!病人的)(?<!他们的)(?<!医生的)(?<!学生的)(?:思考|推理|思维|思路|分析思考)(?:的)?(?:过程|步骤|链条?)(?!障碍|紊乱|异常)"
+    r"(?<!患者的)(?<!病人的)(?<!他们的)(?<!医生的)(?<!学生的)(?<!临床)(?<!分析)(?:思考|推理|思维|思路|分析思考)的?(?:过程|步骤|链条?)(?!障碍|紊乱|异常)"
+    r"|(?:写|输出|生成|补全|展示|转化为)(?:一段|出|下|我的|详细的|自然的){0,2}(?:思考|推理|内心独白)|思考(?:部分|内容)|内心独白"
+    r"|我的思考(?=应|需要|要|必须)"
 )
-A_DOCTOR = r"(?:医生|医师|医务人员|医护人员|医疗(?:工作者|从业者|从业人员|专业人士|人员)|护士)"
+A_DOCTOR = r"(?:医生|医师|大夫|医务人员|医务工作者|医护人员|医疗(?:工作者|从业者|从业人员|专业人士|行业的人|人员)|护士)"
+ASKER = r"(?:用户|提问者|提问的人|对方)"
 DOCTOR = re.compile(
-    rf"用户[^，。、]{{0,6}}(?:是|作为|自称|为)(?:一?[名位个])?(?:专业|临床|执业|全科|的)*{A_DOCTOR}(?!的|给|让|开|说|建议|推荐|诊断|告)"
-    rf"|作为(?:一?[名位个])?{A_DOCTOR}[，的]?用户|用户[^，。]{{0,6}}{A_DOCTOR}[”」]?(?:的)?(?:身份|称呼|在(?:提问|学习|问|询问))"
-    rf"|[“「]?{A_DOCTOR}[”」]?的?称呼|(?:提到|还有)(?:一[名位个])?{A_DOCTOR}(?:在|想|也)"
+    rf"{ASKER}[^，。、]{{0,6}}(?:是|作为|自称|身为|为(?![什何了]))(?:(?![在向来想问找让被听看请咨，。、]).){{0,6}}{A_DOCTOR}"
+    r"(?!的|给|让|开|说|建议|推荐|诊断|告|指|处)"
+    rf"|作为(?:一?[名位个])?{A_DOCTOR}[，的]?{ASKER}|{ASKER}[^，。]{{0,6}}{A_DOCTOR}[”」]?的?(?:身份|称呼|口吻|在(?:提问|学习|问|询问))"
+    rf"|[“「]?{A_DOCTOR}[”」]?的?称呼|(?:提到|还有)(?:一[名位个])?{A_DOCTOR}(?:在|想|也)|{ASKER}[^，。]{{0,6}}写了“{A_DOCTOR}”"
 )
-ASKS_AS_DOCTOR = re.compile(rf"(?:(?:我|本人)[^，。]{{0,6}}是|作为)[^，。]{{0,4}}{A_DOCTOR}")
+ASKS_AS_DOCTOR = re.compile(rf"(?:(?:我|本人)[^，。]{{0,6}}是|作为)[^，。]{{0,8}}{A_DOCTOR}")
 # Two questions where there is one: the question, and the instruction that the asker never saw.
 TWO = re.compile(
-    r"(?:两个|两次|两遍|前后)[^，。]{0,6}(?:相同|一样|重复|类似|相似|同样)[^，。]{0,4}(?:问题|提问|内容)|重复(?:提问|了?问题|问了?)"
-    r"|(?:问题|提问)[^，。]{0,8}(?:是|有|有些|有点|似乎|好像)?重复(?:的|了)|问同样的问题|(?:问题|提问)[^，。]{0,4}(?:出现|写|问)了?两[次遍]"
+    r"(?:两个|两次|两遍|两条|前后)[^，。]{0,8}(?:相同|一样|重复|类似|相似|同样|一回事)[^，。]{0,4}(?:问题|提问|内容|，|。)"
+    r"|重复(?:提问|了?问题|问了?)|(?:问题|提问)[^，。]{0,8}(?:是|有|有些|有点|似乎|好像|出现了)?重复(?:的|了|，|。)|问同样的问题"
+    r"|(?:出现|写|问)了?两[次遍]|同一(?:个)?(?:意思|件事|回事)|两种问法|两个版本的?(?:问题|提问)|问题[^，。]{0,4}两个版本"
 )
-TWO_PARTS = re.compile(r"问题[^，。]{0,6}(?:两个?(?:部分|方面|问题|小问题)|第二个问题)|(?:第二个|另一个)问题[，是]")
+TWO_PARTS = re.compile(
+    r"(?:问题|提问)[^，。]{0,6}(?:两个?(?:部分|方面|问题|小问题|块)|第二个问题)|(?:第二个|另一个)问题[，是]"
+    r"|(?:有|发了|提了)两个(?:问题|提问|要求)"
+)
 SEVERAL = re.compile(
     r"[？?].|以及|并且?[^，]|同时|另外|还有|及其|，[^，]*(?:如何|怎么|为什么|哪些|什么|吗)[^，]*，|和|与"
 )
 # "The user mentioned X", which is fine where X is in the question.
 MENTIONED = re.compile(
-    r"(?:用户|患者|问题|题目)(?:的?(?:问题|描述))?(?:里|中)?(?:还|也|已经|已|又|特别|所|之前|最后|只|另外)*"
-    r"(?:提到|提及|指出|列出|强调)(?:过|了)?(?:的(?!是))?(?!自己|他|她|其|父|母|孩子|爷|奶|家|医生|“医生)([^，。！？；：\n]{2,})"
+    r"(?:用户|患者|问题|题目|题干)(?:的?(?:问题|描述))?(?:里|中)?(?:还|也|已经|已|又|特别|特意|所|之前|最后|只|另外|明确)*"
+    r"(?:提到|提及|指出|列出|强调|问到|问了|问及|说到|描述|要求|说(?![明话法]))(?:过|了)?(?:的(?!是))?"
+    r"(?!自己|他|她|其|父|母|孩子|爷|奶|家|我|医生|“医生)([^，。！？；：\n]{2,})"
 )
 COVERT = 0.3  # share of X in the question, at most, and by how much more of it is in the answer or the instruction
 
@@ -100,25 +119,35 @@ def is_covert(mentioned: str, question: str, answer: str, instruction: str) -> b
     )
 
 
-def given_answers(text: str, question: str) -> list[re.Match]:
-    """Where `text`, a clause or more, speaks of an answer that was given. A question that speaks of 答案 itself, as one
-    of an exam does, leaves only what is somebody's beyond doubt."""
+def given_answers(text: str, shown: bool) -> list[re.Match]:
+    """Where `text`, a clause or more, speaks of an answer that was given: only where that is beyond doubt, or, `shown`:
+    wherever 答案 is not the reply that is planned."""
     found = []
-    for match in ANSWER.finditer(text) if re.search("答案|回答|参考|给定", text) else ():
-        clause = text[max(text.rfind(mark, 0, match.start()) for mark in "，。；：！？\n") + 1 :]
-        clause = re.split("[，。；！？\n]", clause, maxsplit=1)[0]
-        before, after = text[max(match.end() - 20, 0) : match.end() - 2], text[match.end() : match.end() + 40]
-        after = re.split("[，。；！？\n]", after, maxsplit=1)[0]
-        planned = BEFORE_PLANNED.search(before) or AFTER_PLANNED.search(after)
-        if SOMEBODYS.search(match[0]) or "答案" not in question and (JUDGED.search(clause) or not planned):
-            found.append(match)
+    for match in ANSWER.finditer(text) if re.search("答案|回答|回复|结论|要点|资料|材料", text) else ():
+        if not SOMEBODYS.search(match[0]):
+            if not shown:
+                continue
+            before = re.split("[，。；：！？\n]", text[max(match.start() - 60, 0) : match.end()])[-1]
+            after = re.split("[，。；：！？\n]", text[match.end() : match.end() + 60], maxsplit=1)[0]
+            colon = text[match.end() + len(after) : match.end() + len(after) + 1]
+            planned = BEFORE_PLANNED.search(before[:-2]) or AFTER_PLANNED.search(after + colon)
+            if match[0].endswith("答案") and planned and not JUDGED.search(before + after):
+                continue
+        found.append(match)
     return found
 
 
-def find(think: str, question: str, answer: str = "", instruction: str = "") -> list[Trace]:
+def was_shown(think: str, question: str, instruction: str = "") -> bool:
+    """Whether the writer of a thinking was, by what stands in it, shown an answer, or by its instruction at least told
+    more than the question. A question that speaks of 答案 itself, as one of an exam does, tells nothing."""
+    return "答案" not in question and bool(instruction or SHOWN.search(think))
+
+
+def find(think: str, question: str, answer: str = "", instruction: str = "", shown: bool | None = None) -> list[Trace]:
     """The traces in a thinking, in order, without overlaps. `answer` is what followed it, `instruction` what its writer
-    was told beside the question."""
-    found = [Trace("answer", *match.span()) for match in given_answers(think, question)]
+    was told beside the question; `shown`: was_shown of the whole, where `think` is a piece of it."""
+    shown = was_shown(think, question, instruction) if shown is None else shown
+    found = [Trace("answer", *match.span()) for match in given_answers(think, shown)]
     if not PROCESS.search(question + answer):
         found += [Trace("process", *match.span()) for match in PROCESS.finditer(think)]
     if not ASKS_AS_DOCTOR.search(question):

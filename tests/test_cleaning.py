@@ -26,6 +26,9 @@ MENDED = {
     "最后，检查答案是否覆盖了用户的问题。": "最后，检查回答是否覆盖了用户的问题。",
     "接下来看答案，它提到了低盐饮食。": "可以提到低盐饮食。",
     "答案主要分为三部分：饮食、运动、药物。": "可以分为三部分：饮食、运动、药物。",
+    "正如答案中写的那样，网织红细胞最先升高。": "网织红细胞最先升高。",
+    "除了答案里说的浓茶和牛奶，咖啡也有影响。": "除了浓茶和牛奶，咖啡也有影响。",
+    "答案之所以强调储存铁，是因为停药过早容易复发。": "之所以强调储存铁，是因为停药过早容易复发。",
     # That it is complete, or right, goes, and what rests on that.
     "需要说明治疗，但答案里已经提到了，所以没问题。": "需要说明治疗。",
     "根据提供的答案，没有提到这些，所以可能不需要加入。": "",
@@ -49,8 +52,8 @@ MENDED = {
 }
 
 
-def clean(text: str, instruction: str = "") -> str:
-    return cleaning.clean(QUESTION, text, ANSWER, instruction)[0]
+def clean(text: str) -> str:
+    return cleaning.clean(QUESTION, text, ANSWER, "说明高血压患者的注意事项。")[0]
 
 
 @pytest.mark.parametrize("text", MENDED)

@@ -18,17 +18,26 @@ def kinds(text: str, question: str = QUESTION, instruction: str = "") -> list[st
         "答案里已经提到低盐饮食，所以没问题。",
         "根据用户提供的答案，应该先说饮食。",
         "符合答案中的要点。",
-        "看来答案是正确的。",
         "参考答案中说，低盐饮食可以降低血压。",
         "用户已经给出了答案，我只需要补充。",
-        "因为答案是低盐饮食，所以要说盐。",
         "回答里已经提到了运动。",
         "确保与提供的答案一致。",
-        "答案的结构已经很清晰。",
+        "检查答案是否覆盖了这些点。",
     ],
 )
 def test_an_answer_that_was_given(text):
     assert kinds(text) == ["answer"]
+    assert kinds(text, instruction="说明注意事项") == ["answer"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["看来答案是正确的。", "因为答案是低盐饮食，所以要说盐。", "答案的结构已经很清晰。", "接下来看答案，再补充。"],
+)
+def test_what_may_be_ones_own_answer_counts_where_another_was_shown(text):
+    assert kinds(text) == []
+    assert kinds(text, instruction="说明注意事项") == ["answer"]
+    assert kinds(text + "这与答案里提到的相同。") == ["answer"] * 2
 
 
 @pytest.mark.parametrize(
@@ -49,6 +58,19 @@ def test_an_answer_that_was_given(text):
     ],
 )
 def test_a_reply_that_is_planned_is_no_trace(text):
+    assert kinds(text) == kinds(text, instruction="说明注意事项") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A选项是最常见的并发症，排除。所以答案选E。再检查一遍，答案正确。",
+        "不同国家的答案不一样，没有标准答案。",
+        "受试者的回答提到了失眠，可以编码。参考内容可以看指南。",
+        "先给结论，再给理由。",
+    ],
+)
+def test_other_peoples_thinking_has_no_trace(text):
     assert kinds(text) == []
 
 
