@@ -180,3 +180,14 @@ def tally(verdicts: list[str]) -> dict[str, float | int | None]:
         return result | {"share": None, "low": None, "high": None}
     middle, half = wins + z * z / 2, z * math.sqrt(wins * (n - wins) / n + z * z / 4)
     return result | {"share": wins / n, "low": (middle - half) / (n + z * z), "high": (middle + half) / (n + z * z)}
+
+
+def describe(found: dict[str, float | int | None]) -> list[list[str]]:
+    """Rows of what `tally` found, for people."""
+    rows = [["问题", f"{found['n']}"], ["较好、平、较差", f"{found['wins']}、{found['ties']}、{found['losses']}"]]
+    rows += [["没有裁决", f"{found['failures']}"]] if found["failures"] else []
+    if found["share"] is not None:
+        differs = "" if found["low"] <= 0.5 <= found["high"] else "，不同"
+        share = f"{found['share']:.0%}（95 % 区间 {found['low']:.0%} 到 {found['high']:.0%}{differs}）"
+        rows.append(["较好的比例，平不算", share])
+    return rows

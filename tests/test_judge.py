@@ -217,3 +217,12 @@ def test_tally():
         1
     )
     assert judge.tally([TIE, FAILED])["share"] is None
+
+
+def test_description_says_differs_only_where_the_interval_leaves_a_half():
+    rows = dict(judge.describe(judge.tally([WIN] * 8 + [LOSS] * 2 + [TIE] * 5 + [FAILED])))
+    assert rows["较好、平、较差"] == "8、5、2" and rows["没有裁决"] == "1"
+    assert rows["较好的比例，平不算"] == "80%（95 % 区间 49% 到 94%）"
+    assert judge.describe(judge.tally([WIN] * 9 + [LOSS]))[-1][1] == "90%（95 % 区间 60% 到 98%，不同）"
+    assert judge.describe(judge.tally([LOSS] * 10))[-1][1].endswith("，不同）")
+    assert judge.describe(judge.tally([])) == [["问题", "0"], ["较好、平、较差", "0、0、0"]]
