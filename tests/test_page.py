@@ -185,7 +185,7 @@ def test_many_cases_make_one_page_that_stays_small():
     replies = [("基础", reply("答" * 300, "想" * 1500)), ("微调", reply("答" * 300, LEAK * 45))]
     cases = [case(place / 241, replies=replies) for place in range(241)]
     text = page.render("页", [], cases)
-    assert len(Reader(text).texts("case")) == 241 and len(text.encode()) < 6e6
+    assert text.count('<section class="case') == 241 and len(text.encode()) < 6e6
     assert "<details><summary>按" in text  # the list is folded
 
 
