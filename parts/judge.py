@@ -11,6 +11,7 @@ import secrets
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from parts.endpoint import Endpoint, Failed
@@ -122,7 +123,18 @@ class Judge:
 
         if not asks:
             return ""
-        failures, in_a_row = Counter(), 0
+        failures, in_a_row, lock = Counter(), 0, Lock()
+
+        def note(ask: Ask) -> str | None:
+            """In a thread, so that what was under way at Ctrl-C is kept too. Returns why there is no verdict."""
+            row = self.choose(ask)
+            with lock:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                if row["verdict"]:
+                    known[row["id"]] = row["verdict"]
+            return row.get("problem")
+
         whole = not Path(record).is_file() or Path(record).read_bytes()[-1:] in (b"", b"\n")
         with (
             open(record, "a", encoding="utf-8", errors="replace", newline="\n") as file,
@@ -132,19 +144,14 @@ class Judge:
             file.write("" if whole else "\n")  # behind a line that was cut off
             task = bar.add_task("评审", total=len(asks))
             try:
-                for future in as_completed([pool.submit(self.choose, ask) for ask in asks]):
-                    row = future.result()
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
+                for future in as_completed([pool.submit(note, ask) for ask in asks]):
                     bar.advance(task)
-                    if row["verdict"]:
-                        known[row["id"]], in_a_row = row["verdict"], 0
-                        continue
-                    failures[row["problem"]] += 1
-                    in_a_row += 1
+                    if problem := future.result():
+                        failures[problem] += 1
+                    in_a_row = in_a_row + 1 if problem else 0
                     if in_a_row == GIVE_UP:
                         break
-            finally:  # Ctrl-C too
+            finally:
                 pool.shutdown(wait=False, cancel_futures=True)
         reasons = "、".join(f"{reason} {times} 次" for reason, times in failures.most_common(5))
         if in_a_row == GIVE_UP:

@@ -1,8 +1,11 @@
 """A judge of pairs, against a real server on this machine."""
 
+import _thread
 import io
+import itertools
 import json
 import re
+import time
 
 import pytest
 from chat_server import ChatServer, text
@@ -193,6 +196,22 @@ def test_nothing_is_asked_twice_also_after_a_line_that_was_cut_off(server, folde
     compare(server, pairs(4), model="another")
     compare(server, pairs(4), prompt="另一个标准。")
     assert asked(server) == 3 + 8 + 8
+
+
+def test_ctrl_c_keeps_the_replies_under_way(server, folder):
+    good, count = server.speak, itertools.count(1)
+
+    def speak(body):
+        if next(count) == 5:
+            _thread.interrupt_main()
+        time.sleep(0.1)
+        return good(body)
+
+    server.speak = speak
+    with pytest.raises(KeyboardInterrupt):
+        compare(server, pairs(20))
+    assert len(lines()) == asked(server) < 40
+    assert compare(server, pairs(20))[0] == [WIN] * 20 and asked(server) == 40
 
 
 def test_record_says_what_was_asked_and_answered_and_no_key(server, folder):
