@@ -24,13 +24,14 @@ TITLE = 60  # characters of a question in the list at the top
 FILTERS = {"traced": "有痕迹", "broken": "不完整"}  # class of cases -> for people: has a trace, has a reply cut short
 LISTED = 12  # questions of which the list is open from the start
 
-Table = tuple[str, list[str], list[list[str]]]  # heading, names of the columns, rows of cells
+PROBLEMS = {"unclosed": "断在思考里，没有回答", "broken": "思考不是恰好一段"}  # form of a reply -> for people
+Table = tuple  # heading, names of the columns, rows of cells; perhaps also notes, lines below the table
 
 
 class Case(NamedTuple):
     question: str
     reference: dict | None  # its `answer` is shown; None where there is none
-    replies: list[tuple[str, dict]]  # (model, {think, answer, complete}, perhaps with tokens and seconds)
+    replies: list[tuple[str, dict]]  # (model, {think, answer, complete}, perhaps also form, tokens, seconds)
     difference: float  # by whose size cases are sorted; NaN, shown as a dash, where there is none
     note: str = ""  # a line about this case
 
@@ -60,9 +61,11 @@ def marked(text: str, found: list[traces.Trace]) -> str:
 
 def problem_of(reply: dict) -> str:
     """What is wrong with a reply's form, in words; "" when nothing is."""
-    if reply["answer"]:
-        return "" if reply["complete"] else "回答没有写完"
-    return "没有回答" if reply["complete"] else "没有回答：断在思考里"
+    if problem := PROBLEMS.get(reply.get("form")):
+        return problem
+    if not reply["answer"]:
+        return "没有回答" if reply["complete"] else PROBLEMS["unclosed"]
+    return "" if reply["complete"] else "回答没有写完"
 
 
 def make_reply(name: str, reply: dict, question: str) -> Reply:
@@ -84,8 +87,8 @@ def make_reply(name: str, reply: dict, question: str) -> Reply:
     return Reply(found, problem, column + "</article>\n")
 
 
-def signed(difference: float) -> str:
-    return "—" if math.isnan(difference) else f"{difference:+.2f}".replace("-", "−")
+def figure(difference: float) -> str:
+    return "—" if math.isnan(difference) else f"{difference:.2f}".replace("-", "−")
 
 
 def make_case(number: int, case: Case, measure: str) -> tuple[str, str, set[str]]:
@@ -95,10 +98,10 @@ def make_case(number: int, case: Case, measure: str) -> tuple[str, str, set[str]
     kinds = {"traced": any(reply.found for reply in replies), "broken": any(reply.problem for reply in replies)}
     classes = {name for name, holds in kinds.items() if holds}
     css, reference = " ".join(sorted(classes)), (case.reference or {}).get("answer") or ""
-    facts = f"{shown(measure)} {signed(case.difference)}" + f" · {shown(case.note)}" * bool(case.note)
+    facts = f"{shown(measure)} {figure(case.difference)}" + f" · {shown(case.note)}" * bool(case.note)
     line = (
         f'<li class="{css}"><a href="#case-{number}" dir="auto">{shown(shorten(case.question, TITLE))}</a> '
-        f"<span>{signed(case.difference)}</span></li>\n"
+        f"<span>{figure(case.difference)}</span></li>\n"
     )
     section = (
         f'<section class="case {css}" id="case-{number}">\n<h3><a href="#case-{number}">{number}</a>'
@@ -113,7 +116,7 @@ def make_case(number: int, case: Case, measure: str) -> tuple[str, str, set[str]
     return line, section + "</section>\n", classes
 
 
-def make_table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
+def make_table(heading: str, columns: list[str], rows: list[list[str]], notes: list[str] = ()) -> str:
     """The first cell of a row is its name. On a narrow screen cells break before what is in brackets, an interval say;
     a table that still is too wide is scrolled alone."""
     head = "".join(f'<th scope="col">{shown(name)}</th>' for name in columns)
@@ -124,6 +127,7 @@ def make_table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
     return (
         f'<h2>{shown(heading)}</h2>\n<div class="wide" tabindex="0"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        + "".join(f'<p class="facts">{shown(note)}</p>\n' for note in notes)
     )
 
 

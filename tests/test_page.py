@@ -63,7 +63,7 @@ def hostile_page() -> str:
         case(1.0, text, {"answer": text}, [(text, reply(text, text)), ("微调", reply(text))], note=text)
         for text in HOSTILE
     ]
-    tables = [(HOSTILE[0], HOSTILE[:3], [HOSTILE[:3], HOSTILE[3:6]])]
+    tables = [(HOSTILE[0], HOSTILE[:3], [HOSTILE[:3], HOSTILE[3:6]], HOSTILE[3:5])]
     return page.render(HOSTILE[0], tables, cases, measure=HOSTILE[1], notice=HOSTILE[2])
 
 
@@ -89,6 +89,7 @@ def is_inert(text: str) -> Reader:
     assert read.texts("notice") == [HOSTILE[2]]
     assert read.texts("td") == [*HOSTILE[1:3], *HOSTILE[4:6]]
     assert read.texts("text") == [shown for text in HOSTILE for shown in [text, text, text, "想一想。", text, text]]
+    assert read.texts("facts")[1:3] == HOSTILE[3:5]
     assert read.texts("h4") == [name for text in HOSTILE for name in (text, "微调")]
     return read
 
@@ -145,7 +146,7 @@ def test_largest_differences_come_first_and_the_list_leads_to_them():
     read = Reader(page.render("页", [], [case(value, question) for question, value in values.items()]))
     questions = ["负", "大", "同", "小", "零", "无"]
     assert [text[1:] for text in read.texts("h3")] == questions
-    lines = ["负 −0.60", "大 +0.50", "同 +0.50", "小 +0.10", "零 +0.00", "无 —"]
+    lines = ["负 −0.60", "大 0.50", "同 0.50", "小 0.10", "零 0.00", "无 —"]
     assert [line.strip() for line in read.texts("li")] == lines
     links = [attributes["href"] for tag, attributes, text in read.found if tag == "a" and text in questions]
     assert links == [f"#{attributes['id']}" for _, attributes, _ in read.found if "case" in attributes.get("class", "")]
@@ -156,7 +157,11 @@ def test_largest_differences_come_first_and_the_list_leads_to_them():
     [
         (reply(), []),
         (reply(complete=False), ["回答没有写完"]),
-        (reply("", complete=False), ["没有回答：断在思考里"]),
+        (reply("", complete=False), ["断在思考里，没有回答"]),
+        (reply("", form="unclosed"), ["断在思考里，没有回答"]),  # it stopped by itself there
+        (reply(form="broken"), ["思考不是恰好一段"]),
+        (reply(form="one"), []),
+        (reply(think="", form="none"), []),
         (reply(""), ["没有回答"]),
         (reply(think=""), []),
     ],
@@ -175,7 +180,7 @@ def test_counts_and_folds():
     assert read.texts("summary") == ["按 差 的大小排列", "思考 4 字", "参考回答 2 字"]
     facts = read.texts("facts")
     assert (
-        facts[0] == "1 个问题，每个 1 份回复" and "差 +0.00 · 平" in facts and "回答 4 字 · 12 token · 3.2 秒" in facts
+        facts[0] == "1 个问题，每个 1 份回复" and "差 0.00 · 平" in facts and "回答 4 字 · 12 token · 3.2 秒" in facts
     )
     assert [attributes for tag, attributes, _ in read.found if tag == "details"] == [{"open": None}, {}, {}]
     assert "没有参考回答" in Reader(page.render("页", [], [case()])).texts("case")[0]
