@@ -10,8 +10,11 @@ from parts.rewrites import BY, GIVEN, RULES, SAYS, VERDICT
 from parts.rows import Place, Placed
 
 KEPT = 0.6  # share of a thinking's characters below which its row is not worth training on
-SENTENCE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|[^。！？；])*(?:[。！？；]+[”’）]*|$)")
-CLAUSE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|[^，：])*(?:[，：]|$)")
+# A line number, "1. ", ends no sentence; ". " and ", " of English do what 。 and ， do.
+SENTENCE = re.compile(
+    r"(?:“[^”]{0,120}”|（[^）]{0,160}）|(?!(?<!\d)[.!?]\s)[^。！？；])*(?:[。！？；]+[”’）]*|[.!?]\s+|$)"
+)
+CLAUSE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|(?!, )[^，：])*(?:[，：]|, |$)")
 LEAD = re.compile(
     r"^(?:另外|此外|不过|但是?|然后|接下来|最后|最终|同时|总之|总的来说|总结(?:一下|下来|起来|来说|的话)?|首先|其次|比如|例如|所以|因此|而且|并且|"
     r"还有|还要注意|需要注意|综合来看|因为|虽然|现在|记得|嗯|可能|当然)?[，：]?$"
@@ -21,10 +24,13 @@ DANGLING = re.compile(
 )
 AFTER_GAP = re.compile(r"^(?:这点|因此|所以|比如|例如|但是?|不过|而且|并且|同时|也就是说|也就是|这样的话)，?(?=.{4})")
 CITES = re.compile(
-    rf"^(?:但是?|不过|而|只是)?{BY}?[^，]{{0,4}}{GIVEN}(?:部分|内容)?[，：]?$"
+    rf"^(?:但是?|不过|而|只是)?{BY}?[^，]{{0,8}}{GIVEN}(?:部分|内容)?[，：]?$"
 )  # and says nothing itself
 CITED = re.compile(r"^(?:已经|已|没有?|可能没|可能已|里面没|其中没)")
-GOES_ON = re.compile(r"^(?:比如|例如|还有|以及|包括|甚至|进而|可能因为|因为|毕竟)")
+GOES_ON = re.compile(  # what is said of an answer, after the clause that names it
+    r"^(?:比如|例如|还有|以及|包括|甚至|进而|可能因为|没有?(?:讲|说|提|解释|用|区分|太)|只是没|再(?:说|讲)|(?:其实)?就是|它(?:说|提|还)"
+    r"|(?:但|而|要)?(?:用自己的话|避免直接|不[能要](?:照搬|直接)))"
+)
 BARE_BY = re.compile(r"^(?:但是?|不过)?(?:根据|按照|基于|对于|关于)[^，]*，$")
 POINTING = re.compile(
     r"^(?:因此，?|所以)?(?:这也?(?:说明|意味着|可能意味着|与|符合|表明|是|些都?)|这可能意味着|是的，)"
@@ -72,8 +78,8 @@ def _pass(think: str, places: list[int], told: tuple[str, str, str, bool]) -> st
     """The thinking with each sentence mended in which one of these places is; `told`: what traces.find
     takes beside it."""
     kept, at = [], 0
-    for paragraph in re.split(r"(\n+)", think):
-        if not paragraph.strip("\n"):
+    for paragraph in re.split(r"((?:\r?\n)+)", think):
+        if not paragraph.strip("\r\n"):
             at += len(paragraph)
             if kept and kept[-1].strip():
                 kept.append(paragraph)
@@ -103,7 +109,7 @@ def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
 
     kinds = {trace.kind for trace in find(sentence)}
     if "covert" in kinds:
-        sentence = _say_plainly(sentence, told)
+        sentence = re.sub("，说明(?:他|用户|其|患者)[^，。！？；]*", "", _say_plainly(sentence, told))
     for kind, pattern, replacement in RULES:
         if kind in kinds:
             sentence = pattern.sub(replacement, sentence)
@@ -158,6 +164,8 @@ def _say_plainly(sentence: str, told: tuple[str, str, str, bool]) -> str:
         follows = sentence[match.end() : match.end() + 1]
         alone = follows == "，" and "的" not in match[0][: match.start(1) - match.start()][-1:]
         noun = re.search(r"^“[^”]*”$|的(?:作用|数据|机制|情况|问题|特点|关系|影响|例子|方法|概念)$", said)
-        return ("关于" if alone and noun else "") + said
+        rests = re.match("，(?:所以|因此)", sentence[match.end() :]) and len(said) < 14 and not noun
+        starts = not match.start() or sentence[match.start() - 1] in "，："
+        return ("关于" if alone and noun else "需要考虑" if rests and starts else "") + said
 
     return traces.MENTIONED.sub(plain, sentence)
