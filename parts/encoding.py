@@ -14,6 +14,12 @@ IGNORE_INDEX = -100  # a label that the loss skips
 THINKING_MODEL = "Qwen/Qwen3-1.7B"  # named where a template cannot do what is asked of it
 DIFFERS = "错误：这个模型的对话模板在训练和提问时写得不一样，不能用于{}；"
 DIFFERS += f"请去掉这些行，或换一个模型，例如 {THINKING_MODEL}。"
+FORMS = {  # how thinking and answer stand in a reply, read from its tokens
+    "one": "one thinking, closed, and after it the answer, which may be empty",
+    "none": "no thinking at all",
+    "unclosed": "it ends inside a thinking",
+    "broken": "anything else: two thinkings, a text before the thinking, a tag that closes nothing",
+}
 PROBE = [{"role": "system", "content": "系统"}, {"role": "user", "content": "问"}]
 # In front of a chat template: the system message of a conversation that brings none. The text is a JSON string, which
 # is one of Jinja's too, so quotes, line breaks and braces in it are text.
@@ -26,11 +32,14 @@ DEFAULT_SYSTEM_PATTERN = re.compile(re.escape(DEFAULT_SYSTEM).replace("TEXT", r'
 
 
 class Reply(NamedTuple):
-    """What a model wrote, in its two parts."""
+    """What a model wrote, in its two parts, and how."""
 
     thinking: str
     answer: str
     complete: bool  # False when max_new_tokens cut it off
+    form: str  # of FORMS
+    tokens: int = 0  # generated, the one that ended the reply included
+    seconds: float = 0.0  # that its batch took, divided by the batch's replies: they add up to the time of all
 
 
 @lru_cache(maxsize=4)
@@ -141,7 +150,7 @@ def require_thinking(tokenizer, name: str) -> None:
         ) from None
     supervised = [label for label in example["labels"] if label != IGNORE_INDEX]
     once = all(example["input_ids"].count(token) == 1 for token in think_tokens(tokenizer))
-    if not once or split_reply(tokenizer, supervised, opened=True) != ("想", "答", True):
+    if not once or split_reply(tokenizer, supervised, opened=True) [:4] != ("想", "答", True, "one"):
         raise SystemExit(f"错误：{name} 的对话模板不写思考；请换一个会思考的模型，例如 {THINKING_MODEL}。")
 
 
@@ -186,13 +195,17 @@ def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
 
 def split_reply(tokenizer, ids: list[int], complete: bool = True, opened: bool = False) -> Reply:
     """Thinking and answer of the generated `ids`, wherever the thinking begins and ends; `opened`: it begins in the
-    prompt. Cut off inside the thinking, the answer is empty."""
+    prompt. Cut off inside the thinking, the answer is what stood before it, as a rule nothing."""
     start, end = think_tokens(tokenizer)
     inside = opened or end in ids and start not in ids[: ids.index(end)]  # closed, although it was never opened
+    begins = inside or ids[:1] == [start]
     parts: dict[bool, list[int]] = {True: [], False: []}
     for token in ids:
         if token in (start, end):
             inside = token == start
         else:
             parts[inside].append(token)
-    return Reply(*(tokenizer.decode(parts[i], skip_special_tokens=True).strip() for i in (True, False)), complete)
+    tags = [token for token in ids if token in (start, end)]
+    form = "unclosed" if inside else "one" if begins and tags in ([start, end], [end]) else "broken" if tags else "none"
+    texts = (tokenizer.decode(parts[i], skip_special_tokens=True).strip() for i in (True, False))
+    return Reply(*texts, complete, form)

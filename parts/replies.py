@@ -1,5 +1,7 @@
 """Conversations to replies, sampled in one batch. Knows prompts and sampling, not where questions come from."""
 
+import time
+
 import torch
 
 from parts.decoding import fast_loop
@@ -22,6 +24,7 @@ def generate(
     longest = max(map(len, prompts))
     padding, device = tokenizer.pad_token_id, model.device
     stops = stop_tokens(model, tokenizer)
+    began = time.perf_counter()
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
     with torch.inference_mode():
         output = model.generate(
@@ -37,11 +40,13 @@ def generate(
             eos_token_id=stops,
             **sampling,
         )
-    replies = []
-    for prompt, ids in zip(prompts, output[:, longest:].tolist()):
+    replies, generated = [], output[:, longest:].tolist()  # which waits for the GPU
+    seconds = (time.perf_counter() - began) / len(prompts)
+    for prompt, ids in zip(prompts, generated):
         length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-        opened = opens_thinking(tokenizer, prompt)
-        replies.append(split_reply(tokenizer, ids[:length], complete=length < len(ids), opened=opened))
+        complete, opened = length < len(ids), opens_thinking(tokenizer, prompt)
+        reply = split_reply(tokenizer, ids[:length], complete, opened)
+        replies.append(reply._replace(tokens=length + complete, seconds=seconds))
     return replies
 
 

@@ -78,7 +78,7 @@ def test_a_reply_is_split_as_it_was_joined(any_tokenizer, rows):
             for label in encoding.encode_example(any_tokenizer, data.to_messages(**row))["labels"]
             if label != encoding.IGNORE_INDEX
         ]
-        assert encoding.split_reply(any_tokenizer, ids[:-1]) == (row["think"], row["answer"], True)
+        assert encoding.split_reply(any_tokenizer, ids[:-1]) [:4] == (row["think"], row["answer"], True, "one")
 
 
 def test_no_control_token_in_text_becomes_control(any_tokenizer):
@@ -251,21 +251,28 @@ def test_the_default_system_prompt_is_in_the_template(any_tokenizer, tmp_path, s
 @pytest.mark.parametrize(
     ("text", "opened", "expected"),
     [
-        ("<think>\n想\n</think>\n\n答", False, ("想", "答")),
-        ("<think>\n想", False, ("想", "")),
-        ("答", False, ("", "答")),
-        ("想</think>答", False, ("想", "答")),
-        ("想", True, ("想", "")),
-        ("想\n</think>\n\n答", True, ("想", "答")),
-        ("<think>想</think>答", True, ("想", "答")),
-        ("<think>想</think>答</think>完", False, ("想", "答完")),
-        ("<think>想<think>再想</think>答", False, ("想再想", "答")),
-        ("答<think>想", False, ("想", "答")),
+        ("<think>\n想\n</think>\n\n答", False, ("想", "答", "one")),
+        ("<think>\n想\n</think>\n\n", False, ("想", "", "one")),
+        ("<think>\n想", False, ("想", "", "unclosed")),
+        ("<think>", False, ("", "", "unclosed")),
+        ("", False, ("", "", "none")),
+        ("答", False, ("", "答", "none")),
+        ("想</think>答", False, ("想", "答", "one")),
+        ("想", True, ("想", "", "unclosed")),
+        ("", True, ("", "", "unclosed")),
+        ("想\n</think>\n\n答", True, ("想", "答", "one")),
+        ("<think>想</think>答", True, ("想", "答", "one")),
+        ("<think>想</think>答</think>完", False, ("想", "答完", "broken")),
+        ("<think>想<think>再想</think>答", False, ("想再想", "答", "broken")),
+        ("<think>想</think>答<think>再想</think>完", False, ("想再想", "答完", "broken")),
+        ("<think>想</think>答<think>再想", False, ("想再想", "答", "unclosed")),
+        ("答<think>想", False, ("想", "答", "unclosed")),
+        ("答<think>想</think>完", False, ("想", "答完", "broken")),
     ],
 )
 def test_thinking_is_told_from_the_answer_wherever_it_ends(any_tokenizer, text, opened, expected):
-    ids = any_tokenizer(text)["input_ids"]
-    assert encoding.split_reply(any_tokenizer, ids, opened=opened)[:2] == expected
+    reply = encoding.split_reply(any_tokenizer, any_tokenizer(text)["input_ids"], opened=opened)
+    assert (reply.thinking, reply.answer, reply.form) == expected and reply.form in encoding.FORMS
 
 
 TEXTS = st.text(min_size=1, max_size=60).map(clean).filter(bool)  # any Unicode text but lone surrogates

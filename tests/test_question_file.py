@@ -43,7 +43,7 @@ def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokeni
     assert len({row["think"] + row["answer"] for row in found}) == len(rows)
     for row in found:
         [alone] = replies.generate(likeliest, tokenizer, [data.to_messages(row["question"])], max_new_tokens=30)
-        assert alone == (row["think"], row["answer"], row["complete"])
+        assert alone[:3] == (row["think"], row["answer"], row["complete"])
     output = capsys.readouterr().out
     assert "ROUGE-L" in output and f"/{len(rows)}" in output and "out.jsonl" in output
     assert not Path("out.jsonl.part").exists()
@@ -64,7 +64,7 @@ def test_a_question_is_asked_after_its_history(folder, likeliest, tokenizer):
     for row, reply in zip(rows, found):
         asked = data.to_messages("多久？", history=row.get("history"))
         [alone] = replies.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
-        assert alone == (reply["think"], reply["answer"], reply["complete"])
+        assert alone[:3] == (reply["think"], reply["answer"], reply["complete"])
     assert found[0] != found[1]
 
 
