@@ -5,7 +5,8 @@
     python inference.py --chat                  # a conversation; an empty line ends it
     python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any other model, the untuned one too
     python inference.py --no_thinking "…"       # answer at once
-    python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them, also .txt, one per line
+    python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
+    python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # and held against the untuned one
 
 The replies are a language model's and may be wrong. They are not medical advice.
 """
@@ -13,10 +14,11 @@ The replies are a language model's and may be wrong. They are not medical advice
 import argparse
 import os
 from functools import partial
+from pathlib import Path
 
 try:
     from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
-    from parts import checkpoints, question_file, terminal
+    from parts import adapters, candidates, checkpoints, question_file, reply_file, terminal
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -33,44 +35,76 @@ OUT_OF_MEMORY = (
 )
 
 
-def load_trained(name: str, revision: str | None = None, thinking: bool = True):
-    """(model, tokenizer) from an output folder of train.py, any folder with a model, or a ModelScope id. Raises
-    SystemExit when it is to be asked without `thinking` and cannot be."""
-    from parts import hub, models, replies
+def find_local(name: str, revision: str | None = None) -> Path | None:
+    """The folder with the best weights below an output folder of train.py or any folder with a model; None for a
+    model of a hub."""
+    return checkpoints.find_trained(name) if (os.path.isdir(name) or name == OUTPUT_DIR) and not revision else None
 
-    local = (os.path.isdir(name) or name == OUTPUT_DIR) and not revision
-    path = str(checkpoints.find_trained(name) if local else hub.find_model(name, "检查 --model_path", revision))
+
+def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> tuple[str]:
+    """(the folder of a model), local or a ModelScope id's. Raises SystemExit when it is to be asked without `thinking`
+    and cannot be."""
+    from parts import hub, models
+
+    path = str(find_local(name, revision) or hub.find_model(name, "检查 --model_path", revision))
     if not thinking:
-        require_no_thinking(path)
+        models.require_no_thinking(path)
+    return (path,)
+
+
+def load_found(path: str):
+    """(model, tokenizer) of what `find_trained` found."""
+    from parts import models, replies
+
     model, tokenizer = models.load_weights(path, models.pick_device()), models.load_tokenizer(path)
     replies.settle_generation(model, tokenizer)
     return model, tokenizer
 
 
-def require_no_thinking(path: str) -> None:
-    """Raises SystemExit, before the weights are loaded, when a model cannot be asked without thinking."""
-    from parts import encoding, models
-
-    if not encoding.has_no_thinking_mode(models.load_tokenizer(path)):
-        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
+def load_trained(name: str, revision: str | None = None, thinking: bool = True):
+    """Both of them."""
+    return load_found(*find_trained(name, revision, thinking))
 
 
-def predict(model, tokenizer, args: argparse.Namespace) -> None:
-    """What the command line asks for: the file of questions, the conversation, or the one question."""
+MODEL = candidates.Kind(find_local, find_trained, load_found)
+ADAPTER = candidates.Kind(adapters.locate, adapters.find, adapters.load)
+
+
+def begin(model, tokenizer, args: argparse.Namespace):
+    """(the conversation with a model, what makes its messages of a question)."""
     from parts.conversation import Conversation
     from parts.encoding import default_system
 
     system = default_system(tokenizer)  # what the model was trained with
-    begin = partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
     conversation = Conversation(model, tokenizer, not args.no_thinking, args.max_new_tokens, args.seed)
+    return conversation, partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
+
+
+def predict(model, tokenizer, args: argparse.Namespace) -> None:
+    """The conversation, or the one question."""
+    conversation, start = begin(model, tokenizer, args)
     conversation.console.print(NOT_A_DOCTOR, style="yellow", soft_wrap=True)
-    if args.questions:
-        question_file.answer(conversation, args.questions, begin, args.replies)
-    elif args.chat:
-        conversation.chat(begin)
+    if args.chat:
+        conversation.chat(start)
     else:
         conversation.console.print(f"\n【问题】{args.question}\n", markup=False, soft_wrap=True)
-        conversation.ask(begin(args.question))
+        conversation.ask(start(args.question))
+
+
+def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
+    """The file of questions, answered by the model and by those that it is compared with, and scored."""
+    settings = {name: getattr(args, name) for name in reply_file.FLAGS}
+    asked = [candidates.candidate(kind, args.model_path, args.revision, args.replies, settings)]
+    for name in args.compare_with:
+        other = ADAPTER if checkpoints.holds_adapter(name) else MODEL
+        asked.append(candidates.candidate(other, name, None, candidates.beside(args.replies, name), settings))
+    answered = candidates.answer(args.questions, asked, partial(begin, args=args))
+
+    from parts import comparison
+
+    measured = [comparison.measure(args.questions, each) for each in answered]
+    comparison.report(measured, Path(args.replies).with_suffix(".scores.json"))
+    print(NOT_A_DOCTOR)
 
 
 def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
@@ -90,11 +124,21 @@ def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
         "--questions",
         metavar="FILE",
         type=question_file.read,
-        help="answer all of a .txt file, a question a line, or a .jsonl file with a field question; "
-        "where it has a field answer, that is compared with the reply",
+        help="answer all of a .txt file, a question a line, or a .jsonl file with a field question, and score the "
+        "replies; where it has fields answer and think, those are what they are held against",
     )
     parser.add_argument(
-        "--replies", metavar="FILE", default=REPLIES, help="where those replies go, as .jsonl (default: %(default)s)"
+        "--replies",
+        metavar="FILE",
+        default=REPLIES,
+        help="where those replies go, as .jsonl; of a file that is there, the missing ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compare_with",
+        metavar="X",
+        action="append",
+        default=[],
+        help="also let this model or adapter answer them, or take this file of replies (.jsonl); may be repeated",
     )
     parser.add_argument("--model_path", default=output_dir, help="folder or ModelScope id (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the ModelScope model (default: master)")
@@ -112,16 +156,24 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line; what is wrong with its files is said before a model is loaded."""
     args = parser.parse_args()
     if args.questions:
-        question_file.refuse_taken(args.replies)
-    elif args.replies != parser.get_default("replies"):
-        parser.error("--replies 只和 --questions 一起起作用")
+        candidates.check(args.questions, args.replies, args.compare_with)
+    for name in () if args.questions else ("replies", "compare_with"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} 只和 --questions 一起起作用")
     return args
 
 
-def main() -> None:
-    args = parse_flags(build_parser(__doc__, OUTPUT_DIR))
+def ask(args: argparse.Namespace, kind: candidates.Kind) -> None:
+    """What the command line asks for, of a model of this kind."""
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        predict(*load_trained(args.model_path, args.revision, not args.no_thinking), args)
+        if args.questions:
+            evaluate(args, kind)
+        else:
+            predict(*kind.load(*kind.find(args.model_path, args.revision, not args.no_thinking)), args)
+
+
+def main() -> None:
+    ask(parse_flags(build_parser(__doc__, OUTPUT_DIR)), MODEL)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ def find_trained(folder: str | Path, config: str = "config.json", train_script: 
     return best if best in checkpoints else checkpoints[-1]
 
 
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether what was trained there is an adapter, going by the folder itself and by the newest checkpoint in it."""
+    return any(Path(path, ADAPTER_CONFIG).is_file() for path in (folder, *find_whole(folder)[-1:]))
+
+
 def write_at_once(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, whenever the process or the power ends."""
     draft = path.with_name(f".{path.name}.tmp")

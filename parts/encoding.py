@@ -150,7 +150,7 @@ def require_thinking(tokenizer, name: str) -> None:
         ) from None
     supervised = [label for label in example["labels"] if label != IGNORE_INDEX]
     once = all(example["input_ids"].count(token) == 1 for token in think_tokens(tokenizer))
-    if not once or split_reply(tokenizer, supervised, opened=True) [:4] != ("想", "答", True, "one"):
+    if not once or split_reply(tokenizer, supervised, opened=True)[:4] != ("想", "答", True, "one"):
         raise SystemExit(f"错误：{name} 的对话模板不写思考；请换一个会思考的模型，例如 {THINKING_MODEL}。")
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from parts.encoding import encode_messages
+from parts.encoding import encode_messages, has_no_thinking_mode
 from parts.terminal import first_line
 
 END_OF_TURN = "<|im_end|>"  # generation stops here
@@ -77,6 +77,12 @@ def load_tokenizer(path: str):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TURN
     return tokenizer
+
+
+def require_no_thinking(path: str) -> None:
+    """Raises SystemExit, before the weights are loaded, when a model cannot be asked without thinking."""
+    if not has_no_thinking_mode(load_tokenizer(path)):
+        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
 
 
 def load_weights(path: str, device: torch.device, in_4bit: bool = False):

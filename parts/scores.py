@@ -1,34 +1,122 @@
-"""What can be counted of replies: whole or not, lengths, and how much they share with a reference. None of it says
-whether a reply is medically right."""
+"""What can be counted of replies: whole or not, loops, traces in the thinking, lengths, what they share with a
+reference, speed. None of it says whether a reply is medically right. Knows no file and no model."""
 
-import statistics
+import re
+from collections import Counter
 
+import numpy
+
+from parts import overlaps, traces
 from parts.encoding import Reply
-from parts.rows import Row
+from parts.intervals import Measure, ratio
+from parts.rows import Row, clean
+
+# A text loops where LOOP characters in a row stand in it for the third time at least, each with the GRAM - 1 that
+# follow. Digits, white space and the signs of lists and tables do not count: "1. 多喝水 2. 多喝水 3. …" is a loop, the
+# rule of a table is none. Of 120 published rows the most is 16 characters in a thinking, 3 in an answer.
+LOOP = 50
+GRAM = 8
+NOT_SAID = re.compile(r"[\s\d|:=_*#.、-]+")
 
 
-def rouge_l(text: str, reference: str) -> float:
-    """F1 of the longest common subsequence of characters, white space left out: 0 to 1."""
-    text, reference = "".join(text.split()), "".join(reference.split())
-    row = [0] * (len(reference) + 1)  # row[i]: length of the subsequence common to the text so far and reference[:i]
-    for character in text:
-        before = row
-        row = [0]
-        for i, other in enumerate(reference):
-            row.append(before[i] + 1 if character == other else max(before[i + 1], row[i]))
-    return 2 * row[-1] / max(len(text) + len(reference), 1)
+def loops(text: str) -> bool:
+    """Whether a text says the same again and again."""
+    text, seen, run = NOT_SAID.sub("", text), Counter(), 0
+    for start in range(len(text) - GRAM + 1):
+        gram = text[start : start + GRAM]
+        run = run + 1 if seen[gram] >= 2 else 0
+        if run >= LOOP:
+            return True
+        seen[gram] += 1
+    return False
 
 
-def count(rows: list[Row], replies: list[Reply], thinking: bool = True) -> list[tuple[str, str]]:
-    """[(name, value as text)] for the `replies` to the questions of `rows`."""
-    whole = sum(bool(reply.complete and reply.answer and (reply.thinking or not thinking)) for reply in replies)
-    lines = [
-        ("完整的回复" + "（有思考，有回答）" * thinking, f"{whole}/{len(replies)}（{whole / len(replies):.0%}）"),
-        ("思考平均字数", f"{statistics.mean(len(reply.thinking) for reply in replies):.0f}"),
-        ("回答平均字数", f"{statistics.mean(len(reply.answer) for reply in replies):.0f}"),
+def whole(reply: Reply, thinking: bool = True) -> bool:
+    """Whether there is an answer, after exactly one thinking that is closed and not empty; or after none, where none
+    was asked for."""
+    formed = reply.form == "one" and reply.thinking if thinking else reply.form == "none"
+    return bool(formed and reply.answer)
+
+
+def find_traces(row: Row, reply: Reply) -> list[traces.Trace]:
+    """Of how the training data were made, in a reply's thinking. What the asker said in earlier turns counts as
+    said."""
+    asked = [question for question, _ in row.get("history") or []] + [row["question"]]
+    return traces.find(reply.thinking, "\n".join(asked), reply.answer)
+
+
+def reference(row: Row, field: str) -> str | None:
+    """The row's own text to hold a reply against, or None."""
+    text = row.get(field)
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) and clean(text) else None
+
+
+def written(reply: Reply, field: str) -> str:
+    """What is held against a reference: of a reply that was cut off inside its thinking nothing, and it shares nothing
+    with any. BLEU hears of that only by the sum of all lengths, so it is to be read beside the share of whole ones."""
+    return "" if reply.form == "unclosed" else reply.thinking if field == "think" else reply.answer
+
+
+def overlap(rows: list[Row], replies: list[Reply], field: str, name: str, corpus: bool) -> list[Measure]:
+    """The overlaps of the answers, or thinkings, with those of the rows that have one."""
+    pairs = [(row, reply, text) for row, reply in zip(rows, replies) if (text := reference(row, field))]
+    if not pairs:
+        return []
+    texts = [written(reply, field) for _, reply, _ in pairs]
+    references = [text for _, _, text in pairs]
+    others = overlaps.strangers([row["question"] for row, _, _ in pairs], references)
+    found = overlaps.statistics(texts, references, corpus)
+    floor = overlaps.statistics(texts, [references[place] for place in others], corpus) if others else {}
+    names = overlaps.ROUGE | overlaps.CORPUS
+    measures = [
+        Measure(
+            f"{field}_{kind}",
+            f"{name} {names[kind]}",
+            "0–1" if kind in overlaps.ROUGE else "0–100",
+            found[kind],
+            total,
+            floor.get(kind),
+        )
+        for kind, total in overlaps.totals(found).items()
     ]
-    pairs = [(reply.answer, row["answer"]) for row, reply in zip(rows, replies) if isinstance(row.get("answer"), str)]
-    if pairs:
-        mean = statistics.mean(rouge_l(*pair) for pair in pairs)
-        lines.append(("与参考回答的 ROUGE-L（按字）", f"{mean:.3f}（{len(pairs)} 条；只比字面，不表示医学上正确）"))
-    return lines
+    new = numpy.array([not row.get("seen") for row, _, _ in pairs])
+    if new.all() or not new.any():
+        return measures
+    return measures + [
+        each._replace(
+            key=f"{each.key}_new",
+            name=f"{each.name}（新题）",
+            statistics=each.statistics[new],
+            floor=each.floor[new] if others else None,
+        )
+        for each in measures
+    ]
+
+
+def measure(rows: list[Row], replies: list[Reply], thinking: bool = True) -> list[Measure]:
+    """All of it, for the `replies` to the questions of `rows`, at least one. `thinking`: it was asked for."""
+    ones = numpy.ones(len(replies))
+
+    def mean(key: str, name: str, unit: str, values, of=ones) -> Measure:
+        return Measure(key, name, unit, numpy.stack([numpy.array(values, dtype=float), of], axis=1), ratio)
+
+    closed = numpy.array([float(reply.form != "unclosed") for reply in replies])  # else there is no answer to measure
+    found = [{trace.kind for trace in find_traces(row, reply)} for row, reply in zip(rows, replies)]
+    in_loops = [loops(reply.thinking) or loops(reply.answer) for reply in replies]
+    seconds = numpy.array([reply.seconds for reply in replies])
+    measures = [
+        mean("whole", "完整的回复", "%", [whole(reply, thinking) for reply in replies]),
+        mean("stopped", "自己停下", "%", [reply.complete for reply in replies]),
+        mean("loops", "原地打转", "%", in_loops),
+    ]
+    if thinking:
+        measures += [mean("traces", "思考有制作的痕迹", "%", [bool(kinds) for kinds in found])]
+        for kind, name in traces.KINDS.items():
+            measures += [mean(f"traces_{kind}", f"- {name}", "%", [kind in kinds for kinds in found])]
+        measures += [mean("think_length", "思考的字数", "字", [len(reply.thinking) for reply in replies])]
+    lengths = [len(reply.answer) for reply in replies] * closed
+    measures += [mean("answer_length", "回答的字数", "字", lengths, of=closed)]
+    measures += overlap(rows, replies, "answer", "回答", corpus=True)
+    if thinking:
+        measures += overlap(rows, replies, "think", "思考", corpus=False)
+    return measures + [mean("speed", "每秒 token", "token/秒", [reply.tokens for reply in replies], of=seconds)]

@@ -76,8 +76,8 @@ def explain_out_of_memory(message: str):
 
 
 @contextlib.contextmanager
-def explain_failed_write(path: str | Path):
-    """Turn a write that failed, on a full disk say, into one sentence."""
+def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
+    """Turn a write that failed, on a full disk say, into one sentence. `kept`: what is there still."""
     try:
         yield
     except Exception as error:
@@ -87,7 +87,7 @@ def explain_failed_write(path: str | Path):
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         raise SystemExit(
             f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
-            "此前的检查点都还在；请腾出空间，再用同一命令继续。"
+            f"{kept}都还在；请腾出空间，再用同一命令继续。"
         ) from None
 
 

@@ -78,7 +78,7 @@ def test_a_reply_is_split_as_it_was_joined(any_tokenizer, rows):
             for label in encoding.encode_example(any_tokenizer, data.to_messages(**row))["labels"]
             if label != encoding.IGNORE_INDEX
         ]
-        assert encoding.split_reply(any_tokenizer, ids[:-1]) [:4] == (row["think"], row["answer"], True, "one")
+        assert encoding.split_reply(any_tokenizer, ids[:-1])[:4] == (row["think"], row["answer"], True, "one")
 
 
 def test_no_control_token_in_text_becomes_control(any_tokenizer):

@@ -175,7 +175,7 @@ def test_replies_that_are_there_are_kept_and_told_of_before_a_model_is_loaded(tm
     (tmp_path / "old.jsonl").write_text("{}", encoding="utf-8")
     for script in ("inference.py", "inference_lora.py"):
         result = run_script(script, "--questions", "q.txt", "--replies", "old.jsonl", cwd=tmp_path)
-        assert fails(result, "错误：old.jsonl 已经存在，不会覆盖")
+        assert fails(result, "错误：--replies old.jsonl 已经存在，而第 1 行不是 inference.py 写的回复；它不会被改写")
     assert (tmp_path / "old.jsonl").read_text(encoding="utf-8") == "{}"
 
 

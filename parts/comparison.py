@@ -1,0 +1,99 @@
+"""What replies to the same questions come to: one model's scores, and how each other's differ; as tables, as JSON, and
+question by question. Knows replies, not the models that wrote them."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from parts import intervals, overlaps, reply_file, score_table, scores
+from parts.candidates import Answered
+from parts.checkpoints import write_at_once
+from parts.intervals import Difference, Line, Measure
+from parts.rows import Row
+from parts.score_table import Table
+
+Case = tuple[str, dict | None, list[tuple[str, dict]], float]  # question, reference, (name, reply) of each, difference
+
+
+class Measured(NamedTuple):
+    """A model's replies, and what they come to."""
+
+    answered: Answered
+    measures: list[Measure]
+    lines: list[Line]
+
+
+def measure(rows: list[Row], answered: Answered) -> Measured:
+    """All that is counted of the replies to the questions of `rows`, with intervals."""
+    measures = scores.measure(rows, answered.replies, not answered.by.get("no_thinking"))
+    return Measured(answered, measures, [intervals.line(each) for each in measures])
+
+
+def differences(one: Measured, other: Measured) -> list[Difference]:
+    """Of all that is counted of both. Not of the speed: that is the machine's and the batches', whose replies share
+    one."""
+    known = {each.key: each for each in other.measures if each.key != "speed"}
+    return [intervals.compare(each, known[each.key]) for each in one.measures if each.key in known]
+
+
+def signatures(measured: list[Measured]) -> dict[str, str]:
+    """sacrebleu's, where it was used."""
+    used = any(line.key == "answer_bleu" for line in measured[0].lines)
+    return overlaps.signatures() if used else {}
+
+
+def tables(measured: list[Measured]) -> list[tuple[Table, list[str]]]:
+    """Of the first one's scores, and of its differences from each other; each with the notes that belong below it."""
+    (first, _, lines), keys = measured[0], {line.key for line in measured[0].lines}
+    notes = [score_table.FLOOR] * ("answer_bleu" in keys) + [score_table.NEW] * ("answer_bleu_new" in keys)
+    notes += [f"{name}：{text}" for name, text in signatures(measured).items()]
+    found = [(score_table.of_scores(f"{first.name}：{len(first.replies)} 个问题", lines), notes)]
+    for each in measured[1:]:
+        other = each.answered
+        heading = f"{first.name}（前）与 {other.name}（后）相比"
+        notes = [score_table.DIFFERS]
+        notes += [f"注意：后者的 {unlike}" for unlike in reply_file.describe_flags(other.by, first.by)]
+        found.append((score_table.of_differences(heading, differences(measured[0], each)), notes))
+    return found
+
+
+def to_json(measured: list[Measured]) -> str:
+    """Everything that the tables show, and each other one's own scores. A difference is the first one minus the
+    other."""
+    models = []
+    for each in measured:
+        name, path, by, replies = each.answered
+        found = {"name": name, "replies": path, "questions": len(replies), "by": by}
+        found["scores"] = [line._asdict() for line in each.lines]
+        if each is not measured[0]:
+            found["differences"] = [one._asdict() for one in differences(measured[0], each)]
+        models.append(found)
+    return json.dumps({"signatures": signatures(measured), "models": models}, ensure_ascii=False, indent=1) + "\n"
+
+
+def cases(rows: list[Row], measured: list[Measured]) -> list[Case]:
+    """Each question with all replies, that one first in whose answers' ROUGE-L the first model and another differ most;
+    where there is no reference they differ by 0."""
+    found, all_answered = [], [each.answered for each in measured]
+    for place, row in enumerate(rows):
+        reference = {field: text for field in ("think", "answer") if (text := scores.reference(row, field))}
+        replies = [each.replies[place] for each in all_answered]
+        difference = 0.0
+        if "answer" in reference:
+            shared = [overlaps.rouge(scores.written(reply, "answer"), reference["answer"])[-1] for reply in replies]
+            difference = max(abs(each - shared[0]) for each in shared)
+        fields = [(each.name, reply_file.to_fields(reply)) for each, reply in zip(all_answered, replies)]
+        found.append((row["question"], reference or None, fields, difference))
+    return sorted(found, key=lambda case: -case[-1])
+
+
+def report(measured: list[Measured], path: Path) -> None:
+    """Print the tables, and write them as JSON into `path`."""
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False)
+    for table, notes in tables(measured):
+        score_table.show(console, table, *notes)
+    write_at_once(path, to_json(measured))
+    files = "、".join(dict.fromkeys(each.answered.path for each in measured))
+    console.print(f"\n回复在 {files}，分数也在 {path}", markup=False, soft_wrap=True)
