@@ -47,7 +47,7 @@ def beside(replies: str, name: str) -> str:
     """The file for the replies of another model, beside the first one's; an earlier file is its own."""
     if name.endswith(EARLIER):
         return name
-    short = re.sub(r"[^\w.-]+", "-", "-".join(Path(name).parts[-2:])).strip("-.")
+    short = re.sub(r"[^\w.-]+", "-", "-".join(Path(name).parts[-2:])).strip("-.") or "other"
     return str(Path(replies).with_name(f"{Path(replies).stem}.{short}{EARLIER}"))
 
 

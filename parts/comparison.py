@@ -11,6 +11,7 @@ from parts.checkpoints import write_at_once
 from parts.intervals import Difference, Line, Measure
 from parts.rows import Row
 from parts.score_table import Table
+from parts.terminal import explain_failed_write
 
 Case = tuple[str, dict | None, list[tuple[str, dict]], float]  # question, reference, (name, reply) of each, difference
 
@@ -51,8 +52,8 @@ def tables(measured: list[Measured]) -> list[tuple[Table, list[str]]]:
     for each in measured[1:]:
         other = each.answered
         heading = f"{first.name}（前）与 {other.name}（后）相比"
-        notes = [score_table.DIFFERS]
-        notes += [f"注意：后者的 {unlike}" for unlike in reply_file.describe_flags(other.by, first.by)]
+        unlike = "；".join(reply_file.describe_flags(other.by, first.by))
+        notes = [score_table.DIFFERS] + [f"注意：后者不是这样问的（{unlike}）。"] * bool(unlike)
         found.append((score_table.of_differences(heading, differences(measured[0], each)), notes))
     return found
 
@@ -94,6 +95,7 @@ def report(measured: list[Measured], path: Path) -> None:
     console = Console(highlight=False, emoji=False)
     for table, notes in tables(measured):
         score_table.show(console, table, *notes)
-    write_at_once(path, to_json(measured))
+    with explain_failed_write(path, "回复"):
+        write_at_once(path, to_json(measured))
     files = "、".join(dict.fromkeys(each.answered.path for each in measured))
     console.print(f"\n回复在 {files}，分数也在 {path}", markup=False, soft_wrap=True)

@@ -105,6 +105,30 @@ def test_it_goes_on_where_it_stopped(folder, likeliest, tokenizer, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["replies.jsonl"]
 
 
+def test_interrupted_again_and_again_it_still_goes_on(folder, likeliest, tokenizer):
+    """What was cut off is gone from the file before anything is added to it."""
+    rows = [{"question": f"第 {place} 问：" + "头痛怎么办？" * 400} for place in range(9)]  # batches of three
+
+    class Interrupted(Conversation):
+        batches = 0
+
+        def generate(self, *args):
+            if self.batches:
+                raise KeyboardInterrupt
+            self.batches += 1
+            return super().generate(*args)
+
+    for known in (3, 6):
+        conversation = Interrupted(likeliest, tokenizer, True, max_new_tokens=30, seed=42)
+        with pytest.raises(KeyboardInterrupt):
+            question_file.answer(rows, "replies.jsonl", BY, lambda: (conversation, data.to_messages))  # noqa: B023
+        assert len(read_lines("replies.jsonl")) == known
+        with open("replies.jsonl", "ab") as file:
+            file.write(Path("replies.jsonl").read_bytes()[:50])
+    assert len(answer(likeliest, tokenizer, rows)) == 9
+    assert [row["question"] for row in read_lines("replies.jsonl")] == [row["question"] for row in rows]
+
+
 def test_nothing_is_loaded_where_nothing_is_missing(folder, likeliest, tokenizer):
     rows = [{"question": text} for text in ("头痛？", "感冒？")]
     given = answer(likeliest, tokenizer, rows)

@@ -1,0 +1,141 @@
+"""Models held against each other, and the first one's scores: tables, JSON, and the questions one by one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import run_script
+from rich.console import Console
+
+from parts import comparison, intervals, score_table
+from parts.candidates import Answered
+from parts.encoding import Reply
+
+BY = {"model": "a", "weights": None, "no_thinking": False, "max_new_tokens": 30, "seed": 42}
+ROWS = [
+    {
+        "question": f"第 {place} 问？",
+        "think": "先想原因。",
+        "answer": f"多喝水，休息 {place} 天。",
+        "seen": place % 3 == 0,
+    }
+    for place in range(12)
+]
+GOOD = [Reply("先想原因。", f"多喝水，休息 {place} 天。", True, "one", 10, 0.1) for place in range(12)]
+BAD = [Reply("根据用户提供的答案，想", "", False, "unclosed", 30, 0.1) for _ in range(12)]
+
+
+def measured(*replies: list[Reply], rows=ROWS, **by) -> list[comparison.Measured]:
+    answered = [Answered(f"模型{place}", f"{place}.jsonl", BY | by, each) for place, each in enumerate(replies)]
+    return [comparison.measure(rows, each) for each in answered]
+
+
+def test_what_is_compared_with_itself_differs_nowhere():
+    mixed = [*GOOD[:6], *BAD[6:]]
+    found = comparison.differences(*measured(mixed, mixed))
+    assert len(found) == len(measured(mixed)[0].lines) - 1 > 20  # all but the speed
+    assert {(each.difference, each.low, each.high, each.differs) for each in found} == {(0, 0, 0, False)}
+
+
+def test_differences_are_found_and_have_the_sign_of_the_first_one():
+    found = {each.key: each for each in comparison.differences(*measured(GOOD, BAD))}
+    assert {key for key, each in found.items() if not each.differs} == {
+        *("loops", "traces_process", "traces_doctor", "traces_two", "traces_covert", "answer_length")
+    }
+    assert (found["whole"].difference, found["traces"].difference) == (1, -1)
+    assert (found["answer_rougeL"].value, found["answer_rougeL"].other) == (1, 0)
+    assert found["answer_length"].difference is None  # the second one never came to an answer
+    few = measured(GOOD[:5], BAD[:5], rows=ROWS[:5])
+    assert not [each for each in comparison.differences(*few) if each.differs]
+
+
+def test_tables_fit_into_80_columns_and_say_what_they_mean():
+    console = Console(width=80, record=True, highlight=False)
+    for table, notes in comparison.tables(measured([*GOOD[:10], *BAD[10:]], BAD)):
+        score_table.show(console, table, *notes)
+    text = console.export_text()
+    first, second = text.split("模型0（前）与 模型1（后）相比")
+    assert "模型0：12 个问题" in first and "tok:zh" in first and "（新题）" in first
+    names = [line.name for line in measured(GOOD)[0].lines]
+    for name in names:
+        [row] = [line for line in first.splitlines() if line.startswith((f"{name} %", f"{name}  "))]
+        assert "[" in row, row
+        assert any(line.startswith(name) for line in second.splitlines()) == (name != "每秒 token")
+    assert "不同" in second and "分不出" in second and "—" in second
+    [whole] = [line.split() for line in first.splitlines() if line.startswith("完整的回复")]
+    assert whole == ["完整的回复", "%", "12", "83.3", "[58.3,", "100.0]"]
+
+
+def test_settings_that_are_unlike_are_told():
+    one, other = measured(GOOD)[0], measured(GOOD, seed=7)[0]
+    [_, (_, notes)] = comparison.tables([one, other])
+    assert "注意：后者不是这样问的（--seed 是 7，现在是 42）。" in notes
+    other = measured(GOOD, no_thinking=True)[0]
+    assert "think_rougeL" not in {each.key for each in comparison.differences(one, other)}
+
+
+def test_json_has_all_of_it():
+    found = json.loads(comparison.to_json(measured(GOOD, BAD)))
+    first, second = found["models"]
+    assert set(found["signatures"]) == {"chrF", "BLEU"} and first["by"] == BY
+    assert [tuple(line.values()) for line in first["scores"]] == [tuple(line) for line in measured(GOOD)[0].lines]
+    assert set(second["differences"][0]) == set(intervals.Difference._fields) and "differences" not in first
+    assert "NaN" not in comparison.to_json(measured(BAD[:1], rows=ROWS[:1]))
+
+
+def test_the_questions_that_differ_most_come_first():
+    rows = [*ROWS[:3], {"question": "无参考？"}]
+    one, other = [*GOOD[:3], GOOD[0]], [GOOD[0], GOOD[1]._replace(answer="多喝水。"), BAD[0], BAD[0]]
+    found = comparison.cases(rows, measured(one, other, rows=rows))
+    assert [case[0] for case in found] == ["第 2 问？", "第 1 问？", "第 0 问？", "无参考？"]
+    question, reference, replies, difference = found[0]
+    assert reference == {"think": "先想原因。", "answer": "多喝水，休息 2 天。"} and difference == 1
+    assert [name for name, _ in replies] == ["模型0", "模型1"] and replies[1][1]["think"] == BAD[0].thinking
+    assert found[-1][1] is None and found[-1][3] == 0
+
+
+@pytest.fixture
+def questions(finished, tiny_model) -> Path:
+    """A working folder with trained models, and four questions of which one has no reference and one an empty one."""
+    rows = [json.loads(line) for line in Path("val.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
+    rows[1].pop("answer")
+    rows[2] |= {"answer": ""}
+    Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return finished
+
+
+def read(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_model_an_adapter_and_a_file_are_compared_and_nothing_is_generated_twice(questions, tiny_model):
+    """By both scripts; none of these models ever closes a thinking, or has time to."""
+    flags = ("--questions", "q.jsonl", "--max_new_tokens", 12)
+    base = run_script("inference.py", "--model_path", tiny_model, "--replies", "base.jsonl", *flags, cwd=questions)
+    assert base.returncode == 0, base.stdout
+    before = Path("base.jsonl").read_bytes()
+    others = ("--compare_with", "lora", "--compare_with", "base.jsonl")
+    result = run_script("inference.py", "--model_path", "full", *flags, *others, cwd=questions)
+    assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
+    assert "full：4 个问题" in result.stdout and "full（前）与 base.jsonl（后）相比" in result.stdout
+    assert Path("base.jsonl").read_bytes() == before and len(read("replies.jsonl")) == 4
+    models = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]
+    assert [model["replies"] for model in models] == ["replies.jsonl", "replies.lora.jsonl", "base.jsonl"]
+    assert models[0]["by"]["weights"] != models[1]["by"]["weights"] != models[2]["by"]["weights"]
+    scores = {line["key"]: line for line in models[0]["scores"]}
+    assert (scores["whole"]["n"], scores["answer_rouge1"]["n"]) == (4, 2)
+    # The adapter alone, by its own script, has said the same; and is not asked again for the full one's sake.
+    alone = run_script("inference_lora.py", "--model_path", "lora", "--replies", "alone.jsonl", *flags, cwd=questions)
+    assert alone.returncode == 0, alone.stdout
+    assert [row["answer"] for row in read("alone.jsonl")] == [row["answer"] for row in read("replies.lora.jsonl")]
+    earlier = ("--replies", "alone.jsonl", "--compare_with", "alone.jsonl", "--compare_with", "full")
+    again = run_script("inference_lora.py", "--model_path", "lora", *flags, *earlier, cwd=questions)
+    assert again.returncode == 0 and again.stdout.count("已回答") == 1, again.stdout  # by full
+    assert " 不同" not in again.stdout.split("相比")[1]
+
+
+def test_one_token_is_enough_for_a_table(questions):
+    flags = ("--questions", "q.jsonl", "--model_path", "full", "--max_new_tokens", 1)
+    result = run_script("inference.py", *flags, cwd=questions)
+    assert result.returncode == 0 and "完整的回复" in result.stdout, result.stdout
+    assert {row["tokens"] for row in read("replies.jsonl")} == {1}
