@@ -14,6 +14,7 @@ import inference
 from parts import question_file, replies, reply_file
 from parts.conversation import Conversation
 
+LONG = "头痛怎么办？" * 680  # a question so long that a batch has three
 BY = {"model": "tiny", "weights": None, "no_thinking": False, "max_new_tokens": 30, "seed": 42}
 
 
@@ -107,7 +108,7 @@ def test_it_goes_on_where_it_stopped(folder, likeliest, tokenizer, capsys):
 
 def test_interrupted_again_and_again_it_still_goes_on(folder, likeliest, tokenizer):
     """What was cut off is gone from the file before anything is added to it."""
-    rows = [{"question": f"第 {place} 问：" + "头痛怎么办？" * 400} for place in range(9)]  # batches of three
+    rows = [{"question": f"第 {place} 问：" + LONG} for place in range(9)]
 
     class Interrupted(Conversation):
         batches = 0
@@ -150,8 +151,7 @@ def test_a_file_that_somebody_writes_is_left_to_them(folder, likeliest, tokenize
 
 
 def test_killed_after_three_of_ten_and_started_again_it_has_ten(workspace, tiny_model):
-    """Long questions make batches of three."""
-    rows = [{"question": f"第 {place} 问：" + "头痛怎么办？" * 400} for place in range(10)]
+    rows = [{"question": f"第 {place} 问：" + LONG} for place in range(10)]
     Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags = ["--model_path", tiny_model, "--questions", "q.jsonl", "--max_new_tokens", "40"]
     process, path = Started("inference.py", flags, workspace), Path("replies.jsonl")
@@ -160,7 +160,7 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(workspace, tiny_
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL, process.stdout
     before = [line for line in path.read_bytes().split(b"\n")[:-1]]
-    assert 3 <= len(before) < 10
+    assert len(before) in (3, 6, 9)
     again = run_script("inference.py", *flags, cwd=workspace)
     assert again.returncode == 0, again.stdout
     assert f"replies.jsonl 里已有 {len(before)} 条" in again.stdout and "完整的回复" in again.stdout
@@ -204,7 +204,7 @@ def test_a_full_disk_keeps_what_is_answered(folder, likeliest, tokenizer):
     """A file that takes no more is what a full disk is, to one who writes."""
     import resource
 
-    rows = [{"question": f"第 {place} 问：" + "头痛怎么办？" * 400} for place in range(6)]  # in two batches
+    rows = [{"question": f"第 {place} 问：" + LONG} for place in range(6)]
     answer(likeliest, tokenizer, rows)
     size = Path("replies.jsonl").stat().st_size
     Path("replies.jsonl").unlink()
@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_what_is_answered(folder, likeliest, tokenizer):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     kept = len(reply_file.read("replies.jsonl", rows, BY).replies)
-    assert 3 <= kept < 6
+    assert kept in (3, 4)
     answer(likeliest, tokenizer, rows)
     assert len(read_lines("replies.jsonl")) == 6
 
