@@ -102,7 +102,7 @@ def read(path: str, rows: list[Row], by: dict | None = None, flag: str = "--repl
     replies, first = {}, by
     for number, text in enumerate(lines, 1):
         line = parse(text)
-        where = f"错误：{flag} {path} 已经存在，而第 {number} 行"
+        where = f"错误：{flag} {path} {'已经存在，而' * (flag == '--replies')}第 {number} 行"
         if line is None:
             raise SystemExit(f"{where}不是 inference.py 写的回复；{REMEDY[flag]}")
         if not (places := open_places[same_question(line)]):

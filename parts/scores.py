@@ -119,4 +119,5 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool = True) -> lis
     measures += overlap(rows, replies, "answer", "回答", corpus=True)
     if thinking:
         measures += overlap(rows, replies, "think", "思考", corpus=False)
+    # The replies of a batch share one speed, so what is drawn varies less than batches do.
     return measures + [mean("speed", "每秒 token", "token/秒", [reply.tokens for reply in replies], of=seconds)]

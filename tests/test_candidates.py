@@ -29,9 +29,9 @@ def write(path: str, rows=ROWS) -> None:
         (["part.jsonl"], "--compare_with part.jsonl 只有 1 条回复，而问题有 2 个；请先用写它的命令答完。"),
         (
             ["other.jsonl"],
-            "--compare_with other.jsonl 已经存在，而第 1 行不是对 --questions 里问题的回复，或多了一次；~",
+            "--compare_with other.jsonl 第 1 行不是对 --questions 里问题的回复，或多了一次；~",
         ),
-        (["rows.jsonl"], "--compare_with rows.jsonl 已经存在，而第 1 行不是 inference.py 写的回复；请换一个文件。"),
+        (["rows.jsonl"], "--compare_with rows.jsonl 第 1 行不是 inference.py 写的回复；请换一个文件。"),
         (["whole.jsonl", "./whole.jsonl"], "--compare_with whole.jsonl ./whole.jsonl：有两个是同一个，或名字太像；~"),
         (["a/b", "a-b"], "--compare_with a/b a-b：有两个是同一个，或名字太像；请去掉一个。"),
         (["taken/model"], "--replies ~r.taken-model.jsonl 已经存在，而第 1 行不是 inference.py 写的回复；~"),

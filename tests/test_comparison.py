@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import run_script
+from helpers import opening, run_script
 from rich.console import Console
 
 from parts import comparison, intervals, score_table
@@ -109,7 +109,7 @@ def read(path: str) -> list[dict]:
 
 
 def test_a_model_an_adapter_and_a_file_are_compared_and_nothing_is_generated_twice(questions, tiny_model):
-    """By both scripts; none of these models ever closes a thinking, or has time to."""
+    """By both scripts."""
     flags = ("--questions", "q.jsonl", "--max_new_tokens", 12)
     base = run_script("inference.py", "--model_path", tiny_model, "--replies", "base.jsonl", *flags, cwd=questions)
     assert base.returncode == 0, base.stdout
@@ -134,8 +134,27 @@ def test_a_model_an_adapter_and_a_file_are_compared_and_nothing_is_generated_twi
     assert " 不同" not in again.stdout.split("相比")[1]
 
 
-def test_one_token_is_enough_for_a_table(questions):
-    flags = ("--questions", "q.jsonl", "--model_path", "full", "--max_new_tokens", 1)
-    result = run_script("inference.py", *flags, cwd=questions)
-    assert result.returncode == 0 and "完整的回复" in result.stdout, result.stdout
-    assert {row["tokens"] for row in read("replies.jsonl")} == {1}
+def test_a_model_that_never_closes_its_thinking_and_one_token_get_a_table(questions):
+    """Nothing of it is an answer, or is left out."""
+    template = Path("full/chat_template.jinja")
+    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
+    for tokens in (1, 9):
+        flags = (
+            "--questions",
+            "q.jsonl",
+            "--model_path",
+            "full",
+            "--max_new_tokens",
+            tokens,
+            "--replies",
+            f"{tokens}.jsonl",
+        )
+        result = run_script("inference.py", *flags, cwd=questions)
+        assert result.returncode == 0 and "完整的回复" in result.stdout, result.stdout
+        assert {(row["tokens"], row["form"], row["answer"]) for row in read(f"{tokens}.jsonl")} == {
+            (tokens, "unclosed", "")
+        }
+        [model] = json.loads(Path(f"{tokens}.scores.json").read_text(encoding="utf-8"))["models"]
+        scores = {line["key"]: (line["n"], line["value"]) for line in model["scores"]}
+        assert scores["whole"] == scores["stopped"] == (4, 0) and scores["answer_length"] == (0, None)
+        assert {scores[f"answer_{kind}"] for kind in ("rouge1", "rouge2", "rougeL", "chrf", "bleu")} == {(2, 0)}

@@ -62,10 +62,12 @@ def test_a_line_that_somebody_changed_is_refused(folder, change):
     "asked", [[{"question": "别的？"}], ROWS[:2], [ROWS[0], ROWS[1], {"question": "头痛？", "history": [["甲", "乙"]]}]]
 )
 def test_replies_to_other_questions_are_refused(folder, asked):
-    message = "--{0} r.jsonl 已经存在，而第 {1} 行不是对 --questions 里问题的回复，或多了一次；{2}"
+    message = "--{} r.jsonl {}第 {} 行不是对 --questions 里问题的回复，或多了一次；{}"
     line, path = (1 if len(asked) == 1 else 3), write({}, {}, {})
-    refused(message.format("replies", line, KEPT), reply_file.read, path, asked, BY)
-    refused(message.format("compare_with", line, "请换一个文件。"), reply_file.read, path, asked, flag="--compare_with")
+    refused(message.format("replies", "已经存在，而", line, KEPT), reply_file.read, path, asked, BY)
+    refused(
+        message.format("compare_with", "", line, "请换一个文件。"), reply_file.read, path, asked, flag="--compare_with"
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_replies_that_were_made_otherwise_are_refused(folder, change, what):
 def test_one_file_holds_the_replies_of_one_model(folder):
     mixed = write({}, {"by": BY | {"seed": 7}})
     refused(
-        "--compare_with r.jsonl 已经存在，而第 2 行是另一次提问的（--seed 是 7，现在是 42）；请换一个文件。",
+        "--compare_with r.jsonl 第 2 行是另一次提问的（--seed 是 7，现在是 42）；请换一个文件。",
         reply_file.read,
         mixed,
         ROWS,
