@@ -42,8 +42,8 @@ def find_local(name: str, revision: str | None = None) -> Path | None:
 
 
 def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> tuple[str]:
-    """(the folder of a model), local or a ModelScope id's. Raises SystemExit when it is to be asked without `thinking`
-    and cannot be."""
+    """What load_found takes: the folder of a local model, or of one that comes from ModelScope. Raises SystemExit when
+    it is to be asked without `thinking` and cannot be."""
     from parts import hub, models
 
     path = str(find_local(name, revision) or hub.find_model(name, "检查 --model_path", revision))
@@ -62,7 +62,7 @@ def load_found(path: str):
 
 
 def load_trained(name: str, revision: str | None = None, thinking: bool = True):
-    """Both of them."""
+    """(model, tokenizer) from an output folder of train.py, any folder with a model, or a ModelScope id."""
     return load_found(*find_trained(name, revision, thinking))
 
 

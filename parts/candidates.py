@@ -56,8 +56,8 @@ def check(rows: list[Row], replies: str, others: list[str]) -> None:
     compare with, before anyone looks for a model."""
     reply_file.require_writable(replies)
     reply_file.read(replies, rows)
-    paths = [os.path.realpath(beside(replies, name)) for name in others]
-    if len(set(paths)) < len(paths):
+    paths = [beside(replies, name) for name in others]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise SystemExit(f"错误：--compare_with {' '.join(others)}：有两个是同一个，或名字太像；请去掉一个。")
     for name, path in zip(others, paths):
         if not name.endswith(EARLIER):
@@ -65,7 +65,7 @@ def check(rows: list[Row], replies: str, others: list[str]) -> None:
             reply_file.read(path, rows)
         elif not os.path.isfile(path):
             raise SystemExit(f"错误：找不到 --compare_with {name}；请检查路径。")
-        elif path != os.path.realpath(replies):  # that one will be whole when it is its turn
+        elif os.path.realpath(path) != os.path.realpath(replies):  # that one will be whole when it is its turn
             if len(found := reply_file.read(name, rows, flag="--compare_with").replies) < len(rows):
                 raise SystemExit(
                     f"错误：--compare_with {name} 只有 {len(found)} 条回复，而问题有 {len(rows)} 个；"

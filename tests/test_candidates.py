@@ -10,7 +10,7 @@ import pytest
 from helpers import refused
 
 import inference
-from parts import candidates, reply_file
+from parts import candidates, checkpoints, reply_file
 from parts.encoding import Reply
 
 ROWS = [{"question": "头痛？", "history": []}, {"question": "感冒？", "history": []}]
@@ -34,7 +34,7 @@ def write(path: str, rows=ROWS) -> None:
         (["rows.jsonl"], "--compare_with rows.jsonl 第 1 行不是 inference.py 写的回复；请换一个文件。"),
         (["whole.jsonl", "./whole.jsonl"], "--compare_with whole.jsonl ./whole.jsonl：有两个是同一个，或名字太像；~"),
         (["a/b", "a-b"], "--compare_with a/b a-b：有两个是同一个，或名字太像；请去掉一个。"),
-        (["taken/model"], "--replies ~r.taken-model.jsonl 已经存在，而第 1 行不是 inference.py 写的回复；~"),
+        (["taken/model"], "--replies r.taken-model.jsonl 已经存在，而第 1 行不是 inference.py 写的回复；~"),
     ],
 )
 def test_files_that_cannot_be_compared_are_named(folder, others, message):
@@ -64,6 +64,12 @@ def test_a_model_that_is_not_there_is_refused_before_another_answers(finished, m
     monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
     refused(message, inference.main)
     assert not Path("replies.jsonl").exists()
+
+
+def test_an_adapter_is_known_by_its_folder_before_its_training_has_ended(interrupted):
+    """Its folder has nothing but checkpoints then."""
+    folders = ("lora", "lora/checkpoint-10", "full", "full/checkpoint-10", "none", "Qwen/Qwen3-1.7B")
+    assert [checkpoints.holds_adapter(folder) for folder in folders] == [True, True, False, False, False, False]
 
 
 def test_an_adapter_of_another_base_is_refused_before_another_answers(finished, monkeypatch):
