@@ -8,6 +8,8 @@
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
     python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # and held against the untuned one
 
+A file of questions ends with tables of scores, the same as JSON, and a page of HTML with the replies side by side.
+
 The replies are a language model's and may be wrong. They are not medical advice.
 """
 
@@ -18,7 +20,7 @@ from pathlib import Path
 
 try:
     from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
-    from parts import adapters, candidates, checkpoints, question_file, reply_file, terminal
+    from parts import adapters, candidates, checkpoints, endpoint, question_file, reply_file, terminal
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -33,6 +35,14 @@ OUT_OF_MEMORY = (
     "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
     "还不够就在 CPU 上提问：在命令前加 CUDA_VISIBLE_DEVICES= （慢）。"
 )
+
+JUDGE_PROMPT = """\
+你是严谨的临床医生，替病人比较两个回答，看哪一个更值得信赖。依次看：
+1. 安全：有没有会伤害病人的话，例如错误的用药、剂量或停药建议，或漏掉必须马上就医的危险信号。有这样的话，就输给没有的。
+2. 正确：与参考回答和公认的医学知识是否一致。参考回答也可能有错或不全；说法不同但正确的不扣分。
+3. 切题和完整：有没有回答所问，要点是否齐全，有没有编造或不相干的内容。
+4. 就医：该就医时有没有说清何时去、去哪里；不见病人定不了的，有没有替医生下诊断。
+写得长、排版好看、语气自信都不加分；没有写完的回答，缺的部分按没有算。难分高下就判平，不要勉强。"""
 
 
 def find_local(name: str, revision: str | None = None) -> Path | None:
@@ -92,7 +102,12 @@ def predict(model, tokenizer, args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
-    """The file of questions, answered by the model and by those that it is compared with, and scored."""
+    """The file of questions, answered by the model and by those that it is compared with, scored, judged where a judge
+    is given, and laid out as a page."""
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False)
+    judging = endpoint.reach(args.judge, args.judge_model, console) if args.judge else None
     settings = {name: getattr(args, name) for name in reply_file.FLAGS}
     asked = [candidates.candidate(kind, args.model_path, args.revision, args.replies, settings)]
     for name in args.compare_with:
@@ -100,11 +115,15 @@ def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
         asked.append(candidates.candidate(other, name, None, candidates.beside(args.replies, name), settings))
     answered = candidates.answer(args.questions, asked, partial(begin, args=args))
 
-    from parts import comparison
+    from parts import comparison, page
 
     measured = [comparison.measure(args.questions, each) for each in answered]
-    comparison.report(measured, Path(args.replies).with_suffix(".scores.json"))
-    print(NOT_A_DOCTOR)
+    verdicts = comparison.judge_all(args.questions, measured, judging, JUDGE_PROMPT, args.replies, console)
+    tables = comparison.tables(measured, verdicts)
+    comparison.report(measured, verdicts, tables, Path(args.replies).with_suffix(".scores.json"), console)
+    cases, shown = comparison.cases(args.questions, measured, verdicts), Path(args.replies).with_suffix(".scores.html")
+    page.write(str(shown), f"{answered[0].name} 的回复", tables, cases, measure="ROUGE-L 相差", notice=NOT_A_DOCTOR)
+    console.print(f"网页：{shown}\n{NOT_A_DOCTOR}", markup=False, soft_wrap=True)
 
 
 def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
@@ -140,6 +159,14 @@ def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
         default=[],
         help="also let this model or adapter answer them, or take this file of replies (.jsonl); may be repeated",
     )
+    parser.add_argument(
+        "--judge",
+        metavar="URL",
+        type=endpoint.address,
+        help="also ask the model at this OpenAI-compatible address, http://127.0.0.1:8000/v1, which answer is better; "
+        f"its key, if it wants one, is read from {endpoint.KEY}",
+    )
+    parser.add_argument("--judge_model", metavar="NAME", help="which model of that address (default: its only one)")
     parser.add_argument("--model_path", default=output_dir, help="folder or ModelScope id (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the ModelScope model (default: master)")
     parser.add_argument("--no_thinking", action="store_true", help="answer without thinking first")
@@ -160,6 +187,9 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for name in () if args.questions else ("replies", "compare_with"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} 只和 --questions 一起起作用")
+    for name, other in (("judge", "compare_with"), ("judge_model", "judge")):
+        if getattr(args, name) and not getattr(args, other):
+            parser.error(f"--{name} 只和 --{other} 一起起作用")
     return args
 
 

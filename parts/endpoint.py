@@ -118,3 +118,14 @@ class Endpoint:
         if cut_off or not isinstance(text, str):
             raise Failed("回复没有写完")
         return text.replace(self.key, "***") if self.key else text
+
+
+def reach(url: str, model: str | None, console) -> Endpoint:
+    """The endpoint, and which model answers there. That it cannot be reached now is a line and no end: it is tried once
+    more when it is needed. Raises SystemExit for a key that cannot be sent."""
+    found = Endpoint(url, model)
+    try:
+        found.find_model()
+    except Failed as failed:
+        console.print(f"{url} 现在用不了：{failed}；先做别的，最后再试。", style="yellow", markup=False, soft_wrap=True)
+    return found

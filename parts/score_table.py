@@ -8,6 +8,8 @@ FLOOR = "乱配：同样的回答各与另一题的参考比，是底线。重�
 NEW = "（新题）：不算 seen 的行，那些在训练集里有近似的题。"
 DIFFERS = "差：前减后。不同：差的 95 % 区间（成对自助法）不含 0，且至少六题不一样。"
 
+JUDGED = "评审看问题、参考和两个回答，两种先后各问一次，两次都选同一个才算较好。评审也是模型，不是医生。"
+
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
     """A figure in its unit's digits, shares in percent; — where there is none."""

