@@ -79,9 +79,12 @@ def main() -> None:
     run("train_lora.py", "--model_name", "full", "--output_dir", "lora", *steps, *TRAINING)
     lora = check_losses("lora", most=1)
     check_reply(run("inference_lora.py", "--model_path", "lora", QUESTION))
+    asked = ["--questions", "val.jsonl", "--max_new_tokens", "160", "--compare_with", "base"]
+    run("inference.py", "--model_path", "full", *asked)
     print(
         f"\n演示完成，用时 {time.monotonic() - started:.0f} 秒。损失：全参数 {full}，LoRA {lora}。\n"
         f"文件在 {WORK}；看训练曲线：swanlab watch {WORK / 'swanlog'}\n"
+        f"训练前后的回复并排看：用浏览器打开 {WORK / 'replies.scores.html'}\n"
         "这个小模型只是背下了训练样例，没训练过的验证问题大多答错，这是正常的；它不能用来看病。\n"
         "真正的训练：python data.py，然后 python train.py"
     )

@@ -1,7 +1,7 @@
 """Make the pictures of the READMEs, in readme_images/.
 
     python tests/demo/pictures.py                # losses.png and memory.png, from curves.json and memory.json
-    python tests/demo/demo.py && python tests/demo/pictures.py --screens    # dashboard.png and chat.png, of that demo
+    python tests/demo/demo.py && python tests/demo/pictures.py --screens    # the other three, of that demo
 
 The screens need pexpect, playwright and a Chromium (its path, where playwright has none: --chromium PATH).
 """
@@ -189,9 +189,26 @@ def photograph(chromium: str | None) -> None:
             open_when_ready(page, f"http://127.0.0.1:{PORT}/experiment/1/chart")
             page.wait_for_timeout(7000)  # the charts draw themselves
             page.screenshot(path=IMAGES / "dashboard.png")
+            photograph_comparison(browser)
             browser.close()
     finally:
         server.terminate()
+
+
+def photograph_comparison(browser) -> None:
+    """The page of the demo's replies, down to the first question, with one thinking open; in 64 colours."""
+    import PIL.Image
+
+    page = browser.new_page(viewport={"width": 1000, "height": 900}, locale="zh-CN")
+    page.goto((DEMO / "replies.scores.html").resolve().as_uri())
+    page.locator("#case-1 .reply summary").first.click()
+    page.evaluate("scrollTo(0, 0)")  # the bar sticks to the top of what is seen
+    case = page.locator("#case-1").bounding_box()
+    area = {"x": 0, "y": 0, "width": 1000, "height": case["y"] + case["height"] + 12}
+    page.screenshot(path=IMAGES / "compare.png", full_page=True, clip=area)
+    with PIL.Image.open(IMAGES / "compare.png") as picture:
+        small = picture.convert("RGB").quantize(64)
+    small.save(IMAGES / "compare.png", optimize=True)
 
 
 def main() -> None:
