@@ -14,6 +14,7 @@ the flags are read.
 import os
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 
 try:
     import data
@@ -37,6 +38,11 @@ LOGGING_STEPS = 10
 MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
 SAMPLE_TOKENS = 1024  # at most, for each of these replies
+EVAL_SAMPLES = 4  # validation questions answered at each evaluation, where time allows
+EVAL_SAMPLE_TOKENS = 512  # at most, for each of those
+# One public run of the published recipe, and its eval_loss: (step, loss)
+PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
+PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
 PROJECT = "qwen3-sft-medical"  # in SwanLab
 
 OUT_OF_MEMORY = (
@@ -68,7 +74,8 @@ class TrainArguments(Arguments):
     logging_steps: float = LOGGING_STEPS
     report_to: None | str | list[str] = "swanlab"
     seed: int = SEED
-    sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each reply at the end"})
+    eval_samples: int = field(default=EVAL_SAMPLES, metadata={"help": "questions at each evaluation; 0: none"})
+    sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each sample reply"})
 
 
 def prepare_files(args: TrainArguments) -> None:
@@ -84,9 +91,9 @@ def prepare_files(args: TrainArguments) -> None:
         )
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
-    interrupted run `kept` a part."""
+    interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
     from parts import kernels, memory, memory_plan, packing, proof, rehearsal
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
@@ -103,6 +110,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         model=model,
         args=args,
         kernels=fast,
+        clean=clean,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -126,26 +134,13 @@ def save(trainer, tokenizer, settings: dict) -> None:
         model_card.write(trainer, settings, data.read_origin(args.train_file))
 
 
-def predict(model, tokenizer, rows: list[dict], sample_tokens: int) -> list[str]:
-    """Replies to the questions of `rows`, each after its history, printed, and as one text each; without thinking where
-    none of the rows has any."""
-    from parts import replies
-
-    conversations, texts = [data.to_messages(row["question"], history=row.get("history")) for row in rows], []
-    thinking = any(row["think"] for row in rows)
-    for row, reply in zip(rows, replies.generate(model, tokenizer, conversations, sample_tokens, thinking)):
-        end = "" if reply.complete else f"……（到 {sample_tokens} 个 token 为止）"
-        texts.append(f"【问题】{row['question']}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
-        print(f"\n{texts[-1]}")
-    return texts
-
-
 def train(args: TrainArguments, add_adapter=None, callbacks=()):
     """From the files to a finished output folder, step by step; returns the Trainer. Called again after an interruption
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import architecture, memory_plan, model_card, models, output_folder, replies, tracking
+    from parts import architecture, memory_plan, model_card, models, output_folder, replies, samples, tracking
+    from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
@@ -164,8 +159,9 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
                 print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
             tokenizer = encoding.with_default_system(tokenizer, SYSTEM_PROMPT)  # saved with the model
-            train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
-            eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
+            load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
+            train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
+            clean = load_clean(args.val_file, eval_dataset, data.read_examples, load)
             if args.dataloader_drop_last and len(train_dataset) < (batch := args.train_batch_size * args.world_size):
                 raise SystemExit(
                     f"错误：训练集只有 {len(train_dataset)} 条，不满一批（{batch} 条），一步也训练不了；"
@@ -178,7 +174,9 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             model = models.load_weights(model_path, args.device, args.load_in_4bit)
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
-            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
+            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
+            rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
+            trainer.add_callback(samples.Samples(trainer, rows[: args.eval_samples], data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
@@ -191,10 +189,10 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
         # The first questions of the validation set, to look at
         if not args.process_index:
-            rows = data.read_examples(args.val_file)[:SAMPLES]
             no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
             with terminal.explain_out_of_memory(no_memory):
-                tracking.finish(args, predict(trainer.model, tokenizer, rows, args.sample_tokens))
+                asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
+                tracking.finish(args, samples.show(trainer.model, tokenizer, *asked))
     return trainer
 
 
@@ -207,14 +205,15 @@ def check(args: TrainArguments, add_adapter=None) -> None:
 
 
 def report(trainer, script: str) -> None:
-    """Last on the screen: where the model is and how to ask it."""
+    """Last on the screen: how it compares with the public run, where the model is, and how to ask it."""
     from parts import model_card
 
     args, state = trainer.args, trainer.state
     default = args.output_dir in (OUTPUT_DIR, LORA_OUTPUT_DIR)
     where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
     saved = f"保存的权重：{model_card.describe_saved(args, state)}。模型在 {args.output_dir}"
-    print(f"\n训练完成：{state.global_step} 步。{saved}，提问：python {script}{where}")
+    print(f"\n{model_card.against_published(args, state, data.read_origin(args.train_file), PUBLISHED)}")
+    print(f"训练完成：{state.global_step} 步。{saved}，提问：python {script}{where}")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ ABOVE_0 = (  # flags of the scripts are among them
 BELOW_1 = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 NOT_BELOW_0 = (
     "early_stopping_patience seed data_seed checkpoint_every weight_decay max_grad_norm warmup_steps eval_delay "
-    "neftune_noise_alpha dataloader_num_workers"
+    "neftune_noise_alpha dataloader_num_workers eval_samples"
 ).split()
 
 

@@ -68,7 +68,8 @@ def refuse(args) -> None:
     clipped = "max_grad_norm" in given and args.max_grad_norm and str(args.optimizer).endswith("in_backward")
     trackio = sorted(given.intersection(TRACKIO)) if "trackio" not in (args.report_to or ()) else []
     scheduler = SchedulerType(args.lr_scheduler_type)
-    unseen = sorted(given & {"eval_delay", "eval_on_start", "metric_for_best_model"})
+    samples = {"eval_samples"} if getattr(args, "eval_samples", 0) else set()  # none are wanted: none are missed
+    unseen = sorted(given & {"eval_delay", "eval_on_start", "metric_for_best_model", *samples})
     strategy = getattr(args.save_strategy, "value", args.save_strategy)
     evaluation = getattr(args.eval_strategy, "value", args.eval_strategy)
     logging = getattr(args.logging_strategy, "value", args.logging_strategy)

@@ -3,8 +3,8 @@
 import importlib.metadata
 from pathlib import Path
 
-from parts import checkpoints, hub
-from parts.run_settings import LORA_SETTINGS
+from parts import checkpoints, flags, hub
+from parts.run_settings import LORA_SETTINGS, SETTINGS
 
 CARD = """\
 ---
@@ -51,14 +51,58 @@ def saved_step(args, state) -> int:
     return state.global_step
 
 
+def saved_losses(args, state) -> dict[str, float]:
+    """The log of the evaluation of the saved weights; empty where they were not evaluated."""
+    step = saved_step(args, state)
+    return next((log for log in reversed(state.log_history) if "eval_loss" in log and log["step"] == step), {})
+
+
 def describe_saved(args, state) -> str:
     """Which step's weights were saved, how they were evaluated, and why they were chosen."""
-    step = saved_step(args, state)
-    losses = [log["eval_loss"] for log in state.log_history if "eval_loss" in log and log["step"] == step]
-    text = f"eval_loss {losses[-1]:.4f}（第 {step} 步）" if losses else f"未评估（第 {step} 步）"
+    step, losses = saved_step(args, state), saved_losses(args, state)
+    text = f"eval_loss {losses['eval_loss']:.4f}（第 {step} 步）" if losses else f"未评估（第 {step} 步）"
     if args.load_best_model_at_end and state.best_model_checkpoint:
         return f"{text}，按 eval_{args.metric_for_best_model.removeprefix('eval_')} 选出"
     return f"{text}，最后一步"
+
+
+def describe_parts(args, state) -> dict[str, str]:
+    """{what: losses} of the saved weights: thinking and answer apart, and the validation text with cleaned thinking."""
+    losses, rows = saved_losses(args, state), {}
+    for name, text in (("eval", "验证损失"), ("eval_clean", "清洗过的验证文本的损失")):
+        if f"{name}_answer_loss" in losses:
+            parts = {"按行平均": "loss", "思考": "think_loss", "回答": "answer_loss"}
+            found = [(part, losses.get(f"{name}_{key}")) for part, key in parts.items()]
+            rows[text] = "，".join(f"{part} {loss:.4f}" for part, loss in found if loss is not None)
+    return rows
+
+
+def against_published(args, state, origin: dict, published: dict) -> str:
+    """The saved weights' eval_loss beside the curve of one public run, where the two were measured alike; else why it
+    says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end."""
+    loss, why = saved_losses(args, state).get("eval_loss"), None
+    changed = [name for name in (*SETTINGS, "val_file") if flags.is_given(args, name)]
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    sources = [source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])]
+    if args.trains_adapter:
+        why = "它训练了全部参数，这里只训练 LoRA"
+    elif sources != [published["dataset"]]:
+        why = f"数据不只是 {published['dataset']}" if published["dataset"] in sources else "数据不同"
+    elif not origin.get("raw", True):  # a file without the word is older than the cleaning
+        why = "训练文本是清洗过的，不是公布的原文（python data.py --raw）"
+    elif changed:
+        why = f"设置不同（{'、'.join(f'--{name}' for name in changed)}）"
+    elif step != published["examples_per_step"]:
+        why = f"每步 {step} 条样本，它是 {published['examples_per_step']} 条"
+    elif abs(state.max_steps / published["steps"] - 1) > 0.02:  # some rows of the set may be left out
+        why = f"共 {state.max_steps} 步，它是 {published['steps']} 步"
+    elif loss is None:
+        why = "保存的权重没有评估过"
+    if why:
+        return f"不与公开方案的损失曲线比较：{why}。"
+    (best_step, best), (end_step, end) = published["best"], published["end"]
+    curve = f"最低 {best}（第 {best_step} 步），最后 {end}（第 {end_step} 步）"
+    return f"eval_loss {loss:.3f}；公开方案的一次运行（全部参数，公布的原文）{curve}。"
 
 
 def draw_losses(log_history: list[dict], path: Path, saved: int) -> None:
@@ -104,6 +148,7 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
         "保存的权重": describe_saved(args, state),
+        **describe_parts(args, state),
         "优化器": args.optim if optimizer == "optim" else optimizer,
         "梯度裁剪": args.max_grad_norm or "没有",
         "精度": str(trainer.model.dtype).removeprefix("torch.") + mixed,
@@ -122,4 +167,4 @@ def describe_origin(origin: dict) -> str:
     return "<br>".join(
         f"{source['source']}{'，版本 ' + source['revision'] if source['revision'] else ''}，SHA-256 {source['sha256']}"
         for source in origin["sources"]
-    )
+    ) + ("" if origin.get("raw", True) else "<br>训练用的思考由 data.py 清洗过")

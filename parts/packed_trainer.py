@@ -1,32 +1,22 @@
-"""Training on packed batches: a loss without logits, an evaluation that no batch changes, a step cut into passes, and
-its log lines. Knows the plan and the kernels that were chosen, not how."""
+"""Training on packed batches: a loss without logits, an evaluation that no batch changes, and a step cut into passes.
+Knows the plan and the kernels that were chosen, not how."""
 
 import time
 
 import torch
 import transformers
-from tqdm import tqdm
 
-from parts import memory, memory_plan, optimizers
+from parts import encoding, evaluation, memory, memory_plan, optimizers
 from parts.encoding import IGNORE_INDEX
+from parts.evaluation import CleanText
 from parts.kernels import Kernels
+from parts.log_lines import LogLines
 from parts.loss import LinearCrossEntropy
 from parts.memory_plan import Plan
 from parts.packing import PACKED, PackedCollator, split_batch, starts_of, token_batches
 from parts.safe_trainer import SafeTrainer
 
 EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which keeps neither activations nor logits
-LOG_PARTS = {  # of a log, as they stand in its line
-    "loss": "loss {:.4f}",
-    "eval_loss": "评估 eval_loss {:.4f}",
-    "eval_token_loss": "按 token {:.4f}",
-    "grad_norm": "梯度 {:.2f}",
-    "learning_rate": "学习率 {:.3g}",
-    "tokens_per_second": "{:,.0f} token/秒",
-    "peak_memory_gb": "{:.2f} GB",
-    "eval_runtime": "{:.1f} 秒",
-    "train_runtime": "训练用时 {:.0f} 秒",
-}
 
 
 class PackedTrainer(SafeTrainer):
@@ -39,9 +29,11 @@ class PackedTrainer(SafeTrainer):
     step_hooks: tuple = ()  # that step in the backward pass
     plan: Plan | None = None  # that is followed
 
-    def __init__(self, *args, kernels: Kernels, **kwargs):
+    def __init__(self, *args, kernels: Kernels, clean: CleanText | None = None, **kwargs):
         super().__init__(*args, data_collator=PackedCollator(), **kwargs)
-        self.kernels, self.max_grad_norm = kernels, self.args.max_grad_norm
+        self.kernels, self.clean, self.max_grad_norm = kernels, clean, self.args.max_grad_norm
+        # Rows that are drawn at random come without a tokenizer, and have no thinking.
+        self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
         if self.args.fast_kernels:
             self.args.use_liger_kernel = False  # kernels.choose has applied what agrees here
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
@@ -101,30 +93,43 @@ class PackedTrainer(SafeTrainer):
 
     @torch.no_grad()
     def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
-        """Of these rows as one batch: sum of the examples' mean losses, examples, sum of the tokens' losses, tokens."""
+        """evaluation.per_row of these rows as one batch: [6, rows]."""
         inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
         with self.compute_loss_context_manager():
-            total, losses, where = self.supervised_losses(self.model, inputs)
-        example = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[0, 1:][where]
-        means = torch.zeros(len(rows), device=losses.device).index_add_(0, example, losses)
-        means /= torch.bincount(example, minlength=len(rows))
-        return torch.tensor([means.sum().item(), len(rows), total.item(), len(losses)], dtype=torch.float64)
+            _, losses, where = self.supervised_losses(self.model, inputs)
+        row = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[0, 1:][where]
+        thinking = evaluation.is_thinking(inputs["labels"][0], self.end_of_thinking)[1:][where]
+        return evaluation.per_row(losses, row, thinking, len(rows))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """{eval_loss: the mean over examples of each example's mean token loss, as published; eval_token_loss: the mean
-        over tokens; eval_runtime in seconds}. Neither loss depends on batch size or number of processes."""
+        """{eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as evaluation.losses_of has them; where there
+        is a clean text, eval_clean_loss, eval_clean_think_loss, eval_clean_answer_loss of it; eval_runtime in seconds}.
+        No loss depends on batch size or number of processes."""
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
+        clean = self.clean if dataset is self.eval_dataset else None
         self.model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)  # example means, examples, token losses, tokens
-        for rows in token_batches(dataset, self.args.process_index, self.args.world_size, self.eval_tokens()):
-            sums += self.evaluate_rows(dataset, rows)
+        sums = torch.zeros(2, 6, dtype=torch.float64)  # of per_row's columns: of the rows, and of the clean ones
+        for rows in self.evaluation_batches(dataset):
+            found = self.evaluate_rows(dataset, rows)
+            sums[0] += torch.stack([column.sum() for column in found]).cpu()
+            sums[1] += found.cpu().double() @ clean.shared[rows] if clean else 0
+        for rows in self.evaluation_batches(clean.changed) if clean else ():
+            sums[1] += self.evaluate_rows(clean.changed, rows).sum(dim=1).cpu()
         sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
-        metrics = {"loss": sums[0] / sums[1], "token_loss": sums[2] / sums[3], "runtime": time.perf_counter() - started}
+        losses = evaluation.losses_of(sums[0])
+        if clean:
+            losses |= {f"clean_{name}": loss for name, loss in evaluation.losses_of(sums[1]).items()}
+            losses.pop("clean_token_loss")
+        metrics = losses | {"runtime": time.perf_counter() - started}
         metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluation_batches(self, dataset) -> list[list[int]]:
+        """This process's share of the rows."""
+        return token_batches(dataset, self.args.process_index, self.args.world_size, self.eval_tokens())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The batch in parts of at most batch_tokens tokens; their losses and gradients add up to the batch's."""
@@ -169,22 +174,3 @@ class PackedTrainer(SafeTrainer):
             logs["peak_memory_gb"] = round(memory.peak(self.args.device) / 1e9, 2)
             self.window_start, self.window_tokens = None, 0
         super().log(logs, *args, **kwargs)
-
-
-class LogLines(transformers.TrainerCallback):
-    """A line of at most 80 columns for each log, where Trainer would print a dict, and the bar below them."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        hidden = args.disable_tqdm or not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden, dynamic_ncols=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        parts = [form.format(logs[name]) for name, form in LOG_PARTS.items() if name in logs]
-        if state.is_world_process_zero and parts:
-            tqdm.write("  ".join([f"第 {state.global_step} 步", *parts]))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()

@@ -13,7 +13,7 @@ import torch
 
 from parts import memory, memory_plan, proof
 from parts.encoding import IGNORE_INDEX
-from parts.packing import lengths_of, token_batches
+from parts.packing import lengths_of
 from parts.terminal import is_out_of_memory
 
 
@@ -108,7 +108,7 @@ def measure_evaluation(trainer) -> float:
     """Tokens/s of the largest evaluation batch."""
     args, data = trainer.args, trainer.eval_dataset
     trainer.model.eval()
-    rows = token_batches(data, args.process_index, args.world_size, trainer.eval_tokens())[-1]
+    rows = trainer.evaluation_batches(data)[-1]
     seconds = -now(args.device)
     trainer.evaluate_rows(data, rows)
     return sum(len(data[i]["input_ids"]) for i in rows) / (seconds + now(args.device))
@@ -122,12 +122,17 @@ def now(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def same_random_states(device: torch.device):
-    """Behind it everything is drawn as if nothing had been drawn inside."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    numpy.random.set_state(arrays)
+    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
+    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
+    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        if drawn is not None:
+            backend.set_rng_state(drawn)
 
 
 def seconds_of_run(found: Rehearsed, trainer) -> float:
@@ -141,6 +146,7 @@ def seconds_of_run(found: Rehearsed, trainer) -> float:
         count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations
         count *= steps if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
         tokens = sum(lengths_of(trainer.eval_dataset))
+        tokens += sum(lengths_of(trainer.clean.changed)) if trainer.clean else 0
         seconds += count * tokens / found.eval_speed / args.world_size
     return seconds
 
@@ -151,5 +157,5 @@ def describe(found: Rehearsed, trainer) -> str:
     return (
         f"预演：最大的一步（{found.tokens} 个 token）和评估都放得下，峰值 {found.peak / 1e9:.2f} GB"
         f"（估算 {trainer.plan.total / 1e9:.2f}）。"
-        f"每秒 {found.train_speed:,.0f} 个 token，整个训练最多约 {minutes} 分钟，不算优化器和保存。"
+        f"每秒 {found.train_speed:,.0f} 个 token，整个训练最多约 {minutes} 分钟，不算优化器、样例和保存。"
     )

@@ -1,6 +1,7 @@
 """Conversations to replies, sampled in one batch. Knows prompts and sampling, not where questions come from."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,9 +18,16 @@ Messages = list[dict[str, str]]
 
 
 def generate(
-    model, tokenizer, conversations: list[Messages], max_new_tokens: int, thinking: bool = True, streamer=None
+    model,
+    tokenizer,
+    conversations: list[Messages],
+    max_new_tokens: int,
+    thinking: bool = True,
+    streamer=None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[Reply]:
-    """A Reply for each conversation, sampled as one left-padded batch: never greedy, which makes thinking loop."""
+    """A Reply for each conversation, sampled as one left-padded batch: never greedy, which makes thinking loop. All
+    replies are cut off where `stop()` says so."""
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
     padding, device = tokenizer.pad_token_id, model.device
@@ -36,6 +44,7 @@ def generate(
             use_cache=True,
             streamer=streamer,
             custom_generate=fast_loop(model, max_new_tokens, streamer),
+            stopping_criteria=[lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool)] if stop else [],
             pad_token_id=padding,
             eos_token_id=stops,
             **sampling,
@@ -74,6 +83,10 @@ def room_in_memory(model) -> int:
     """Tokens of prompts and replies that a batch may have: their keys and values have to fit into the GPU's memory."""
     if model.device.type != "cuda":
         return BATCH_TOKENS
+    return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes(model)
+
+
+def token_bytes(model) -> int:
+    """Of the keys and values of one token."""
     config = model.config
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize
-    return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize

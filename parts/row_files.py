@@ -19,6 +19,11 @@ CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
+def clean_path(path: str | Path) -> str:
+    """The file beside `path` that has its rows with cleaned thinking: val.clean.jsonl for val.jsonl."""
+    return str(Path(path).with_suffix(".clean.jsonl"))
+
+
 def read(path: str | Path) -> list[tuple[int, object]]:
     """All rows of a file as (number, row): the line for .jsonl, else the row's place, both counted from 1.
 

@@ -140,11 +140,17 @@ def end(state: str = "success") -> None:
         print(f"SwanLab：没有全部上传（{cause}）。补传本地的记录：swanlab sync --id {run.id} {run.dir}")
 
 
-def finish(args, samples: list[str]) -> None:
-    """The replies as text in the SwanLab run, and the end of that run."""
+def log_texts(args, name: str, texts: list[str], step: int | None = None) -> None:
+    """Texts in the SwanLab run, if this training has one; without a step after all that is there."""
     if "swanlab" in args.report_to and not args.process_index:
         import swanlab
 
-        swanlab.log({"Prediction": [swanlab.Text(sample) for sample in samples]})
+        swanlab.log({name: [swanlab.Text(text) for text in texts]}, step=step)
+
+
+def finish(args, samples: list[str]) -> None:
+    """The replies as text in the SwanLab run, and the end of that run."""
+    log_texts(args, "Prediction", samples)
+    if "swanlab" in args.report_to and not args.process_index:
         end()
         Path(args.output_dir, RUN_ID_FILE).unlink(missing_ok=True)

@@ -116,7 +116,8 @@ def arguments(model: str | Path, lora: bool = False, **changes):
     import train
     import train_lora
 
-    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "sample_tokens": 4, "report_to": "none"}
+    values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "report_to": "none"}
+    values |= {"sample_tokens": 4, "eval_samples": 0}
     cls = train_lora.LoraArguments if lora else train.TrainArguments
     return cls(model_name=str(model), **values | {"disable_tqdm": True} | changes)
 

@@ -127,18 +127,6 @@ def test_another_system_prompt_of_the_base_is_replaced_and_said(workspace, tiny_
     assert "另一个系统提示词" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("thinks", [["", "", ""], ["想", "", ""]])
-def test_samples_are_asked_as_their_rows_are_trained(tiny_model, tokenizer, thinks):
-    """After their history; without thinking where the rows have none."""
-    rows = [{"question": "问", "think": think, "answer": "答", "history": [["早", "好"]]} for think in thinks]
-    model, seen = models.load_weights(str(tiny_model), torch.device("cpu")), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    train.predict(model, tokenizer, rows, 1)
-    asked = data.to_messages("问", history=[["早", "好"]])
-    prompt = encoding.encode_messages(tokenizer, asked, prompt_only=True, thinking=any(thinks))
-    assert seen[0].tolist() == [prompt] * 3
-
-
 def test_out_of_memory_says_what_to_lower_in_order():
     steps = ("--memory_gb", "--max_length 1024", "train_lora.py", "--load_in_4bit", "Qwen/Qwen3-0.6B")
     places = [train.OUT_OF_MEMORY.index(step) for step in steps]
