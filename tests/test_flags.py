@@ -135,6 +135,8 @@ def test_each_flag_is_refused_or_acts(name):
             "--warmup_steps：constant 不预热，constant_with_warmup 才预热",
         ),
         ({"eval_strategy": "no", "eval_delay": 5}, "--eval_delay：--eval_strategy no 时没有评估"),
+        ({"eval_strategy": "no", "eval_samples": 2}, "--eval_samples：--eval_strategy no 时没有评估"),
+        ({"eval_samples": -1}, "--eval_samples -1：要一个不小于 0 的整数"),
         (
             {"load_best_model_at_end": False, "early_stopping_patience": 0, "metric_for_best_model": "eval_token_loss"},
             "--metric_for_best_model：只和 --load_best_model_at_end true 一起起作用",
@@ -162,6 +164,10 @@ def test_each_flag_is_refused_or_acts(name):
 def test_a_flag_that_acts_only_beside_another_says_so(changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train_lora.LoraArguments(report_to="none", **changes)
+
+
+def test_no_samples_may_be_asked_for_where_there_is_no_evaluation():
+    assert train_lora.LoraArguments(report_to="none", eval_strategy="no", eval_samples=0).eval_samples == 0
 
 
 def test_a_secret_is_not_repeated():

@@ -44,6 +44,7 @@ def follow_one(workspace, script: str, one: list[str], launcher: tuple, two: lis
     output = (process := launch(launcher, script, [*two, "--output_dir", "two"])).communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert output.count("训练完成") == 1 and output.count("【问题】") == 3
+    assert "样例" in result.stdout and "样例" in output  # what the first process alone asks, while the second one waits
     found, expected = curve("two"), curve("one")
     assert len(found) == len(expected) > 2
     for pair, other in zip(found, expected):

@@ -15,7 +15,7 @@ from tracker import Tracker
 
 import data
 import train
-from parts import terminal, tracking
+from parts import samples, terminal, tracking
 
 KEY = "a-key-that-must-stay-a-secret"
 FLAGS = "--max_steps 2 --eval_steps 2 --logging_steps 1 --sample_tokens 1 --disable_tqdm true".split()
@@ -90,6 +90,23 @@ def test_local_run_holds_losses_speed_memory_configuration_and_samples(workspace
     line = tracker_line(capfd.readouterr().out)
     assert line.startswith("SwanLab：只记录在本地。查看：swanlab watch swanlog；")
     assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
+
+
+def test_the_samples_of_each_evaluation_are_texts_and_curves(workspace, tiny_model, monkeypatch):
+    monkeypatch.setattr(samples, "SHARE", 1e9)  # else not every evaluation of so short a run has them
+    trainer = run(tiny_model, eval_samples=2, report_to="swanlab")
+    [folder] = Path("swanlog").glob("run-*")
+    series = local_series(folder)
+    for key in ("whole", "leak", "loop", "overlap"):
+        logged = [
+            (log["step"], log[name]) for log in trainer.state.log_history if (name := f"eval_sample_{key}") in log
+        ]
+        assert len(logged) == 2 and any(
+            [(point["index"], point["data"]) for point in points] == logged for points in series
+        )
+    texts = [text.read_text(encoding="utf-8") for text in folder.glob("media/text/*.txt")]
+    assert len(texts) == 2 * 2 + train.SAMPLES
+    assert sorted(text.split("\n")[0] for text in texts).count(texts[0].split("\n")[0]) >= 2  # the same ones each time
 
 
 @pytest.mark.parametrize(("mode", "connects"), [("local", False), ("offline", False), ("online", True)])
