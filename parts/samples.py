@@ -22,9 +22,13 @@ def answer(model, tokenizer, rows: list[Row], to_messages, tokens: int, stop=Non
     """Replies to the questions of `rows`, each after its history, in one batch; without thinking where none of the rows
     has any. `to_messages(question, history=…)` gives the conversation, `stop()` cuts off."""
     conversations = [to_messages(row["question"], history=row.get("history")) for row in rows]
-    return replies.generate(
-        model, tokenizer, conversations, tokens, thinking=any(row["think"] for row in rows), stop=stop
-    )
+    thinking, exact = any(row["think"] for row in rows), torch.are_deterministic_algorithms_enabled()
+    # Under --full_determinism top-p's sums would raise: on CUDA torch has no order for them.
+    torch.use_deterministic_algorithms(False)
+    try:
+        return replies.generate(model, tokenizer, conversations, tokens, thinking, stop=stop)
+    finally:
+        torch.use_deterministic_algorithms(exact)
 
 
 def show(model, tokenizer, rows: list[Row], to_messages, tokens: int) -> list[str]:
@@ -76,15 +80,16 @@ class Samples(transformers.TrainerCallback):
             limit = min(limit, args.ddp_timeout / 2)
         self.skipping, started = False, time.perf_counter()
         found = self.ask(started + limit)
-        self.last = time.perf_counter() - started
-        self.spent += self.last
+        seconds = time.perf_counter() - started
         if found is None:
             self.rows = []
             self.say("样例：内存（显存）不足，之后不再生成；训练照常")
-        elif self.last > limit:
+        elif seconds > limit:
             self.say(f"样例没有做完：一批超过 {limit:.1f} 秒，会超过整个训练的 {SHARE:.0%}，不记录")
         elif not self.interrupted():
-            self.log(found)
+            self.log(found, seconds)
+        self.last = time.perf_counter() - started
+        self.spent += self.last
 
     def on_train_end(self, args, state, control, **kwargs):
         self.began = None
@@ -120,12 +125,12 @@ class Samples(transformers.TrainerCallback):
                     raise
         return None
 
-    def log(self, found: list[Reply]) -> None:
+    def log(self, found: list[Reply], seconds: float) -> None:
         """Curves for all that Trainer reports to, and texts for SwanLab."""
         trainer = self.trainer
         shares = [measure(row, reply) for row, reply in zip(self.rows, found)]
         means = {f"eval_sample_{name}": sum(each[name] for each in shares) / len(shares) for name in shares[0]}
-        trainer.log(means | {"eval_sample_seconds": round(self.last, 2)})
+        trainer.log(means | {"eval_sample_seconds": round(seconds, 2)})
         texts = [describe(row, reply, self.tokens) for row, reply in zip(self.rows, found)]
         tracking.log_texts(trainer.args, "Samples", texts, trainer.state.global_step)
 

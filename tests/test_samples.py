@@ -201,6 +201,20 @@ def test_the_same_weights_give_the_same_replies(workspace, tiny_model, tokenizer
     assert found.ask(math.inf) == first and len(first) == 2
 
 
+def test_deterministic_algorithms_are_asked_of_training_only(tiny_model, tokenizer):
+    """On CUDA sampling has none, and would end the training."""
+    model, seen = models.load_weights(str(tiny_model), torch.device("cpu")), []
+    model.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    for wanted in (True, False):
+        torch.use_deterministic_algorithms(wanted)
+        try:
+            samples.answer(model, tokenizer, [ROW], data.to_messages, 1)
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert seen == [False, False]
+
+
 @pytest.mark.parametrize("thinks", [["", "", ""], ["想", "", ""]])
 def test_samples_are_asked_as_their_rows_are_trained(tiny_model, tokenizer, thinks):
     """After their history; without thinking where the rows have none."""
