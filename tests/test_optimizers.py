@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 import transformers
-from helpers import At, build_trainer, losses, run, terminate
+from helpers import At, build_trainer, losses, run, same, terminate, weights
 
 import train
-from parts import memory_plan, models
+from parts import memory_plan, models, samples
 
 STEPS = 36
 
@@ -149,6 +149,17 @@ def test_training_with_steps_in_the_backward_pass_continues_and_frees_its_memory
     trainer = run(tiny_model, callbacks=[Watch()], **changes)
     gc.collect()
     assert trainer.state.global_step == 6 and states[0]() is None
+
+
+@needs_torchao
+def test_samples_leave_steps_in_the_backward_pass_as_they_are(workspace, tiny_model, monkeypatch):
+    monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(samples, "SHARE", 1e9)  # at each evaluation, however short the run
+    changes = {"optimizer": "8bit_in_backward", "learning_rate": 1e-3}
+    run(tiny_model, output_dir="tried", **changes | {"max_steps": 1})  # the first one tries the optimizer, and so draws
+    plain, sampled = (run(tiny_model, output_dir=f"run{count}", eval_samples=count, **changes) for count in (0, 2))
+    assert sum("eval_sample_whole" in log for log in sampled.state.log_history) == 2
+    assert losses(plain) == losses(sampled) and same(weights("run0"), weights("run2"))
 
 
 def test_several_processes_cannot_step_in_the_backward_pass(workspace, tiny_model, monkeypatch):
