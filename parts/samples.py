@@ -155,12 +155,13 @@ def untouched(trainer):
 
 
 def measure(row: Row, reply: Reply) -> dict[str, float]:
-    """Of one reply, 0 to 1: `whole`, it ended by itself, with thinking (where the row has some) and answer; `leak`, its
-    thinking has a trace of being made for a finished answer; `loop`; `overlap` of its answer with the row's, ROUGE-L
-    over words. One that is cut off inside its thinking has no answer, and so no overlap."""
-    found = traces.find(reply.thinking, row["question"], reply.answer)
+    """Of one reply, 0 to 1: `whole`, there is a closed thinking (where the row has one) and behind it an answer, which
+    may be cut off; `leak`, its thinking has a trace of being made for a finished answer; `loop`; `overlap` of its answer
+    with the row's, ROUGE-L over words. One that is cut off inside its thinking has no answer, and so no overlap."""
+    asked = [question for question, _ in row.get("history") or []] + [row["question"]]
+    found = traces.find(reply.thinking, "\n".join(asked), reply.answer)
     return {
-        "whole": float(reply.complete and bool(reply.answer) and bool(reply.thinking or not row["think"])),
+        "whole": float(bool(reply.answer and (reply.thinking or not row["think"]))),
         "leak": float(bool(found)),
         "loop": float(bool(LOOP.search(f"{reply.thinking}\n{reply.answer}"))),
         "overlap": overlap(reply.answer, row["answer"]),

@@ -231,7 +231,7 @@ def test_samples_are_asked_as_their_rows_are_trained(tiny_model, tokenizer, thin
     ("reply", "expected"),
     [
         (Reply("用户头痛，先安慰。", "多休息，多喝水。", True), (1, 0, 0, 1)),
-        (Reply("用户头痛，先安慰。", "多休息，多喝水。", False), (0, 0, 0, 1)),  # cut off
+        (Reply("用户头痛，先安慰。", "多休息，多喝水。", False), (1, 0, 0, 1)),  # cut off inside the answer
         (Reply("用户头痛，先安慰", "", False), (0, 0, 0, 0)),  # inside the thinking
         (Reply("", "多休息，多喝水。", True), (0, 0, 0, 1)),  # the row has a thinking
         (Reply("根据用户提供的答案，要多休息。", "多休息，多喝水。", True), (1, 1, 0, 1)),
