@@ -155,9 +155,9 @@ def untouched(trainer):
 
 
 def measure(row: Row, reply: Reply) -> dict[str, float]:
-    """Of one reply, 0 to 1: `whole`, there is a closed thinking (where the row has one) and behind it an answer, which
-    may be cut off; `leak`, its thinking has a trace of being made for a finished answer; `loop`; `overlap` of its answer
-    with the row's, ROUGE-L over words. One that is cut off inside its thinking has no answer, and so no overlap."""
+    """Of one reply, 0 to 1: `whole`, there is a thinking (where the row has one) and behind it an answer, which may be
+    cut off; `leak`, the thinking has a trace of being made for a finished answer; `loop`; `overlap` of the answer with
+    the row's, ROUGE-L over words. One that is cut off inside its thinking has no answer, and so no overlap."""
     asked = [question for question, _ in row.get("history") or []] + [row["question"]]
     found = traces.find(reply.thinking, "\n".join(asked), reply.answer)
     return {
