@@ -9,7 +9,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from parts import rehearsal, replies, traces, tracking
+from parts import encoding, rehearsal, replies, traces, tracking
+from parts.decoding import CACHE_STEP
 from parts.encoding import Reply
 from parts.rows import Row
 from parts.terminal import is_out_of_memory
@@ -18,15 +19,19 @@ SHARE = 0.05  # of the training's time, at most
 LOOP = re.compile(r"(\w.{5,200}?)\1{3}", re.DOTALL)  # the same piece four times in a row
 
 
+def conversations(rows: list[Row], to_messages) -> list[list[dict[str, str]]]:
+    """The questions of `rows`, each after its history, through `to_messages(question, history=…)`."""
+    return [to_messages(row["question"], history=row.get("history")) for row in rows]
+
+
 def answer(model, tokenizer, rows: list[Row], to_messages, tokens: int, stop=None) -> list[Reply]:
-    """Replies to the questions of `rows`, each after its history, in one batch; without thinking where none of the rows
-    has any. `to_messages(question, history=…)` gives the conversation, `stop()` cuts off."""
-    conversations = [to_messages(row["question"], history=row.get("history")) for row in rows]
+    """Replies to the questions of `rows`, in one batch; without thinking where none of the rows has any. `stop()` cuts
+    them off."""
     thinking, exact = any(row["think"] for row in rows), torch.are_deterministic_algorithms_enabled()
     # Under --full_determinism top-p's sums would raise: on CUDA torch has no order for them.
     torch.use_deterministic_algorithms(False)
     try:
-        return replies.generate(model, tokenizer, conversations, tokens, thinking, stop=stop)
+        return replies.generate(model, tokenizer, conversations(rows, to_messages), tokens, thinking, stop=stop)
     finally:
         torch.use_deterministic_algorithms(exact)
 
@@ -103,11 +108,14 @@ class Samples(transformers.TrainerCallback):
         tqdm.write(f"第 {self.trainer.state.global_step} 步  {text}。")
 
     def fitting(self) -> int:
-        """Questions whose keys and values fit into what a step of training takes, and which is free between steps. Each
-        is taken to be as long as the model was trained on."""
-        model, plan, length = self.trainer.model, self.trainer.plan, self.trainer.args.max_length
+        """Questions whose keys and values fit into what a step of training takes, and which is free between steps."""
+        model, plan = self.trainer.model, self.trainer.plan
         room = max(plan.free, plan.total) - plan.parts["权重"] - plan.parts["优化器"]
-        return int(room / replies.token_bytes(model) / (length + self.tokens))
+        longest = max(
+            len(encoding.encode_messages(self.trainer.processing_class, messages, prompt_only=True))
+            for messages in conversations(self.rows, self.to_messages)
+        )
+        return int(room / replies.token_bytes(model) / (longest + self.tokens + CACHE_STEP))
 
     def ask(self, end: float) -> list[Reply] | None:
         """The replies, cut off at the time `end` or by a signal. None: the memory is not enough."""

@@ -161,7 +161,8 @@ def test_other_errors_are_not_taken_for_memory(workspace, tiny_model, tokenizer)
 def test_no_more_questions_than_a_step_leaves_room_for(workspace, tiny_model, tokenizer, capsys, room, fits):
     found = callback(tiny_model, tokenizer)
     plan, args = found.trainer.plan, found.trainer.args
-    cache = 2 * (2 * 2 * 1 * 32 * 4) * (args.max_length + 6)  # two rows; keys and values, layers, heads, size, float32
+    prompt = encoding.encode_messages(tokenizer, data.to_messages(ROW["question"]), prompt_only=True)
+    cache = 2 * (2 * 2 * 1 * 32 * 4) * (len(prompt) + 6 + 512)  # rows; keys and values, layers, heads, size, float32
     parts = {"权重": 1e6, "优化器": 1e6, "一步之内": room * cache + 1, "余量": 0.0}
     found.trainer.plan = plan._replace(parts=parts, free=0.0)
     found.trainer.state.global_step = 0
