@@ -240,3 +240,10 @@ def test_question_may_speak_of_the_tags():
     rows = [*make_rows(19), make_row(20, question="<think> 是什么？")]
     data.prepare(save(rows, "odd.jsonl"))
     assert written() == published(rows)
+
+
+@pytest.mark.parametrize(
+    ("path", "beside"), [("val.jsonl", "val.clean.jsonl"), ("a/my.val.json", "a/my.val.clean.jsonl")]
+)
+def test_the_clean_text_stands_beside_the_published_one(path, beside):
+    assert Path(row_files.clean_path(path)) == Path(beside)

@@ -230,7 +230,7 @@ def test_server_that_refuses_at_the_end(workspace, tiny_model, monkeypatch, untr
 
 def killed_and_resumed(tiny_model) -> None:
     """A run that stops after step 5, one after a checkpoint, and the same command again, up to step 8."""
-    args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "report_to": "swanlab"}
+    args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "eval_samples": 2, "report_to": "swanlab"}
     with pytest.raises(EOFError):
         run(tiny_model, callbacks=[At(6, crash)], **args)
     tracking.end("aborted")  # what is registered for the end of the process
@@ -238,6 +238,7 @@ def killed_and_resumed(tiny_model) -> None:
 
 
 def test_resumed_online_run_is_continued_without_a_point_twice(workspace, tiny_model, monkeypatch):
+    monkeypatch.setattr(samples, "SHARE", 1e9)  # at each evaluation, however short the run
     with Tracker() as tracker:
         login(monkeypatch, tracker.url)
         killed_and_resumed(tiny_model)
@@ -245,6 +246,7 @@ def test_resumed_online_run_is_continued_without_a_point_twice(workspace, tiny_m
         assert first == second
         assert len(tracker.points) == len(set(tracker.points))
         assert sorted(step for key, step in tracker.points if key == "train/loss") == list(range(1, 9))
+        assert sorted(step for key, step in tracker.points if key == "eval/sample_whole") == [4, 8]
         assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
         run(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab", overwrite_output_dir=True)
         assert tracker.experiments[2] != first  # another training is another run
