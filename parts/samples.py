@@ -90,7 +90,7 @@ class Samples(transformers.TrainerCallback):
             self.rows = []
             self.say("样例：内存（显存）不足，之后不再生成；训练照常")
         elif seconds > limit:
-            self.say(f"样例没有做完：一批超过 {limit:.1f} 秒，会超过整个训练的 {SHARE:.0%}，不记录")
+            self.say(f"样例没有做完：给它的 {limit:.1f} 秒不够（最多占训练时间的 {SHARE:.0%}），不记录")
         elif not self.interrupted():
             self.log(found, seconds)
         self.last = time.perf_counter() - started

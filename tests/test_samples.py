@@ -104,7 +104,7 @@ def test_a_batch_that_takes_longer_than_its_share_of_the_whole_run_is_broken_off
     found.trainer.model.register_forward_hook(lambda *_: steps.append(1))
     assert evaluate(found, 0.1) == []  # 5 % of a run of 1 s: 50 ms
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("第 10 步  样例没有做完：一批超过 0.1 秒，会超过整个训练的 5%，不记录")
+    assert line.startswith("第 10 步  样例没有做完：给它的 0.1 秒不够（最多占训练时间的 5%），不记录")
     assert 0 < len(steps) < 500 and found.spent >= 0.05
     assert evaluate(found, 0.2) == [] and "样例暂不生成" in capsys.readouterr().out
 
