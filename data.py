@@ -44,18 +44,12 @@ TRAIN_FILE = "train.jsonl"
 VAL_FILE = "val.jsonl"
 OUTPUT_DIR = "output/qwen3-medical"
 LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
-CLEAN_SUFFIX = ".clean.jsonl"  # of the validation file with clean thinking, beside the one as published
 SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
-
-
-def clean_file(val_file: str) -> str:
-    """The file with clean thinking beside `val_file`: val.clean.jsonl for val.jsonl."""
-    return val_file.removesuffix(".jsonl") + CLEAN_SUFFIX
 
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
     """Raises SystemExit when one file would be written over another, or over the data."""
-    paths = [os.path.realpath(file) for file in (train_file, val_file, clean_file(val_file))]
+    paths = [os.path.realpath(file) for file in (train_file, val_file, row_files.clean_path(val_file))]
     if paths[0] == paths[1]:
         raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
     if paths[0] == paths[2]:
@@ -109,7 +103,7 @@ def prepare(
             lines.append(f"采用      训练 {len(parts[0])} 行，验证 {len(parts[1])} 行{limit}")
     lines.append(f"清理      {'没有（--raw）；会是：' if raw else ''}{how}")
     lines.append(mark_seen(train, val))
-    parts = {train_file: train, val_file: val, clean_file(val_file): cleaning.clean_rows(val)[0]}
+    parts = {train_file: train, val_file: val, row_files.clean_path(val_file): cleaning.clean_rows(val)[0]}
     texts = {file: row_files.to_jsonl(map(rows.without_instruction, part)) for file, part in parts.items()}
     origin = {"sources": [source.origin for source in loaded], "raw": raw}
     origin["train_sha256"] = hashlib.sha256(texts[train_file].encode()).hexdigest()

@@ -69,7 +69,7 @@ def describe_saved(args, state) -> str:
 def describe_parts(args, state) -> dict[str, str]:
     """{what: losses} of the saved weights: thinking and answer apart, and the validation text with cleaned thinking."""
     losses, rows = saved_losses(args, state), {}
-    for name, text in (("eval", "验证损失"), ("eval_clean", "清洗过的验证文本的损失")):
+    for name, text in (("eval", "验证损失"), ("eval_clean", "清理过的验证文本的损失")):
         if f"{name}_answer_loss" in losses:
             parts = {"按行平均": "loss", "思考": "think_loss", "回答": "answer_loss"}
             found = [(part, losses.get(f"{name}_{key}")) for part, key in parts.items()]
@@ -89,7 +89,7 @@ def against_published(args, state, origin: dict, published: dict) -> str:
     elif sources != [published["dataset"]]:
         why = f"数据不只是 {published['dataset']}" if published["dataset"] in sources else "数据不同"
     elif not origin.get("raw", True):  # a file without the word is older than the cleaning
-        why = "训练文本是清洗过的，不是公布的原文（python data.py --raw）"
+        why = "训练文本是清理过的，不是公布的原文（python data.py --raw）"
     elif changed:
         why = f"设置不同（{'、'.join(f'--{name}' for name in changed)}）"
     elif step != published["examples_per_step"]:
@@ -167,4 +167,4 @@ def describe_origin(origin: dict) -> str:
     return "<br>".join(
         f"{source['source']}{'，版本 ' + source['revision'] if source['revision'] else ''}，SHA-256 {source['sha256']}"
         for source in origin["sources"]
-    ) + ("" if origin.get("raw", True) else "<br>训练用的思考由 data.py 清洗过")
+    ) + ("" if origin.get("raw", True) else "<br>训练用的思考由 data.py 清理过")

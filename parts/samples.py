@@ -2,21 +2,19 @@
 curves. Knows how to ask a model in training and leave no trace in it, not which questions these are."""
 
 import contextlib
-import re
 import time
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from parts import encoding, rehearsal, replies, traces, tracking
+from parts import encoding, overlaps, rehearsal, replies, scores, tracking
 from parts.decoding import CACHE_STEP
 from parts.encoding import Reply
 from parts.rows import Row
 from parts.terminal import is_out_of_memory
 
 SHARE = 0.05  # of the training's time, at most
-LOOP = re.compile(r"(\w.{5,200}?)\1{3}", re.DOTALL)  # the same piece four times in a row
 
 
 def conversations(rows: list[Row], to_messages) -> list[list[dict[str, str]]]:
@@ -136,7 +134,8 @@ class Samples(transformers.TrainerCallback):
     def log(self, found: list[Reply], seconds: float) -> None:
         """Curves for all that Trainer reports to, and texts for SwanLab."""
         trainer = self.trainer
-        shares = [measure(row, reply) for row, reply in zip(self.rows, found)]
+        thinking = any(row["think"] for row in self.rows)
+        shares = [measure(row, reply, thinking) for row, reply in zip(self.rows, found)]
         means = {f"eval_sample_{name}": sum(each[name] for each in shares) / len(shares) for name in shares[0]}
         trainer.log(means | {"eval_sample_seconds": round(seconds, 2)})
         texts = [describe(row, reply, self.tokens) for row, reply in zip(self.rows, found)]
@@ -162,30 +161,15 @@ def untouched(trainer):
             torch.get_device_module(device).empty_cache()
 
 
-def measure(row: Row, reply: Reply) -> dict[str, float]:
-    """Of one reply, 0 to 1: `whole`, there is a thinking (where the row has one) and behind it an answer, which may be
-    cut off; `leak`, the thinking has a trace of being made for a finished answer; `loop`; `overlap` of the answer with
-    the row's, ROUGE-L over words. One that is cut off inside its thinking has no answer, and so no overlap."""
-    asked = [question for question, _ in row.get("history") or []] + [row["question"]]
-    found = traces.find(reply.thinking, "\n".join(asked), reply.answer)
+def measure(row: Row, reply: Reply, thinking: bool) -> dict[str, float]:
+    """Of one reply, 0 to 1, as scores.py has them: `whole`; `leak`, a trace in the thinking; `loop`; `overlap` of the
+    answer with the row's, ROUGE-L over words. `thinking`: it was asked for."""
     return {
-        "whole": float(bool(reply.answer and (reply.thinking or not row["think"]))),
-        "leak": float(bool(found)),
-        "loop": float(bool(LOOP.search(f"{reply.thinking}\n{reply.answer}"))),
-        "overlap": overlap(reply.answer, row["answer"]),
+        "whole": float(scores.whole(reply, thinking)),
+        "leak": float(bool(scores.find_traces(row, reply))),
+        "loop": float(scores.loops(reply.thinking) or scores.loops(reply.answer)),
+        "overlap": overlaps.rouge(scores.written(reply, "answer"), row["answer"])[2],
     }
-
-
-def overlap(text: str, reference: str) -> float:
-    """ROUGE-L (F1) of rouge-score over Jieba's words."""
-    import rjieba
-    from rouge_score.rouge_scorer import RougeScorer
-
-    class Words:
-        def tokenize(self, text: str) -> list[str]:
-            return [word for word in rjieba.cut(text) if word.strip()]
-
-    return RougeScorer(["rougeL"], tokenizer=Words()).score(reference, text)["rougeL"].fmeasure
 
 
 def describe(row: Row, reply: Reply, tokens: int) -> str:

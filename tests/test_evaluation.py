@@ -113,9 +113,9 @@ def test_a_clean_text_with_other_questions_is_not_evaluated_and_that_is_said(tex
 def test_it_is_in_the_log_and_on_the_card_and_changes_no_weight(texts, tiny_model, capsys):
     trainer = run(tiny_model, max_steps=2)
     [log] = [log for log in trainer.state.log_history if "eval_loss" in log]
-    assert f"  清洗 {log['eval_clean_loss']:.3f}  " in capsys.readouterr().out
+    assert f"  清理 {log['eval_clean_loss']:.3f}  " in capsys.readouterr().out
     card = Path(data.OUTPUT_DIR, "README.md").read_text(encoding="utf-8")
-    for row, name in (("验证损失", "eval"), ("清洗过的验证文本的损失", "eval_clean")):
+    for row, name in (("验证损失", "eval"), ("清理过的验证文本的损失", "eval_clean")):
         mean, think, answer = (log[f"{name}_{key}"] for key in ("loss", "think_loss", "answer_loss"))
         assert f"| {row} | 按行平均 {mean:.4f}，思考 {think:.4f}，回答 {answer:.4f} |" in card
     Path("val.clean.jsonl").unlink()

@@ -81,7 +81,7 @@ def test_without_a_saved_step_the_best_evaluation_is_marked():
 
 PUBLISHED_DATA = {"source": f"{data.DATASET_NAME}（r1.jsonl）", "revision": None, "sha256": "0"}
 FAIR = "eval_loss 1.151；公开方案的一次运行（全部参数，公布的原文）最低 1.146（第 500 步），最后 1.163（第 1000 步）。"
-CLEANED = "训练文本是清洗过的，不是公布的原文（python data.py --raw）"
+CLEANED = "训练文本是清理过的，不是公布的原文（python data.py --raw）"
 
 
 def against(cls=train.TrainArguments, sources=(PUBLISHED_DATA,), raw=True, steps=1080, evaluated=True, **flags) -> str:
@@ -129,7 +129,7 @@ def test_the_published_curve_is_that_of_the_public_run():
 @pytest.mark.parametrize("raw", [True, False])
 def test_the_card_says_whether_the_thinking_was_cleaned(raw):
     said = model_card.describe_origin({"sources": [PUBLISHED_DATA], "raw": raw})
-    assert ("训练用的思考由 data.py 清洗过" in said) != raw
+    assert ("训练用的思考由 data.py 清理过" in said) != raw
 
 
 def test_why_it_is_not_compared_is_said_before_the_last_line(workspace, tiny_model, capsys):

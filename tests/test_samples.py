@@ -231,24 +231,18 @@ def test_samples_are_asked_as_their_rows_are_trained(tiny_model, tokenizer, thin
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        (Reply("用户头痛，先安慰。", "多休息，多喝水。", True), (1, 0, 0, 1)),
-        (Reply("用户头痛，先安慰。", "多休息，多喝水。", False), (1, 0, 0, 1)),  # cut off inside the answer
-        (Reply("用户头痛，先安慰", "", False), (0, 0, 0, 0)),  # inside the thinking
-        (Reply("", "多休息，多喝水。", True), (0, 0, 0, 1)),  # the row has a thinking
-        (Reply("根据用户提供的答案，要多休息。", "多休息，多喝水。", True), (1, 1, 0, 1)),
-        (Reply("想想。" + "需要注意休息。" * 9, "", False), (0, 0, 1, 0)),
-        (Reply("好。", "| --- | --- | --- | --- | --- |", True), (1, 0, 0, 0)),  # a table's line is no loop
-        (Reply("好。", "Take it easy.", True), (1, 0, 0, 0)),
+        (Reply("用户头痛，先安慰。", "多休息，多喝水。", True, "one"), (1, 0, 0, 1)),
+        (Reply("用户头痛，先安慰。", "多休息，多喝水。", False, "one"), (1, 0, 0, 1)),  # cut off inside the answer
+        (Reply("用户头痛，先安慰", "", False, "unclosed"), (0, 0, 0, 0)),
+        (Reply("", "多休息，多喝水。", True, "none"), (0, 0, 0, 1)),  # a thinking was asked for
+        (Reply("根据用户提供的答案，要多休息。", "多休息，多喝水。", True, "one"), (1, 1, 0, 1)),
+        (Reply("想想。" + "需要注意休息，别太累了。" * 9, "", False, "unclosed"), (0, 0, 1, 0)),
+        (Reply("好。", "Take it easy.", True, "one"), (1, 0, 0, 0)),
     ],
     ids=str,
 )
 def test_what_is_counted_of_a_reply(reply, expected):
-    assert tuple(samples.measure(ROW, reply).values()) == expected
-
-
-def test_overlap_is_that_of_words():
-    assert samples.overlap("多喝水。", "多休息，多喝水。") == pytest.approx(2 * 1 * 0.5 / 1.5, abs=0.2)
-    assert samples.overlap("", "多休息。") == samples.overlap("天气", "多休息。") == 0
+    assert tuple(samples.measure(ROW, reply, True).values()) == expected
 
 
 def test_the_rehearsal_puts_random_states_back_after_an_error():
