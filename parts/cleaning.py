@@ -155,7 +155,7 @@ def _say_plainly(sentence: str, told: tuple[str, str, str, bool]) -> str:
 
     def plain(match: re.Match) -> str:
         said = match[1]
-        if not traces.is_covert(said, *told[:3]):
+        if not traces.is_covert(match, *told[:3]):
             return match[0]
         if re.match("[“「]?要?(?:详细)?(?:说明|解释|讨论|描述|分析|阐述|列举|比较|简述|概述)", said):
             return ("" if said.startswith("要") else "需要") + said.strip("“”「」")

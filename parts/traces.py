@@ -111,10 +111,14 @@ def _pairs(text: str) -> set[str]:
     return {text[i : i + 2] for i in range(len(text) - 1)}
 
 
-def is_covert(mentioned: str, question: str, answer: str, instruction: str) -> bool:
-    """Whether what the asker is said to have mentioned stands in the answer or the instruction, not in the question."""
+def is_covert(match: re.Match, question: str, answer: str, instruction: str) -> bool:
+    """Whether what the asker is said to have mentioned, by a match of MENTIONED, stands in the answer or the
+    instruction, not in the question. Of 用户提到的X是Y it is X, and 情况 or 症状 is nothing in particular."""
+    mentioned = match[1]
+    if match.string[match.start(1) - 1] == "的":
+        mentioned = re.split("(?<=..)(?:可能|应该|确实|属于|符合|对应|提示|指的|需要|[是都会就])", mentioned)[0]
     pairs = _pairs(mentioned)
-    if not pairs:
+    if len(pairs) < 2:
         return False
     in_question, *elsewhere = (len(pairs & _pairs(text)) / len(pairs) for text in (question, answer, instruction))
     return (
@@ -161,7 +165,7 @@ def find(think: str, question: str, answer: str = "", instruction: str = "", sho
     if not SEVERAL.search(question.rstrip("？?。")):
         found += [Trace("two", *match.span()) for match in TWO_PARTS.finditer(think)]
     for match in MENTIONED.finditer(think):
-        if is_covert(match[1], question, answer, instruction):
+        if is_covert(match, question, answer, instruction):
             found.append(Trace("covert", match.start(), match.start(1)))
     apart, end = [], 0
     for trace in sorted(found, key=lambda trace: (trace.start, list(KINDS).index(trace.kind))):

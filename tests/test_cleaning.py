@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from helpers import REAL, make_row, save, written
+from helpers import REAL, ROOT, make_row, save, written
 
 import data
 from parts import cleaning, traces
@@ -143,6 +143,13 @@ def test_a_validation_row_whose_answer_stands_in_the_training_part_is_marked(fol
     assert found == {marked["question"]: True, unmarked["question"]: False}
     assert "训练集内 0 对；验证集 1/2 行与训练集近似" in capsys.readouterr().out
     assert data.read_examples("val.jsonl")[0].keys() == {"question", "think", "answer"}
+
+
+def test_the_demos_rows_have_no_trace():
+    """They were written for this project, by nobody who had been shown anything."""
+    for line in (ROOT / "tests" / "demo" / "medical.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert cleaning.clean(**row) == (row["think"], {})
 
 
 REAL_ROWS = REAL / "medical_r1_120.jsonl"
