@@ -26,11 +26,17 @@ AFTER_GAP = re.compile(r"^(?:这点|因此|所以|比如|例如|但是?|不过|�
 CITES = re.compile(
     rf"^(?:但是?|不过|而|只是)?{BY}?[^，]{{0,8}}{GIVEN}(?:部分|内容)?[，：]?$"
 )  # and says nothing itself
+# Of the sentence after one that was mended: two parts of the question, which that one has to name; and what the asker,
+# who did not say it, is wrong about.
+BOTH, MISREAD = re.compile("这两个(?=方面|部分)"), re.compile("，(?:可能)?用户(?:可能)?有误[解会](?=[，。！？；])")
+NAMED = re.compile("^.*?一个?是([^，；。]{2,20})[，；](?:另一个?|二)是([^，；。]{2,20})(?=。)")
+BARE = re.compile(r"^我?(?:需要|应该)?(?:(?:组织|整理出?|展开)回答|回答可以稍微(?:涉及|提及|深入))[。！？；]?$")
 CITED = re.compile(r"^(?:已经|已|没有?|可能没|可能已|里面没|其中没)")
 GOES_ON = re.compile(  # what is said of an answer, after the clause that names it
     r"^(?:比如|例如|还有|以及|包括|甚至|进而|可能因为|没有?(?:讲|说|提|解释|用|区分|太)|只是没|再(?:说|讲)|(?:其实)?就是|它(?:说|提|还)"
     r"|(?:但|而|要)?(?:用自己的话|避免直接|不[能要](?:照搬|直接)))"
 )
+YES = re.compile("^(?:是的|对)，$")  # to what was said of an answer
 BARE_BY = re.compile(r"^(?:但是?|不过)?(?:根据|按照|基于|对于|关于)[^，]*，$")
 POINTING = re.compile(
     r"^(?:因此，?|所以)?(?:这也?(?:说明|意味着|可能意味着|与|符合|表明|是|些都?)|这可能意味着|是的，)"
@@ -84,16 +90,19 @@ def _pass(think: str, places: list[int], told: tuple[str, str, str, bool]) -> st
             if kept and kept[-1].strip():
                 kept.append(paragraph)
             continue
-        sentences, gone = [], False  # gone: the sentence before this one was taken out
-        for sentence in filter(None, SENTENCE.findall(paragraph)):
+        sentences, mended, gone = [], False, False  # the sentence before this one was mended; or taken out
+        whole = [*filter(None, SENTENCE.findall(paragraph)), ""]
+        for sentence, following in zip(whole, whole[1:]):
             at += len(sentence)
-            if bisect_left(places, at - len(sentence)) < bisect_left(places, at):
-                text = _mend(sentence, told)
-            elif gone:
-                text = "" if POINTING.match(sentence) and len(sentence) < 30 else AFTER_GAP.sub("", sentence)
+            found = bisect_left(places, at - len(sentence)) < bisect_left(places, at)
+            if found:
+                text = _mend(NAMED.sub(r"\1和\2都要说明", sentence) if BOTH.search(following) else sentence, told)
             else:
-                text = sentence
-            gone = not text
+                text = MISREAD.sub("", sentence) if mended else sentence
+            if gone and not found:
+                rests = POINTING.match(text) and len(text) < 30
+                text = "" if rests else AFTER_GAP.sub("", BOTH.sub("各个", text))
+            mended, gone = found or not text, not text
             sentences.append(text)
         kept.append("".join(sentences))
     while kept and not kept[-1].strip():
@@ -115,13 +124,17 @@ def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
             sentence = pattern.sub(replacement, sentence)
     kept: list[str] = []
     rest = min((trace.start for trace in find(sentence) if trace.kind in ("doctor", "two")), default=len(sentence))
-    cut, cites = False, False  # the clause before this one was taken out; and did no more than cite
+    rests, cut, cites = False, False, False  # on what went; the clause before went; and did no more than cite
     for clause in filter(None, CLAUSE.findall(sentence)):
         rest -= len(clause)
-        if rest < 0:  # a doctor, or two questions: what follows rests on it
-            cut = True
-            break
         found = find(clause)
+        if rest < 0:  # a doctor, or two questions: what follows rests on it, until another thing is spoken of
+            rests, rest = True, len(sentence)
+        elif rests and any(trace.kind == "answer" for trace in found):
+            rests = False
+        if rests:
+            cut = True
+            continue
         if cites:
             clause = re.sub(rf"^(?:里面|其中|它|这里|上面){SAYS}", "可以提到", clause)
         falls = cut and (
@@ -129,6 +142,8 @@ def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
         )
         if found or falls:
             cut, cites = True, bool(found and CITES.match(clause))
+            while kept and YES.match(kept[-1]):
+                kept.pop()
             continue
         if cut:
             alone = all(LEAD.match(text) for text in kept)
@@ -141,7 +156,7 @@ def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
     text = "".join(kept)
     if all(LEAD.match(clause.rstrip("。！？；")) for clause in kept) and not text.endswith("："):
         return ""
-    if len(re.sub(r"\W", "", text)) < (2 if text.endswith("：") else 5):
+    if BARE.match(text) or len(re.sub(r"\W", "", text)) < (2 if text.endswith("：") else 5):
         return ""
     if re.search(r"[。！？；][”’）]*$", sentence) and not re.search(r"[。！？；][”’）]*$", text):
         asks = re.search("是否|吗|呢|吧|什么|哪|如何|怎", text)

@@ -3,6 +3,7 @@ answer, and it shows: in data it teaches a model to cite what nobody gave it, in
 to. Finds them by the language's own patterns; does not know whether what is thought is right, nor how to mend it."""
 
 import re
+import unicodedata
 from typing import NamedTuple
 
 KINDS = {  # kind -> for people
@@ -65,6 +66,9 @@ JUDGED = re.compile(
     r"|覆盖了|全面了|涵盖了|对的|写好|给出|有了)|(?:与|和|跟|同)[^，]{0,8}答案[^，]{0,4}(?:一致|相符|吻合|对应)|(?:已经|已|早就)知道答案"
     r"|(?:已知|既然|因为|符合|对应|参考|核对|对照|依据|根据|按照|照着|基于|围绕|分析|检查|结合)[^，]{0,8}答案"
 )
+SURE = re.compile(  # it is the reply that is to be good, unless what is in it is there already
+    r"(?:确保|保证)答案(?!(?:里|中|部分)*的?(?:要点|关键|重点|信息|内容|建议|例子|数据|描述|这?几?点)|[与和跟同])"
+)
 # 思考过程 is what the writer had been told to write; that of others, 诊断的思考过程, is medicine.
 PROCESS = re.compile(
     r"(?<![^我己整细晰贯然个们谨理体确能]的)(?<!临床)(?<!分析)(?:"
@@ -107,7 +111,7 @@ COVERT = 0.3  # share of X in the question, at most, and by how much more of it 
 
 def _pairs(text: str) -> set[str]:
     """Pairs of neighbouring characters, punctuation left out."""
-    text = re.sub(r"[\W_]", "", text.lower())
+    text = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).lower())  # H₂ is H2
     return {text[i : i + 2] for i in range(len(text) - 1)}
 
 
@@ -140,7 +144,11 @@ def given_answers(text: str, shown: bool) -> list[re.Match]:
             after = re.split("[，。；：！？\n]", text[match.end() : match.end() + 60], maxsplit=1)[0]
             colon = text[match.end() + len(after) : match.end() + len(after) + 1]
             planned = BEFORE_PLANNED.search(before[:-2]) or AFTER_PLANNED.search(after + colon)
-            if match[0].endswith("答案") and planned and not JUDGED.search(before + after):
+            if (
+                match[0].endswith("答案")
+                and planned
+                and (SURE.search(before + after) or not JUDGED.search(before + after))
+            ):
                 continue
         found.append(match)
     return found

@@ -46,6 +46,9 @@ def test_what_may_be_ones_own_answer_counts_where_another_was_shown(text):
         "所以答案需要涵盖这两个方面。",
         "先给出答案，然后分点解释。",
         "需要确保答案准确，条理清晰。",
+        "需要确保答案正确，并且覆盖了这些点。",
+        "保证答案涵盖了所有要点。",
+        "确保答案中的每个部分都对应问题的要求。",
         "所以答案应该是核苷酸切除修复？",
         "综合来看，答案就是胃癌。",
         "答案里应该提到需要医生调整。",
@@ -119,6 +122,8 @@ def test_what_the_asker_did_not_mention():
     assert kinds("用户提到按时服药，说明已经在用药。") == ["covert"]
     assert kinds("用户提到了高血压患者的日常生活。") == []
     assert kinds("用户提到自己头晕。") == []
+    assert kinds("用户提到的低盐饮食可能是指每天不超过五克，这里要解释清楚。") == ["covert"]
+    assert kinds("用户提到的症状是头晕，可能与按时服药、监测血压有关。") == []
     instruction = "说明限制钠盐摄入的作用"
     assert kinds("用户提到限制钠盐摄入，需要解释。", instruction=instruction) == ["covert"]
 
