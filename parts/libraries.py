@@ -36,11 +36,15 @@ def try_out(args) -> None:
 def find_packages(args) -> None:
     """Raises ValueError where one is not installed that was asked for: of a command only, as plans for another machine
     can be made without them."""
-    wanted = {"--load_in_4bit": args.load_in_4bit and "bitsandbytes"}
-    wanted[f"--optimizer {args.optimizer}"] = str(args.optimizer).startswith("8bit") and "torchao"
-    for flag, package in wanted.items():
-        if package and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{flag} 要用 {package}；请先运行 pip install {package}")
+    wanted = {
+        "--load_in_4bit": ["bitsandbytes"] * args.load_in_4bit,
+        f"--optimizer {args.optimizer}": ["torchao"] * str(args.optimizer).startswith("8bit"),
+        # In requirements.txt since samples are: without them a run would end at its first evaluation.
+        f"--eval_samples {args.eval_samples}": ["rouge_score", "rjieba"] * bool(args.eval_samples),
+    }
+    for flag, packages in wanted.items():
+        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+            raise ValueError(f"{flag} 要用 {'、'.join(missing)}；请先运行 pip install {' '.join(missing)}")
 
 
 def best_is_bfloat16(args) -> bool:
