@@ -83,7 +83,8 @@ def prepare(
         fixed = name.removeprefix("ms://") == DATASET_NAME
         divide = partial(split.by_row if fixed else split.by_question, seed=SEED, share=TRAIN_SHARE)
         loaded.append(sources.load(name, revision, sha256, len(names) > 1, divide, fixed))
-    found = sources.check(loaded, [count for _, count in wanted], TRAIN_SHARE, without_thinking == "keep", problems)
+    counts = [count for _, count in wanted]
+    found = sources.check(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
     train, val = (sum(parts, []) for parts in zip(*found))
     cleaned, how = cleaning.clean_rows(train)
     train = train if raw else cleaning.keep_whole(cleaned, train, problems)
@@ -95,25 +96,10 @@ def prepare(
             f"{'请提供更多不同的行' if train or val else '请按下面的原因改正'}。"
             + "".join(f"\n  {line}" for line in rows.describe_problems(problems))
         )
-    lines = []
-    for source, (_, count), parts in zip(loaded, wanted, found):
-        lines += source.lines
-        if count or len(loaded) > 1:
-            limit = f"，最多取 {count} 行" if count else ""
-            lines.append(f"采用      训练 {len(parts[0])} 行，验证 {len(parts[1])} 行{limit}")
-    lines.append(f"清理      {'没有（--raw）；会是：' if raw else ''}{how}")
-    lines.append(mark_seen(train, val))
+    lines = sources.describe(loaded, counts, found)
+    lines += [f"清理      {'没有（--raw）；会是：' if raw else ''}{how}", mark_seen(train, val)]
     parts = {train_file: train, val_file: val, row_files.clean_path(val_file): cleaning.clean_rows(val)[0]}
-    texts = {file: row_files.to_jsonl(map(rows.without_instruction, part)) for file, part in parts.items()}
-    origin = {"sources": [source.origin for source in loaded], "raw": raw}
-    origin["train_sha256"] = hashlib.sha256(texts[train_file].encode()).hexdigest()
-    try:
-        row_files.write(texts | {train_file + SOURCE_SUFFIX: row_files.to_jsonl([origin])})
-    except OSError as error:
-        raise SystemExit(
-            f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；"
-            "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
-        ) from None
+    write(parts, {"sources": [source.origin for source in loaded], "raw": raw})
     print(rows.summary(lines, parts, problems))
 
 
@@ -127,9 +113,23 @@ def mark_seen(train: list[Placed], val: list[Placed]) -> str:
     return f'近似重复  训练集内 {inside} 对；验证集 {len(seen)}/{len(val)} 行与训练集近似，标为 "seen": true'
 
 
+def write(parts: dict[str, list[Placed]], origin: dict[str, object]) -> None:
+    """Write the rows of each file, of the training part first, and beside that its `origin`."""
+    train_file, val_file, _ = parts
+    texts = {file: row_files.to_jsonl(map(rows.without_instruction, part)) for file, part in parts.items()}
+    origin = origin | {"train_sha256": hashlib.sha256(texts[train_file].encode()).hexdigest()}
+    try:
+        row_files.write(texts | {train_file + SOURCE_SUFFIX: row_files.to_jsonl([origin])})
+    except OSError as error:
+        raise SystemExit(
+            f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；"
+            "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
+        ) from None
+
+
 def read_origin(train_file: str) -> dict[str, object]:
-    """{sources: [{source, revision, sha256}], train_sha256}: what `prepare` made the file from. Only the last for a
-    file that it did not write, or that has changed since."""
+    """{sources: [{source, revision, sha256}], raw, train_sha256}: what `prepare` made the file from. Only the last for
+    a file that it did not write, or that has changed since."""
     found = {"train_sha256": hashlib.sha256(Path(train_file).read_bytes()).hexdigest()}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = json.loads(Path(train_file + SOURCE_SUFFIX).read_text(encoding="utf-8"))

@@ -108,6 +108,17 @@ def check(
     return found
 
 
+def describe(sources: list[Source], counts: list[int | None], found: list[tuple[list, list]]) -> list[str]:
+    """Where the rows come from, and how many were taken of each source where there are several, or not all of one."""
+    lines = []
+    for source, count, (train, val) in zip(sources, counts, found):
+        lines += source.lines
+        if count or len(sources) > 1:
+            limit = f"，最多取 {count} 行" if count else ""
+            lines.append(f"采用      训练 {len(train)} 行，验证 {len(val)} 行{limit}")
+    return lines
+
+
 def read_count(dataset: str) -> tuple[str, int | None]:
     """(data set, rows of the sample) of `owner/name#500`."""
     if "#" not in dataset or os.path.exists(dataset):
