@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from parts import intervals, judge, overlaps, page, reply_file, score_table, scores
+from parts import intervals, judge, overlaps, page, reply_file, row_files, score_table, scores
 from parts.candidates import Answered
-from parts.checkpoints import write_at_once
 from parts.intervals import Difference, Line, Measure
 from parts.rows import Row
 from parts.terminal import explain_failed_write
@@ -129,6 +128,6 @@ def report(measured: list[Measured], judged: list[Judged], tables: list[page.Tab
     for *table, notes in tables:
         score_table.show(console, table, *notes)
     with explain_failed_write(path, "回复"):
-        write_at_once(path, to_json(measured, judged))
+        row_files.write({str(path): to_json(measured, judged)})
     files = "、".join(dict.fromkeys(each.answered.path for each in measured))
     console.print(f"\n回复：{files}\n分数：{path}", markup=False, soft_wrap=True)
