@@ -14,7 +14,6 @@ try:
     import inference
     from data import LORA_OUTPUT_DIR
     from parts import adapters, checkpoints, older_readers, terminal
-    from parts.adapters import run_folder
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -48,9 +47,9 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     older_readers.include(folder)
-    path = Path(adapter)
-    cards = [path / "README.md", path / "loss.png"] if path == run_folder(path) else []  # a checkpoint's is peft's
-    for file in (*cards, run_folder(path) / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):
+    path, run_folder = Path(adapter), adapters.run_folder(adapter)
+    cards = [path / "README.md", path / "loss.png"] if path == run_folder else []  # a checkpoint's is peft's
+    for file in (*cards, run_folder / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):
         if file.is_file():
             shutil.copy(file, folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
@@ -60,13 +59,12 @@ def main() -> None:
     parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
     args = inference.parse_flags(parser)
-    if args.merge_to is not None:
-        for name in vars(args).keys() - {"merge_to", "model_path", "revision"}:
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
-        refuse_unless_empty(args.merge_to)
     if args.merge_to is None:
         return inference.ask(args, inference.ADAPTER)
+    for name in vars(args).keys() - {"merge_to", "model_path", "revision"}:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
+    refuse_unless_empty(args.merge_to)
     import torch
 
     with terminal.explain_out_of_memory(inference.OUT_OF_MEMORY):

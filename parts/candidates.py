@@ -97,10 +97,12 @@ def answer(rows: list[Row], candidates: list[Candidate], begin: Callable) -> lis
     for each in candidates:
         if each.by:
             start = partial(load, each, found.get(each.path), begin)
-            answered.append(Answered(*each[:3], question_file.answer(rows, each.path, each.by, start)))
+            replies = question_file.answer(rows, each.path, each.by, start)
+            answered.append(Answered(each.name, each.path, each.by, replies))
         else:
             earlier = reply_file.read(each.path, rows, flag="--compare_with")
-            answered.append(Answered(*each[:2], earlier.by, [earlier.replies[place] for place in range(len(rows))]))
+            replies = [earlier.replies[place] for place in range(len(rows))]
+            answered.append(Answered(each.name, each.path, earlier.by, replies))
         if each.path in found:
             free_memory()
     return answered

@@ -50,7 +50,7 @@ def clean(question: str, think: str, answer: str, instruction: str = "") -> tupl
     found = traces.find(think, *told)
     done = Counter(trace.kind for trace in found)
     while found:
-        before, think = think, _pass(think, [trace.start for trace in found], told)
+        before, think = think, mend_all(think, [trace.start for trace in found], told)
         found = traces.find(think, *told) if think != before else []
     return think, done
 
@@ -80,7 +80,7 @@ def keep_whole(cleaned: list[Placed], before: list[Placed], problems: dict[str, 
     return kept
 
 
-def _pass(think: str, places: list[int], told: tuple[str, str, str, bool]) -> str:
+def mend_all(think: str, places: list[int], told: tuple[str, str, str, bool]) -> str:
     """The thinking with each sentence mended in which one of these places is; `told`: what traces.find
     takes beside it."""
     kept, at = [], 0
@@ -96,7 +96,7 @@ def _pass(think: str, places: list[int], told: tuple[str, str, str, bool]) -> st
             at += len(sentence)
             found = bisect_left(places, at - len(sentence)) < bisect_left(places, at)
             if found:
-                text = _mend(NAMED.sub(r"\1和\2都要说明", sentence) if BOTH.search(following) else sentence, told)
+                text = mend(NAMED.sub(r"\1和\2都要说明", sentence) if BOTH.search(following) else sentence, told)
             else:
                 text = MISREAD.sub("", sentence) if mended else sentence
             if gone and not found:
@@ -110,7 +110,7 @@ def _pass(think: str, places: list[int], told: tuple[str, str, str, bool]) -> st
     return "".join(kept)
 
 
-def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
+def mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
     """The sentence without its traces, or "" when nothing is left that says something."""
 
     def find(text: str) -> list:
@@ -118,7 +118,7 @@ def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
 
     kinds = {trace.kind for trace in find(sentence)}
     if "covert" in kinds:
-        sentence = re.sub("，说明(?:他|用户|其|患者)[^，。！？；]*", "", _say_plainly(sentence, told))
+        sentence = re.sub("，说明(?:他|用户|其|患者)[^，。！？；]*", "", say_plainly(sentence, told))
     for kind, pattern, replacement in RULES:
         if kind in kinds:
             sentence = pattern.sub(replacement, sentence)
@@ -165,7 +165,7 @@ def _mend(sentence: str, told: tuple[str, str, str, bool]) -> str:
     return text
 
 
-def _say_plainly(sentence: str, told: tuple[str, str, str, bool]) -> str:
+def say_plainly(sentence: str, told: tuple[str, str, str, bool]) -> str:
     """用户提到X, where the asker did not, becomes X or 关于X."""
 
     def plain(match: re.Match) -> str:

@@ -8,7 +8,7 @@ LENGTH = 5  # characters of a passage
 SHARE = 0.3  # of the shorter answer's passages, from which on two are near-duplicates
 LEAST = 20  # passages of an answer, below which it is too short to tell
 FEW, COMMON, MANY = 10, 0.02, 50  # a passage of more answers than 2 % of them, at least 10, at most 50, says nothing
-PASSAGES = 2_000_000  # that are held in memory, of more every so manieth: about 400 MB
+PASSAGES = 2_000_000  # that are held in memory, of more only every n-th: about 400 MB
 
 
 def pairs(answers: list[str]) -> list[tuple[int, int]]:

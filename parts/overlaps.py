@@ -42,7 +42,7 @@ def rouge(text: str, reference: str) -> list[float]:
     # The longest common subsequence takes rouge-score time for each pair of words: those that only one of the two has
     # cannot be in it and are left out, 5 s become 0.6. What is shared is the same, and F1 = 2 shared / all words.
     common = set(text) & set(reference)
-    short = [[word for word in words if word in common] for words in (reference, text)]
+    short = [[word for word in each if word in common] for each in (reference, text)]
     share = sum(map(len, short)) / max(len(text) + len(reference), 1)
     longest = rouge_scorer("rougeL").score(*short)["rougeL"].fmeasure * share
     return [scores["rouge1"].fmeasure, scores["rouge2"].fmeasure, longest]

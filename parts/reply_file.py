@@ -14,7 +14,7 @@ from parts.encoding import FORMS, Reply
 from parts.rows import Row
 
 REPLY = ("think", "answer", "complete", "form", "tokens", "seconds")  # of a line: the fields of a Reply, in its order
-KINDS = dict(zip(("question", *REPLY), (str, str, str, bool, str, int, float | int)))
+TYPES = dict(zip(("question", *REPLY), (str, str, str, bool, str, int, float | int)))
 LINE_START = b'{"question": "'
 FLAGS = {name: f"--{name}" for name in ("no_thinking", "max_new_tokens", "seed")}  # of `by`, beside the model
 REMEDY = {
@@ -62,7 +62,7 @@ def parse(line: bytes) -> dict | None:
     """One line of the file, or None where it is none."""
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(line)
-        typed = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in KINDS.items())
+        typed = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in TYPES.items())
         if typed and found["form"] in FORMS and isinstance(found.get("by"), dict):
             return found
     return None

@@ -1,4 +1,4 @@
-"""Scores as people and programs read them: tables of 80 columns, and JSON. Knows figures, not what they count."""
+"""Scores as people read them: tables of 80 columns, and what explains them. Knows figures, not how they came about."""
 
 from parts.intervals import Difference, Line
 
@@ -7,7 +7,6 @@ DIGITS = {"%": 1, "字": 0, "0–1": 3, "0–100": 1, "token/秒": 1}  # of each
 FLOOR = "乱配：同样的回答各与另一题的参考比，是底线。重合只比字面，不是医学上的对错。"
 NEW = "（新题）：不算 seen 的行，那些在训练集里有近似的题。"
 DIFFERS = "差：前减后。不同：差的 95 % 区间（成对自助法）不含 0，且至少六题不一样。"
-
 JUDGED = "评审看问题、参考和两个回答，两种先后各问一次，两次都选同一个才算较好。评审也是模型，不是医生。"
 
 

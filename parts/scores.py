@@ -31,6 +31,11 @@ def loops(text: str) -> bool:
     return False
 
 
+def in_loop(reply: Reply) -> bool:
+    """Whether one of its two texts is such."""
+    return loops(reply.thinking) or loops(reply.answer)
+
+
 def whole(reply: Reply, thinking: bool = True) -> bool:
     """Whether there is an answer, after exactly one thinking that is closed and not empty; or after none, where none
     was asked for."""
@@ -106,12 +111,11 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool = True) -> lis
 
     closed = numpy.array([float(reply.form != "unclosed") for reply in replies])  # else there is no answer to measure
     found = [{trace.kind for trace in find_traces(row, reply)} for row, reply in zip(rows, replies)]
-    in_loops = [loops(reply.thinking) or loops(reply.answer) for reply in replies]
     seconds = numpy.array([reply.seconds for reply in replies])
     measures = [
         mean("whole", "完整的回复", "%", [whole(reply, thinking) for reply in replies]),
         mean("stopped", "自己停下", "%", [reply.complete for reply in replies]),
-        mean("loops", "原地打转", "%", in_loops),
+        mean("loops", "原地打转", "%", [in_loop(reply) for reply in replies]),
     ]
     if thinking:
         measures += [mean("traces", "思考有制作的痕迹", "%", [bool(kinds) for kinds in found])]

@@ -109,7 +109,7 @@ MENTIONED = re.compile(
 COVERT = 0.3  # share of X in the question, at most, and by how much more of it is in the answer or the instruction
 
 
-def _pairs(text: str) -> set[str]:
+def bigrams(text: str) -> set[str]:
     """Pairs of neighbouring characters, punctuation left out."""
     text = re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).lower())  # H₂ is H2
     return {text[i : i + 2] for i in range(len(text) - 1)}
@@ -121,10 +121,10 @@ def is_covert(match: re.Match, question: str, answer: str, instruction: str) -> 
     mentioned = match[1]
     if match.string[match.start(1) - 1] == "的":
         mentioned = re.split("(?<=..)(?:可能|应该|确实|属于|符合|对应|提示|指的|需要|[是都会就])", mentioned)[0]
-    pairs = _pairs(mentioned)
+    pairs = bigrams(mentioned)
     if len(pairs) < 2:
         return False
-    in_question, *elsewhere = (len(pairs & _pairs(text)) / len(pairs) for text in (question, answer, instruction))
+    in_question, *elsewhere = (len(pairs & bigrams(text)) / len(pairs) for text in (question, answer, instruction))
     return (
         in_question <= COVERT
         and max(elsewhere) >= in_question + COVERT

@@ -213,7 +213,7 @@ def photograph_comparison(browser) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--screens", action="store_true", help="the two screens instead of the two figures")
+    parser.add_argument("--screens", action="store_true", help="the three screens instead of the two figures")
     parser.add_argument("--chromium", help="path of a Chromium or Chrome")
     args = parser.parse_args()
     if args.screens:
