@@ -44,7 +44,7 @@ def signatures(measured: list[Measured]) -> dict[str, str]:
 class Judged(NamedTuple):
     """What a judge said of the first model's answers beside another's."""
 
-    judge: str  # the model that judged
+    judge: str  # the model that judged, its address where none told its name
     verdicts: list[str]  # one a question, of judge.WIN, TIE, LOSS and FAILED
     tally: dict
 
@@ -66,7 +66,7 @@ def judge_all(rows: list[Row], measured: list[Measured], endpoint, prompt: str, 
         verdicts, problem = judge.Judge(endpoint, prompt).compare(pairs, f"{replies}.judge.jsonl", console)
         if problem:
             console.print(problem, style="yellow", markup=False, soft_wrap=True)
-        found.append(Judged(endpoint.model or "", verdicts, judge.tally(verdicts)))
+        found.append(Judged(endpoint.model or endpoint.url, verdicts, judge.tally(verdicts)))
     return found
 
 

@@ -136,7 +136,7 @@ def test_a_judge_that_is_down_is_a_line_and_no_end(folder):
     )
     endpoint = reach(server.url, None, console)
     [judged] = comparison.judge_all(ROWS[:1], both, endpoint, "比较", "replies.jsonl", console)
-    assert judged.verdicts == ["failed"] and judged.judge == "" and "现在用不了" in console.export_text()
+    assert judged.verdicts == ["failed"] and judged.judge == server.url and "现在用不了" in console.export_text()
 
 
 @pytest.fixture
