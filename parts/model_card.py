@@ -6,6 +6,8 @@ from pathlib import Path
 from parts import checkpoints, flags, hub
 from parts.run_settings import LORA_SETTINGS, SETTINGS
 
+AS_PUBLISHED = ("full_logits",)  # of SETTINGS: where it is given, the run is the more like the published one
+
 CARD = """\
 ---
 base_model: {base}
@@ -81,7 +83,7 @@ def against_published(args, state, origin: dict, published: dict) -> str:
     """The saved weights' eval_loss beside the curve of one public run, where the two were measured alike; else why it
     says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end."""
     loss, why = saved_losses(args, state).get("eval_loss"), None
-    changed = [name for name in (*SETTINGS, "val_file") if flags.is_given(args, name)]
+    changed = [name for name in (*SETTINGS, "val_file") if flags.is_given(args, name) and name not in AS_PUBLISHED]
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     sources = [source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])]
     if args.trains_adapter:

@@ -99,6 +99,7 @@ def against(cls=train.TrainArguments, sources=(PUBLISHED_DATA,), raw=True, steps
         ({}, None),
         ({"output_dir": "elsewhere", "logging_steps": 5, "eval_samples": 0, "batch_tokens": 800}, None),
         ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, None),  # as published
+        ({"full_logits": True, "optimizer": "optim", "fast_kernels": False, "early_stopping_patience": 0}, None),  # too
         ({"sources": [PUBLISHED_DATA | {"source": f"ms://{data.DATASET_NAME}"}]}, None),
         ({"cls": train_lora.LoraArguments}, "它训练了全部参数，这里只训练 LoRA"),
         ({"raw": False}, CLEANED),
