@@ -20,7 +20,7 @@ from pathlib import Path
 
 try:
     from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
-    from parts import adapters, candidates, checkpoints, endpoint, question_file, reply_file, terminal
+    from parts import adapters, candidates, checkpoints, endpoint, question_file, reply_file, system_prompt, terminal
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -83,9 +83,8 @@ ADAPTER = candidates.Kind(adapters.locate, adapters.find, adapters.load)
 def begin(model, tokenizer, args: argparse.Namespace):
     """(the conversation with a model, what makes its messages of a question)."""
     from parts.conversation import Conversation
-    from parts.encoding import default_system
 
-    system = default_system(tokenizer)  # what the model was trained with
+    system = system_prompt.default(tokenizer)  # what the model was trained with
     conversation = Conversation(model, tokenizer, not args.no_thinking, args.max_new_tokens, args.seed)
     return conversation, partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
 

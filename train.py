@@ -19,7 +19,7 @@ from functools import partial
 try:
     import data
     from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-    from parts import encoding, hub, terminal
+    from parts import encoding, hub, system_prompt, terminal
     from parts.arguments import Arguments, parse_flags
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -156,9 +156,9 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
 
             # Tokenizer, training set, validation set
-            if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
+            if system_prompt.default(tokenizer) not in (None, SYSTEM_PROMPT):
                 print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
-            tokenizer = encoding.with_default_system(tokenizer, SYSTEM_PROMPT)  # saved with the model
+            tokenizer = system_prompt.with_default(tokenizer, SYSTEM_PROMPT)  # saved with the model
             load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
             train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
             clean = load_clean(args.val_file, eval_dataset, data.read_examples, load)

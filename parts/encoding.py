@@ -1,7 +1,6 @@
 """Messages to token ids and labels, and generated ids back to thinking and answer. What people wrote is text and never
 control. The only place where the chat template is called, for training and for asking alike. Knows no question."""
 
-import copy
 import itertools
 import json
 import re
@@ -21,14 +20,6 @@ FORMS = {  # how thinking and answer stand in a reply, read from its tokens
     "broken": "anything else: two thinkings, a text before the thinking, a tag that closes nothing",
 }
 PROBE = [{"role": "system", "content": "系统"}, {"role": "user", "content": "问"}]
-# In front of a chat template: the system message of a conversation that brings none. The text is a JSON string, which
-# is one of Jinja's too, so quotes, line breaks and braces in it are text.
-DEFAULT_SYSTEM = """\
-{%- if not messages or messages[0].role != 'system' %}
-{%- set messages = [{'role': 'system', 'content': TEXT}] + messages %}
-{%- endif %}
-"""
-DEFAULT_SYSTEM_PATTERN = re.compile(re.escape(DEFAULT_SYSTEM).replace("TEXT", r'("(?:[^"\\]|\\.)*")'))
 
 
 class Reply(NamedTuple):
@@ -157,21 +148,6 @@ def require_thinking(tokenizer, name: str) -> None:
 def has_no_thinking_mode(tokenizer) -> bool:
     """Whether the template, asked for no thinking, puts an empty block of it into the prompt."""
     return set(think_tokens(tokenizer)) <= set(encode_messages(tokenizer, PROBE, prompt_only=True, thinking=False))
-
-
-def with_default_system(tokenizer, system_prompt: str):
-    """A copy of `tokenizer` whose chat template begins each conversation that has no system message with this one, in
-    place of an earlier default. A conversation that has one is rendered as before."""
-    tokenizer = copy.copy(tokenizer)
-    template = DEFAULT_SYSTEM_PATTERN.sub("", tokenizer.get_chat_template(), count=1)
-    tokenizer.chat_template = DEFAULT_SYSTEM.replace("TEXT", json.dumps(system_prompt, ensure_ascii=False)) + template
-    return tokenizer
-
-
-def default_system(tokenizer) -> str | None:
-    """What `with_default_system` put there, or None."""
-    found = DEFAULT_SYSTEM_PATTERN.match(tokenizer.get_chat_template())
-    return json.loads(found[1]) if found else None
 
 
 def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:

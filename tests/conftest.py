@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from helpers import ROOT, SAMPLES, At, contents, crash, import_all, prepared, run, run_steps, says, weights
+from helpers import REAL, ROOT, SAMPLES, At, contents, crash, import_all, prepared, run, run_steps, says, weights
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo"), str(ROOT / "tests" / "benchmarks")]
 # Small tensors: threads cost more than they bring, and the sums stay in one order. No test needs a network.
@@ -46,6 +46,18 @@ def tokenizer(tiny_model):
     from parts import models
 
     return models.load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture(scope="session", params=["demo", "real"])
+def any_tokenizer(request, tokenizer):
+    """The demo's tokenizer, and Qwen3's own where it is at hand."""
+    from parts import models
+
+    if request.param == "demo":
+        return tokenizer
+    if not REAL.is_dir():
+        pytest.skip("the real tokenizer is not part of the project")
+    return models.load_tokenizer(str(REAL / "qwen3-1.7b"))
 
 
 @pytest.fixture

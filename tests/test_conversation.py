@@ -12,9 +12,9 @@ from rich.console import Console
 
 import data
 import inference
-from parts import models
+from parts import models, system_prompt
 from parts.conversation import Conversation, ReplyStreamer
-from parts.encoding import encode_messages, with_default_system
+from parts.encoding import encode_messages
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, to
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
-    for tokens in (tokenizer, with_default_system(tokenizer, "另一个")):
+    for tokens in (tokenizer, system_prompt.with_default(tokenizer, "另一个")):
         inference.predict(model, tokens, args)
     asked = [data.to_messages("头痛？", system=system) for system in (data.SYSTEM_PROMPT, "另一个")]
     assert seen == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]

@@ -5,23 +5,13 @@ import json
 import unicodedata
 
 import pytest
-from helpers import REAL, SAMPLES, opening, refused
+from helpers import SAMPLES, opening, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from parts import encoding, models
+from parts import encoding
 from parts.rows import FIELDS, TAG, clean
-
-
-@pytest.fixture(scope="session", params=["demo", "real"])
-def any_tokenizer(request, tokenizer):
-    """The demo's tokenizer, and Qwen3's own where it is at hand."""
-    if request.param == "demo":
-        return tokenizer
-    if not REAL.is_dir():
-        pytest.skip("the real tokenizer is not part of the project")
-    return models.load_tokenizer(str(REAL / "qwen3-1.7b"))
 
 
 @pytest.fixture(scope="session")
@@ -226,26 +216,6 @@ def test_a_prompt_with_a_closed_block_opens_no_thinking(any_tokenizer):
 def test_a_template_that_raises_gets_one_sentence(tokenizer, template):
     message = "own/er 的对话模板不能用来训练（~）；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
     refused(message, encoding.require_thinking, templated(tokenizer, template), "own/er")
-
-
-@pytest.mark.parametrize(
-    "system",
-    [data.SYSTEM_PROMPT, "", "两\n行\r\t\\n", "\"引'号'\"", "{{ messages }}{% endif %}{#", "\\u4f60 é 😀 \u2028"],
-)
-def test_the_default_system_prompt_is_in_the_template(any_tokenizer, tmp_path, system):
-    given = encoding.with_default_system(any_tokenizer, "之前的")
-    tokenizer = encoding.with_default_system(given, system)
-    assert [encoding.default_system(each) for each in (any_tokenizer, given, tokenizer)] == [None, "之前的", system]
-    assert tokenizer.chat_template.count("set messages = ") == 1
-    tokenizer.save_pretrained(tmp_path)
-    saved = models.load_tokenizer(str(tmp_path))
-    assert encoding.default_system(saved) == system
-    trained = data.to_messages("问", history=EARLIER, system=system)
-    expected = any_tokenizer.apply_chat_template(trained, tokenize=False, add_generation_prompt=True)
-    for messages in (trained, trained[1:]):  # one who sends a system message is obeyed
-        assert saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-    asked = data.to_messages("问", "想", "答", EARLIER, system="别的")
-    assert encoding.encode_example(saved, asked) == encoding.encode_example(any_tokenizer, asked)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from helpers import ROOT, arguments, losses, make_row, make_rows, opening, refus
 
 import data
 import train
-from parts import encoding, models
+from parts import encoding, models, system_prompt
 
 CURVE = ROOT / "tests" / "loss_curve.json"
 
@@ -118,11 +118,11 @@ def test_a_template_that_does_not_think_is_refused_before_data_and_weights(works
 
 def test_another_system_prompt_of_the_base_is_replaced_and_said(workspace, tiny_model, capsys):
     shutil.copytree(tiny_model, "base")
-    encoding.with_default_system(models.load_tokenizer("base"), "你是律师。").save_pretrained("base")
+    system_prompt.with_default(models.load_tokenizer("base"), "你是律师。").save_pretrained("base")
     run("base", max_steps=1)
     said = "提示：base 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。"
     assert capsys.readouterr().out.count(said) == 1
-    assert encoding.default_system(models.load_tokenizer(data.OUTPUT_DIR)) == data.SYSTEM_PROMPT
+    assert system_prompt.default(models.load_tokenizer(data.OUTPUT_DIR)) == data.SYSTEM_PROMPT
     run(data.OUTPUT_DIR, max_steps=1, output_dir="further")
     assert "另一个系统提示词" not in capsys.readouterr().out
 
