@@ -404,7 +404,7 @@ def test_card_names_revision_and_data(hub, tiny_model):
     assert "\n| 基础模型的版本 | v7 |\n" in card and f"\n| train.jsonl 的 SHA-256 | {checksum} |\n" in card
     assert f"\n| 基础权重的 SHA-256 | {weights} |\n" in card
     [origin] = data.read_origin("train.jsonl")["sources"]
-    assert f"\n| 数据 | {origin['source']}，版本 v6，SHA-256 {origin['sha256']} |\n" in card
+    assert f"\n| 数据 | {origin['source']}，版本 v6，SHA-256 {origin['sha256']}<br>" in card
     Path("train.jsonl").write_text(Path("train.jsonl").read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert list(data.read_origin("train.jsonl")) == ["train_sha256"]
     assert all("Revision=v7" in path for _, path in hub.requests if "/models/" in path)
