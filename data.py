@@ -54,6 +54,8 @@ def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> N
         raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
     if paths[0] == paths[2]:
         raise SystemExit(f"错误：--train_file 是 {train_file}，那里要写清理过的验证集；请换一个文件名。")
+    if os.path.realpath(train_file + SOURCE_SUFFIX) in paths:
+        raise SystemExit(f"错误：{train_file}{SOURCE_SUFFIX} 里要写训练集的来源；请给 --val_file 换一个文件名。")
     for dataset in datasets:
         if os.path.realpath(dataset) in paths:
             raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")

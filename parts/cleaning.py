@@ -65,7 +65,7 @@ def clean_rows(part: list[Placed]) -> tuple[list[Placed], str]:
         done += found
         before, after, changed = before + len(row["think"]), after + len(think), changed + (think != row["think"])
     kinds = "，".join(f"{name} {done[kind]} 处" for kind, name in traces.KINDS.items() if done[kind])
-    text = f"{changed}/{len(part)} 行的思考改过，保留 {after / max(before, 1):.1%} 的字"
+    text = f"{changed}/{len(part)} 行的思考改过，保留 {after / before if before else 1:.1%} 的字"
     return cleaned, text + (f"；去掉的：{kinds}" if kinds else "")
 
 

@@ -13,18 +13,22 @@ PASSAGES = 2_000_000  # that are held in memory, of more only every n-th: about 
 
 def pairs(answers: list[str]) -> list[tuple[int, int]]:
     """Places (i, j), i < j, of answers that are near-duplicates of each other, in order. Of very many long answers a
-    part of the passages is looked at, the same in all of them: their shares are estimates then."""
+    part of the passages is looked at, the same in all of them: their shares are estimates then. An answer that stands
+    there more than COMMON times is paired with its first copy only."""
     every = -(-sum(map(len, answers)) // PASSAGES)
-    counts, holders, shared = [], defaultdict(list), Counter()
+    counts, holders, shared, first, copies = [], defaultdict(list), Counter(), {}, set()
     for place, text in enumerate(answers):
         found = {text[start : start + LENGTH] for start in range(len(text) - LENGTH + 1)}
         if every > 1:
             found = {passage for passage in found if zlib.crc32(passage.encode()) % every == 0}
         counts.append(len(found))
         if len(text) >= LEAST + LENGTH:
+            if first.setdefault(text, place) != place:  # of many copies every passage is common
+                copies.add((first[text], place))
             for passage in found:
                 holders[passage].append(place)
     for places in holders.values():
         if 1 < len(places) <= min(max(FEW, COMMON * len(answers)), MANY):
             shared.update(combinations(places, 2))
-    return sorted(pair for pair, count in shared.items() if count >= SHARE * min(counts[place] for place in pair))
+    alike = {pair for pair, count in shared.items() if count >= SHARE * min(counts[place] for place in pair)}
+    return sorted(alike | copies)

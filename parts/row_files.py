@@ -21,7 +21,7 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"
 
 def clean_path(path: str | Path) -> str:
     """The file beside `path` that has its rows with cleaned thinking: val.clean.jsonl for val.jsonl."""
-    return str(Path(path).with_suffix(".clean.jsonl"))
+    return os.path.splitext(path)[0] + ".clean.jsonl"  # Path.with_suffix raises for "", "." and "/"
 
 
 def read(path: str | Path) -> list[tuple[int, object]]:

@@ -30,6 +30,7 @@ def test_bad_row_moves_no_other(place):
 WRITE = "无法写入 {train}、{val}（%s）；请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
 SAME = "--train_file 和 --val_file 都是 {train}；请给两个不同的文件名。"
 SOURCE = "写入会覆盖原始数据 rows.jsonl；请用 --train_file、--val_file 换个文件名。"
+ORIGIN = "{val} 里要写训练集的来源；请给 --val_file 换一个文件名。"
 OUTPUTS = [
     ("train.jsonl", "sub", WRITE % "是一个文件夹"),
     ("sub", "val.jsonl", WRITE % "是一个文件夹"),
@@ -39,6 +40,8 @@ OUTPUTS = [
         ("train.jsonl", same, SAME)
         for same in ("train.jsonl", "./train.jsonl", "sub/../train.jsonl", "link/train.jsonl")
     ],
+    *[("train.jsonl", none, WRITE % "是一个文件夹") for none in ("", ".", "/")],
+    ("train.jsonl", "train.jsonl.source.json", ORIGIN),
     ("rows.jsonl", "val.jsonl", SOURCE),
     ("train.jsonl", "link/rows.jsonl", SOURCE),
 ]
