@@ -95,7 +95,8 @@ def prepare(
         part = "训练集" if not train else "验证集"
         raise SystemExit(
             f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，划分后{part}为空；"
-            f"{'请提供更多不同的行' if train or val else '请按下面的原因改正'}。"
+            f"{'请提供更多不同的行' if train or val and not cleaned else '请按下面的原因改正'}"
+            f"{'，或加 --raw 照原文写' if cleaned and not train else ''}。"
             + "".join(f"\n  {line}" for line in rows.describe_problems(problems))
         )
     lines = sources.describe(loaded, counts, found)

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from helpers import REAL, ROOT, make_row, save, written
+from helpers import REAL, ROOT, make_row, refused, save, written
 
 import data
 from parts import cleaning, traces
@@ -144,6 +144,16 @@ def test_training_text_is_cleaned_validation_is_there_both_ways(folder, capsys):
     assert "清理      36/36 行的思考改过" in out and "提到给定的答案 36 处" in out
     assert "未采用    清理后剩下的思考不到 60%：1 行（第 1 行）\n" in out and "已写入    val.clean.jsonl：4 行" in out
     assert json.loads((folder / "train.jsonl.source.json").read_text())["raw"] is False
+
+
+def test_nothing_left_to_train_on_names_the_reason_and_the_way_out(folder):
+    rows = [make_row(i, think="根据用户提供的答案，答案里已经提到了。要点都要符合答案。") for i in range(1, 21)]
+    message = "20 行中可用的有 2 行，划分后训练集为空；请按下面的原因改正，或加 --raw 照原文写。"
+    refused(f"{message}\n  清理后剩下的思考不到 60%：18 行（~）", data.prepare, save(rows, "rows.jsonl"))
+
+
+def test_without_thinking_nothing_is_lost():
+    assert cleaning.clean_rows([(1, make_row(1, think=""))])[1] == "0/1 行的思考改过，保留 100.0% 的字"
 
 
 def test_raw_is_the_text_as_it_was(folder, capsys):
