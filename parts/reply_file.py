@@ -93,7 +93,9 @@ def read(path: str, rows: list[Row], by: dict | None = None, flag: str = "--repl
     lines = content.split(b"\n")
     # What was cut off in mid-write begins as a line of ours does, and is no JSON yet.
     last = lines[-1]
-    cut = last.startswith(LINE_START) and not is_json(last) or last != b"" and LINE_START.startswith(last)
+    # Where the power failed there may be zeros in the place of what was not on the disk yet.
+    begun = last.rstrip(b"\0")
+    cut = last.startswith(LINE_START) and not is_json(last) or last != b"" and LINE_START.startswith(begun)
     size = len(content) - cut * len(last)
     lines = lines[:-1] if cut or not last else lines
     open_places = defaultdict(list)
@@ -121,7 +123,7 @@ def require_writable(path: str) -> None:
     try:
         probe.touch()
         probe.unlink()
-        if os.path.exists(path):
+        if os.path.exists(path) or not path:  # beside "" a file can be made
             open(path, "ab").close()
     except OSError as error:
         raise SystemExit(f"错误：无法写入 --replies {path}（{error.strerror}）；请换一个位置。") from None

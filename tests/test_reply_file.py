@@ -106,7 +106,17 @@ def test_a_folder_that_was_moved_has_the_same_weights_still(folder):
 
 def test_a_place_where_nothing_can_be_written(folder):
     Path("r.jsonl").mkdir()
-    for path, why in (("/proc/no/r.jsonl", "No such file or directory"), ("r.jsonl", "Is a directory")):
+    missing = "No such file or directory"
+    for path, why in (("/proc/no/r.jsonl", missing), ("", missing), ("r.jsonl", "Is a directory")):
         refused(f"无法写入 --replies {path}（{why}）；请换一个位置。", reply_file.require_writable, path)
     reply_file.require_writable("new.jsonl")
     assert [path.name for path in folder.iterdir()] == ["r.jsonl"]
+
+
+@pytest.mark.parametrize("rest", [b"\0" * 40, b'{"ques\0\0\0', b'{"question": "\0\0', '{"question": "头'.encode()[:-1]])
+def test_zeros_after_a_power_failure_are_a_line_that_was_cut_off(folder, rest):
+    path = write({}, {})
+    size = Path(path).stat().st_size
+    Path(path).write_bytes(Path(path).read_bytes() + rest)
+    found = reply_file.read(path, ROWS, BY)
+    assert len(found.replies) == 2 and found.cut and found.size == size
