@@ -98,7 +98,8 @@ class Endpoint:
         if self.model:
             return
         try:
-            names = [str(model["id"]) for model in self.fetch("GET", "/models")["data"]]
+            found = [str(model["id"]) for model in self.fetch("GET", "/models")["data"]]
+            names = [name.encode("utf-8", "replace").decode() for name in found]  # it stands in files later
         except (KeyError, TypeError):
             raise Failed("没有模型列表，请用 --judge_model 指定模型") from None
         if len(names) != 1:

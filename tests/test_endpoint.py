@@ -165,3 +165,9 @@ def test_model_is_the_only_one_or_the_one_that_was_named(server, models, reason)
         Endpoint(server.url).find_model()
     (named := Endpoint(server.url, "c")).find_model()
     assert named.model == "c"
+
+
+def test_name_of_a_model_can_be_written(server):
+    server.models = b'{"data": [{"id": "m\\ud800"}]}'
+    (alone := Endpoint(server.url)).find_model()
+    assert alone.model == "m?"
