@@ -100,6 +100,11 @@ def predict(model, tokenizer, args: argparse.Namespace) -> None:
         conversation.ask(start(args.question))
 
 
+def places_of_results(replies: str) -> tuple[Path, Path]:
+    """Where the scores and the page go, beside a file of replies."""
+    return tuple(Path(os.path.splitext(replies)[0] + suffix) for suffix in (".scores.json", ".scores.html"))
+
+
 def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
     """The file of questions, answered by the model and by those that it is compared with, scored, judged where a judge
     is given, and laid out as a page."""
@@ -119,8 +124,9 @@ def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
     measured = [comparison.measure(args.questions, each) for each in answered]
     verdicts = comparison.judge_all(args.questions, measured, judging, JUDGE_PROMPT, args.replies, console)
     tables = comparison.tables(measured, verdicts)
-    comparison.report(measured, verdicts, tables, Path(args.replies).with_suffix(".scores.json"), console)
-    cases, shown = comparison.cases(args.questions, measured, verdicts), Path(args.replies).with_suffix(".scores.html")
+    scores, shown = places_of_results(args.replies)
+    comparison.report(measured, verdicts, tables, scores, console)
+    cases = comparison.cases(args.questions, measured, verdicts)
     page.write(str(shown), f"{answered[0].name} 的回复", tables, cases, measure="ROUGE-L 相差", notice=NOT_A_DOCTOR)
     console.print(f"网页：{shown}\n{NOT_A_DOCTOR}", markup=False, soft_wrap=True)
 
@@ -183,6 +189,8 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.questions:
         candidates.check(args.questions, args.replies, args.compare_with)
+        if taken := [str(path) for path in places_of_results(args.replies) if path.is_dir()]:
+            raise SystemExit(f"错误：{taken[0]} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")
     for name in () if args.questions else ("replies", "compare_with"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} 只和 --questions 一起起作用")

@@ -92,7 +92,9 @@ def answer_missing(rows: list[Row], path: str, by: dict, found: reply_file.Found
     missing = [place for place in range(len(rows)) if place not in replies]
     if replies or found.cut:
         cut = "最后一行没有写完，不用；" if found.cut else ""
-        console.print(f"{path} 里已有 {len(replies)} 条，{cut}接着答其余 {len(missing)} 条。", soft_wrap=True)
+        console.print(
+            f"{path} 里已有 {len(replies)} 条，{cut}接着答其余 {len(missing)} 条。", markup=False, soft_wrap=True
+        )
     try:
         with explain_failed_write(path, KEPT), open(path, "ab") as file, Progress(console=console) as bar:
             file.truncate(found.size)
@@ -108,6 +110,9 @@ def answer_missing(rows: list[Row], path: str, by: dict, found: reply_file.Found
                 bar.advance(task, len(places))
     except BaseException:  # Ctrl-C too
         console.print(
-            f"没有答完；已答的 {len(replies)} 条在 {path}，再运行同一命令会接着答。", style="yellow", soft_wrap=True
+            f"没有答完；已答的 {len(replies)} 条在 {path}，再运行同一命令会接着答。",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
         )
         raise

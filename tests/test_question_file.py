@@ -130,6 +130,12 @@ def test_interrupted_again_and_again_it_still_goes_on(folder, likeliest, tokeniz
     assert [row["question"] for row in read_lines("replies.jsonl")] == [row["question"] for row in rows]
 
 
+def test_brackets_in_the_name_of_a_file_are_shown(folder, likeliest, tokenizer, capsys):
+    answer(likeliest, tokenizer, [{"question": "头痛？"}], "r[b].jsonl")
+    answer(likeliest, tokenizer, [{"question": "头痛？"}, {"question": "感冒？"}], "r[b].jsonl")
+    assert "r[b].jsonl 里已有 1 条，接着答其余 1 条。" in capsys.readouterr().out
+
+
 def test_nothing_is_loaded_where_nothing_is_missing(folder, likeliest, tokenizer):
     rows = [{"question": text} for text in ("头痛？", "感冒？")]
     given = answer(likeliest, tokenizer, rows)

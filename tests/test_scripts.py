@@ -179,6 +179,14 @@ def test_replies_that_are_there_are_kept_and_told_of_before_a_model_is_loaded(tm
     assert (tmp_path / "old.jsonl").read_text(encoding="utf-8") == "{}"
 
 
+@pytest.mark.parametrize("name", ["r.scores.json", "r.scores.html"])
+def test_a_folder_where_scores_belong_is_told_of_before_a_model_is_loaded(tmp_path, name):
+    (tmp_path / "q.txt").write_text("头痛？", encoding="utf-8")
+    (tmp_path / name).mkdir()
+    result = run_script("inference.py", "--questions", "q.txt", "--replies", "r.jsonl", cwd=tmp_path)
+    assert fails(result, f"错误：{name} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")
+
+
 NUMBER = "argument --{}: 要一个 {} 到 4294967295 的整数，不是 '{}'"
 
 
