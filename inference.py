@@ -101,8 +101,8 @@ def predict(model, tokenizer, args: argparse.Namespace) -> None:
 
 
 def places_of_results(replies: str) -> tuple[Path, Path]:
-    """Where the scores and the page go, beside a file of replies."""
-    return tuple(Path(os.path.splitext(replies)[0] + suffix) for suffix in (".scores.json", ".scores.html"))
+    """Where the scores and the page go, beside a file of replies; run.v1 and run.v2 have their own."""
+    return tuple(Path(replies.removesuffix(".jsonl") + suffix) for suffix in (".scores.json", ".scores.html"))
 
 
 def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:

@@ -265,6 +265,12 @@ def test_a_place_for_replies_without_questions_is_an_error(monkeypatch, capsys):
         assert end.value.code == 2 and f"{flag} 只和 --questions 一起起作用" in capsys.readouterr().err
 
 
+def test_every_file_of_replies_has_scores_of_its_own():
+    named = {name: [str(path) for path in inference.places_of_results(name)] for name in ("a/r.jsonl", "r.v1", "r.v2")}
+    assert named["a/r.jsonl"] == ["a/r.scores.json", "a/r.scores.html"]
+    assert len({path for paths in named.values() for path in paths}) == 6
+
+
 def test_questions_and_a_conversation_exclude_each_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("q.txt").write_text("头痛？", encoding="utf-8")
