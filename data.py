@@ -101,7 +101,8 @@ def prepare(
         )
     lines = sources.describe(loaded, counts, found)
     lines += [f"清理      {'没有（--raw）；会是：' if raw else ''}{how}", mark_seen(train, val)]
-    parts = {train_file: train, val_file: val, row_files.clean_path(val_file): cleaning.clean_rows(val)[0]}
+    clean_val = cleaning.keep_whole(cleaning.clean_rows(val)[0], val)  # the same rows in any case
+    parts = {train_file: train, val_file: val, row_files.clean_path(val_file): clean_val}
     write(parts, {"sources": [source.origin for source in loaded], "raw": raw})
     print(rows.summary(lines, parts, problems))
 

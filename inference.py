@@ -14,6 +14,7 @@ The replies are a language model's and may be wrong. They are not medical advice
 """
 
 import argparse
+import importlib.util
 import os
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ except ModuleNotFoundError as error:  # python -P, a copy without parts/, or not
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
 REPLIES = "replies.jsonl"
+SCORING = ("rouge_score", "rjieba", "sacrebleu")  # packages: without them an hour of replies would end in no table
 NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
 OUT_OF_MEMORY = (
     "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
@@ -188,6 +190,10 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line; what is wrong with its files is said before a model is loaded."""
     args = parser.parse_args()
     if args.questions:
+        if missing := [name for name in SCORING if importlib.util.find_spec(name) is None]:
+            raise SystemExit(
+                f"错误：--questions 评分要用 {'、'.join(missing)}；请先运行 pip install -r requirements.txt"
+            )
         candidates.check(args.questions, args.replies, args.compare_with)
         if taken := [str(path) for path in places_of_results(args.replies) if path.is_dir()]:
             raise SystemExit(f"错误：{taken[0]} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")

@@ -69,14 +69,19 @@ def clean_rows(part: list[Placed]) -> tuple[list[Placed], str]:
     return cleaned, text + (f"；去掉的：{kinds}" if kinds else "")
 
 
-def keep_whole(cleaned: list[Placed], before: list[Placed], problems: dict[str, list[Place]]) -> list[Placed]:
-    """The cleaned rows of which at least KEPT is left of the thinking; `problems` gets the places of the others."""
+def keep_whole(
+    cleaned: list[Placed], before: list[Placed], problems: dict[str, list[Place]] | None = None
+) -> list[Placed]:
+    """The cleaned rows of which at least KEPT is left of the thinking; `problems` gets the places of the others, which
+    without it stay as they were."""
     kept = []
     for (place, row), (_, old) in zip(cleaned, before):
-        if len(row["think"]) < KEPT * len(old["think"]):
-            problems.setdefault(f"清理后剩下的思考不到 {KEPT:.0%}", []).append(place)
-        else:
+        if len(row["think"]) >= KEPT * len(old["think"]):
             kept.append((place, row))
+        elif problems is None:
+            kept.append((place, old))
+        else:
+            problems.setdefault(f"清理后剩下的思考不到 {KEPT:.0%}", []).append(place)
     return kept
 
 

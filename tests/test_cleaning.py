@@ -156,6 +156,15 @@ def test_without_thinking_nothing_is_lost():
     assert cleaning.clean_rows([(1, make_row(1, think=""))])[1] == "0/1 行的思考改过，保留 100.0% 的字"
 
 
+def test_a_validation_row_that_is_all_trace_stays_as_it_was(folder):
+    rows = [make_row(i, think="答案里已经提到了，所以没问题。") for i in range(1, 41)]
+    for row in rows[:20]:
+        row["think"] = "先想想病因和机制。"
+    data.prepare(save(rows, "rows.jsonl"))
+    clean_val = [json.loads(line) for line in (folder / "val.clean.jsonl").read_text().splitlines()]
+    assert clean_val == written()[1] and {row["think"] for row in clean_val} == {row["think"] for row in rows}
+
+
 def test_raw_is_the_text_as_it_was(folder, capsys):
     rows = [make_row(i, think=f"答案里已经提到了。第{i}点。") for i in range(1, 21)]
     data.prepare(save(rows, "rows.jsonl"), raw=True)

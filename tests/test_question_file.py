@@ -257,6 +257,15 @@ def test_files_without_questions_get_one_sentence(tmp_path, monkeypatch, name, c
         question_file.read(name)
 
 
+def test_what_scores_need_is_missed_before_an_hour_of_replies(tmp_path, monkeypatch):
+    """In an environment that is older than the scores."""
+    monkeypatch.chdir(tmp_path)
+    Path("q.txt").write_text("头痛？", encoding="utf-8")
+    monkeypatch.setattr(inference, "SCORING", ("rouge_score", "no_such_package"))
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--questions", "q.txt"])
+    refused("--questions 评分要用 no_such_package；请先运行 pip install -r requirements.txt", inference.main)
+
+
 def test_a_place_for_replies_without_questions_is_an_error(monkeypatch, capsys):
     for flag in ("--replies", "--compare_with"):
         monkeypatch.setattr(sys, "argv", ["inference.py", flag, "mine.jsonl"])
