@@ -157,12 +157,10 @@ def test_without_thinking_nothing_is_lost():
 
 
 def test_a_validation_row_that_is_all_trace_stays_as_it_was(folder):
-    rows = [make_row(i, think="答案里已经提到了，所以没问题。") for i in range(1, 41)]
-    for row in rows[:20]:
-        row["think"] = "先想想病因和机制。"
-    data.prepare(save(rows, "rows.jsonl"))
+    rows = [make_row(i, think="答案里已经提到了，所以没问题。") for i in range(1, 21)]
+    data.prepare(save(rows, "rows.jsonl"), raw=True)
     clean_val = [json.loads(line) for line in (folder / "val.clean.jsonl").read_text().splitlines()]
-    assert clean_val == written()[1] and {row["think"] for row in clean_val} == {row["think"] for row in rows}
+    assert clean_val == written()[1] and {row["think"] for row in clean_val} == {rows[0]["think"]}
 
 
 def test_raw_is_the_text_as_it_was(folder, capsys):
