@@ -1,13 +1,17 @@
 """Each benchmark runs its arms and fills its table; what it says of speed is not looked at here."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import decode_speed
+import defaults
 import memory_budget
+import numpy as np
 import pytest
 import train_speed
-from helpers import ROOT
+from helpers import ROOT, make_row, save
 
 
 def table(script: str, *flags: str) -> list[list[str]]:
@@ -85,3 +89,24 @@ def test_memory_budget_plans_for_cards_that_are_not_here(capsys):
 def test_data_speed():
     [row] = table("data_speed.py", "--rows", "200")
     assert row[0] == "200"
+
+
+def test_defaults(folder, monkeypatch, capsys):
+    """The two texts are learnt apart, and every arm has its line."""
+    rows = [make_row(i, think=f"答案里已经提到了休息。思考{i}的要点是多喝水，按时睡觉。" * 2) for i in range(20)]
+    monkeypatch.setattr(sys, "argv", ["defaults", "--small", "--data", save(rows, "rows.jsonl"), "--json", "out.json"])
+    defaults.main()
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {name: cells for name, *cells in lines}
+    assert [found[f"explicit, {text}"][0] for text in ("raw", "clean")] == ["100.0%", "0.0%"]
+    rate = f"{defaults.RATES[0]:g}"
+    losses = [float(found[f"{kind}, {epochs} epochs, {rate}"][0]) for kind, epochs in defaults.ARMS]
+    assert losses[0] == losses[1] > 0 and losses[2] > 0  # --small: as many steps for both
+    assert {row["row"] for row in json.loads(Path("out.json").read_text())["rows"]} < found.keys()
+
+
+def test_intervals_hold_what_seeds_and_rows_make_of_it():
+    values = np.arange(40.0).reshape(4, 10)  # rows differ by 9 at most, seeds by 30
+    mean, low, high = defaults.interval(values)
+    assert mean == 19.5 and 0 < low < 10 and 30 < high < 39
+    assert defaults.interval(np.ones((3, 5))) == [1, 1, 1]

@@ -1,18 +1,20 @@
-"""What a CPU can say of the recipe's defaults: cleaned against raw thinking, one epoch against two, LoRA's learning rate.
+"""What a CPU can say of the recipe's defaults: cleaned or raw thinking, one epoch or two, LoRA's learning rate.
 
-    python tests/benchmarks/defaults.py --data ROWS            # ROWS: what data.py --dataset takes, the published rows say
-    python tests/benchmarks/defaults.py --data ROWS --seeds 0 1 2 --json defaults.json
-    python tests/benchmarks/defaults.py --small                # the demo's rows and few steps: a check that it works
+    OMP_NUM_THREADS=1 python tests/benchmarks/defaults.py --data ROWS --json defaults.json    # three seeds
+    OMP_NUM_THREADS=1 python tests/benchmarks/defaults.py --small    # the demo's rows, few steps: does it work
 
-Real trainings of train.py and train_lora.py, of a Qwen3 of some million random parameters (tests/demo/tiny_model.py).
-Each seed, which draws the weights and the order of the rows, learns --data twice from nothing, as `data.py --raw` and as
-`data.py` write it; both models answer the validation questions, and parts/traces.py counts in their thinking. The model
-that learnt the cleaned rows is then the base for the other two questions: it is fine-tuned on 40 questions of the demo,
-rows of another style, and the outcome is the loss on its 20 other questions, of the weights that train.py keeps.
+ROWS is what `data.py --dataset` takes: a file of yours, or a hub's name (krisfu/delicate_medical_r1_data: the published
+rows). They are not part of this project. Real trainings, by train.py's and train_lora.py's own functions, of a Qwen3 of
+about a million random parameters (tests/demo/tiny_model.py), one example a step.
 
-Intervals: 95 %, bootstrap, seeds and validation rows drawn apart, so that either can have made a difference. What such
-a model cannot say: how good replies are, and where an absolute learning rate is best; the rate at which LoRA is best
-beside the one at which full training is, it can.
+Each seed, which draws weights, order and replies, learns ROWS twice from nothing, as `data.py --raw` writes them and as
+`data.py` does. Both models answer the validation questions; parts/traces.py counts in their thinking. Then the model of
+the cleaned rows is fine-tuned on 40 questions of the demo, rows of another style, and the outcome is the loss on its 20
+other questions, as train.py has it: of the best weights, two evaluations an epoch.
+
+Intervals are 95 %, bootstrap; seeds and validation rows are drawn apart, so that either can have made a difference.
+Such a model cannot say how good replies are, nor where an absolute learning rate is best: small models learn best at
+far higher ones. It can say how LoRA's best rate stands to full training's.
 """
 
 import argparse
@@ -26,14 +28,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "demo")]
 
+DEMO = ROOT / "tests" / "demo" / "medical.jsonl"
 HIDDEN, LAYERS = 128, 2
 LEARNING = {"learning_rate": 1e-2, "warmup_steps": 30, "adam_beta2": 0.95, "num_train_epochs": 12}  # from nothing
 COMMON = {"per_device_train_batch_size": 1, "early_stopping_patience": 0, "sample_tokens": 1, "logging_steps": 100}
-RATES = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
+COMMON |= {"fast_kernels": False}  # packed attention costs a CPU a fifth more
+RATES = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2]  # the published one first
+ARMS = [("full", 1), ("full", 2), ("LoRA", 2)]  # and epochs
 DEMO_TRAINED = 80  # of the demo's 120 rows; the two wordings of a question stand together
 REPLY_TOKENS, REPLIES = 800, 4  # to each validation question
 DRAWS = 2000
-SMALL = {"learning_rate": 1e-2, "max_steps": 2}
+SMALL = {"max_steps": 2}
 
 
 def interval(values) -> list[float]:
@@ -41,9 +46,7 @@ def interval(values) -> list[float]:
     import numpy as np
 
     rng, (seeds, rows) = np.random.default_rng(0), values.shape
-    drawn = [
-        values[rng.integers(seeds, size=seeds)][:, rng.integers(rows, size=rows)].mean() for _ in range(DRAWS)
-    ]
+    drawn = [values[rng.integers(seeds, size=seeds)][:, rng.integers(rows, size=rows)].mean() for _ in range(DRAWS)]
     return [float(values.mean()), *map(float, np.percentile(drawn, [2.5, 97.5]))]
 
 
@@ -52,7 +55,7 @@ def fit(model: str, train_file: str, val_file: str, lora: bool = False, **change
     import train
     import train_lora
 
-    values = {"report_to": "none", "disable_tqdm": True, "fast_kernels": False} | COMMON | changes
+    values = {"report_to": "none", "disable_tqdm": True} | COMMON | changes
     cls = train_lora.LoraArguments if lora else train.TrainArguments
     with open("log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         args = cls(
@@ -70,55 +73,61 @@ def row_losses(trainer) -> list[float]:
         return [trainer.model(**row).loss.item() for row in tensors]
 
 
-def leaks(trainer, questions: list[str], tokens: int, seed: int) -> dict[str, list[float]]:
-    """{kind of trace: [questions], the share of its replies with one}; `explicit`: with any but a covert one."""
-    import data
+def leaks(trainer, questions: list[str], tokens: int, seed: int) -> tuple[dict[str, list[float]], list[str]]:
+    """({kind of trace: [questions], the share of its replies with one}, the traces with what stands around them);
+    `explicit`: any but a covert one."""
     import transformers
+
+    import data
     from parts import replies, traces
 
     transformers.set_seed(seed)
-    kinds = [*traces.KINDS, "explicit"]
-    found = {kind: [0.0] * len(questions) for kind in kinds}
+    shares, seen = {kind: [0.0] * len(questions) for kind in [*traces.KINDS, "explicit"]}, []
     conversations = [data.to_messages(question) for question in questions]
     for _ in range(REPLIES):
         answered = replies.generate(trainer.model, trainer.processing_class, conversations, tokens)
         for place, (question, reply) in enumerate(zip(questions, answered)):
-            of = {trace.kind for trace in traces.find(reply.thinking, question, reply.answer)}
-            for kind in of | ({"explicit"} if of - {"covert"} else set()):
-                found[kind][place] += 1 / REPLIES
-    return found
+            found = traces.find(reply.thinking, question, reply.answer)
+            seen += [f"{each.kind}: {reply.thinking[max(each.start - 12, 0) : each.end + 12]}" for each in found]
+            kinds = {each.kind for each in found}
+            for kind in kinds | ({"explicit"} if kinds - {"covert"} else set()):
+                shares[kind][place] += 1 / REPLIES
+    return shares, seen
 
 
 def prepare(dataset: str) -> list[str]:
     """Write raw.jsonl, clean.jsonl, val.jsonl and the demo's two files; returns the validation questions."""
     import data
-    from parts import row_files
 
     with open("log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         data.prepare(dataset, "raw.jsonl", "val.jsonl", raw=True)
         data.prepare(dataset, "clean.jsonl", "val.jsonl")
-    demo = (ROOT / "tests" / "demo" / "medical.jsonl").read_text(encoding="utf-8").splitlines()
+    demo = DEMO.read_text(encoding="utf-8").splitlines()
     for file, part in (("demo.jsonl", demo[:DEMO_TRAINED]), ("demo_val.jsonl", demo[DEMO_TRAINED:])):
         Path(file).write_text("\n".join(part) + "\n", encoding="utf-8")
-    return [row["question"] for _, row in row_files.read("val.jsonl")]
+    return [row["question"] for row in data.read_examples("val.jsonl")]
 
 
 def run_seed(seed: int, questions: list[str], rates: list[float], small: bool) -> dict[str, dict]:
     """{"leaks": {text: {kind: [questions]}}, "losses": {arm: [rows]}} of one seed."""
     import tiny_model
 
-    texts = [text for row in map(json.loads, open("raw.jsonl", encoding="utf-8")) for text in map(str, row.values())]
-    tiny_model.build(start := f"start{seed}", texts + tiny_model.sample_texts(), seed, HIDDEN, LAYERS)
-    result = {"leaks": {}, "losses": {}}
+    import data
+
+    texts = [row[field] for row in data.read_examples("raw.jsonl") for field in ("question", "think", "answer")]
+    tiny_model.build(start := f"start{seed}", texts, seed, HIDDEN, LAYERS)
+    result = {"leaks": {}, "traces": {}, "losses": {}}
     for text in ("raw", "clean"):
-        settings = SMALL if small else LEARNING
-        trainer = fit(start, f"{text}.jsonl", "val.jsonl", seed=seed, eval_strategy="no", **settings)
-        result["leaks"][text] = leaks(trainer, questions, 8 if small else REPLY_TOKENS, seed)
+        settings = LEARNING | {"seed": seed, "eval_strategy": "no"} | (SMALL if small else {})
+        trainer = fit(start, f"{text}.jsonl", "val.jsonl", **settings)
+        tokens = 8 if small else REPLY_TOKENS
+        result["leaks"][text], result["traces"][text] = leaks(trainer, questions, tokens, seed)
     base = trainer.args.output_dir
     for rate in rates:
-        for kind, epochs in (("full", 1), ("full", 2), ("LoRA", 2)):
-            changes = {"learning_rate": rate, "num_train_epochs": epochs, "eval_steps": DEMO_TRAINED // 2, "seed": seed}
-            trainer = fit(base, "demo.jsonl", "demo_val.jsonl", kind == "LoRA", **changes)
+        for kind, epochs in ARMS:
+            settings = {"learning_rate": rate, "num_train_epochs": epochs, "eval_steps": DEMO_TRAINED // 2}
+            settings |= {"seed": seed} | (SMALL if small else {})
+            trainer = fit(base, "demo.jsonl", "demo_val.jsonl", kind == "LoRA", **settings)
             result["losses"][f"{kind}, {epochs} epochs, {rate:g}"] = row_losses(trainer)
     return result
 
@@ -140,27 +149,32 @@ def report(results: list[dict], rates: list[float], of_text: dict[str, float]) -
     def loss(kind: str, epochs: int, rate: float):
         return np.array([result["losses"][f"{kind}, {epochs} epochs, {rate:g}"] for result in results])
 
-    print("| replies with a trace | rows trained on with one | mean | 95 % |\n| --- | --- | --- | --- |")
+    replies = f"{len(results)} seeds x {len(results[0]['leaks']['raw']['explicit'])} questions x {REPLIES} replies"
+    print(f"{replies}\n\n| replies with a trace | rows trained on with one | mean | 95 % |\n| --- | --- | --- | --- |")
     for kind in results[0]["leaks"]["raw"]:
         for text in ("raw", "clean"):
             line(f"{kind}, {text}", leak(text, kind), ".1%", f"{of_text[text, kind]:.1%}")
         line(f"{kind}, clean - raw", leak("clean", kind) - leak("raw", kind), "+.1%", "")
     print("\n| validation loss | mean | 95 % |\n| --- | --- | --- |")
     for rate in rates:
-        for kind, epochs in (("full", 1), ("full", 2), ("LoRA", 2)):
+        for kind, epochs in ARMS:
             line(f"{kind}, {epochs} epochs, {rate:g}", loss(kind, epochs, rate), ".3f")
         line(f"full, {rate:g}: 2 epochs - 1", loss("full", 2, rate) - loss("full", 1, rate), "+.3f")
         line(f"LoRA: {rate:g} - {rates[0]:g}", loss("LoRA", 2, rate) - loss("LoRA", 2, rates[0]), "+.3f")
+    for kind, epochs in ARMS:
+        best = [rates[seed.argmin()] for seed in np.array([loss(kind, epochs, rate).mean(1) for rate in rates]).T]
+        print(f"\nBest rate of {kind}, {epochs} epochs, by seed: {' '.join(f'{rate:g}' for rate in best)}")
     return rows
 
 
-def shares(questions: list[str]) -> dict[tuple[str, str], float]:
+def shares_trained_on() -> dict[tuple[str, str], float]:
     """{(text, kind): share of the rows trained on whose thinking has such a trace}."""
-    from parts import row_files, traces
+    import data
+    from parts import traces
 
     found = {}
     for text in ("raw", "clean"):
-        rows = [row for _, row in row_files.read(f"{text}.jsonl")]
+        rows = data.read_examples(f"{text}.jsonl")
         of = [{trace.kind for trace in traces.find(row["think"], row["question"], row["answer"])} for row in rows]
         for kind in traces.KINDS:
             found[text, kind] = sum(kind in kinds for kinds in of) / len(rows)
@@ -174,17 +188,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates, the published one first")
     parser.add_argument("--json", help="write all numbers to this file too, after each seed")
-    parser.add_argument("--small", action="store_true", help="the demo's rows, one seed, few steps")
+    parser.add_argument("--small", action="store_true", help="one seed, few steps; the demo's rows, unless --data")
     args = parser.parse_args()
-    if bool(args.data) == args.small:
-        parser.error("either --data or --small")
-    source = str(ROOT / "tests" / "demo" / "medical.jsonl") if args.small else args.data
+    if not (args.data or args.small):
+        parser.error("--data is missing")
+    source = args.data or str(DEMO)
     source = os.path.abspath(source) if os.path.isfile(source) else source
     output = args.json and os.path.abspath(args.json)
     seeds, rates = (args.seeds[:1], args.rates[:1]) if args.small else (args.seeds, args.rates)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         questions, results = prepare(source), []
-        of_text = shares(questions)
+        of_text = shares_trained_on()
         for seed in seeds:
             results.append(run_seed(seed, questions, rates, args.small))
             if output:
