@@ -96,13 +96,12 @@ def test_defaults(folder, monkeypatch, capsys):
     rows = [make_row(i, think=f"答案里已经提到了休息。思考{i}的要点是多喝水，按时睡觉。" * 2) for i in range(20)]
     monkeypatch.setattr(sys, "argv", ["defaults", "--small", "--data", save(rows, "rows.jsonl"), "--json", "out.json"])
     defaults.main()
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    found = {name: cells for name, *cells in lines}
-    assert [found[f"explicit, {text}"][0] for text in ("raw", "clean")] == ["100.0%", "0.0%"]
-    rate = f"{defaults.RATES[0]:g}"
-    losses = [float(found[f"{kind}, {epochs} epochs, {rate}"][0]) for kind, epochs in defaults.ARMS]
-    assert losses[0] == losses[1] > 0 and losses[2] > 0  # --small: as many steps for both
-    assert {row["row"] for row in json.loads(Path("out.json").read_text())["rows"]} < found.keys()
+    printed = capsys.readouterr().out.splitlines()
+    cells = {line[2:-2].split(" | ")[0]: line[2:-2].split(" | ")[1:] for line in printed if line.startswith("| ")}
+    assert cells["explicit"][:2] == ["100%", "0%"]
+    one, two, lora = (float(cells[f"{defaults.RATES[0]:g}"][place].split()[0]) for place in (0, 1, 3))
+    assert one == two > 0 and lora > 0  # --small: as many steps for both
+    assert len(json.loads(Path("out.json").read_text())["rows"]) == 6 * 3 + 5  # kinds, and one rate
 
 
 def test_intervals_hold_what_seeds_and_rows_make_of_it():

@@ -109,7 +109,7 @@ def prepare(dataset: str) -> list[str]:
 
 
 def run_seed(seed: int, questions: list[str], rates: list[float], small: bool) -> dict[str, dict]:
-    """{"leaks": {text: {kind: [questions]}}, "losses": {arm: [rows]}} of one seed."""
+    """{"leaks": {text: {kind: [questions]}}, "traces": {text: [...]}, "losses": {arm: [rows]}} of one seed."""
     import tiny_model
 
     import data
@@ -132,16 +132,17 @@ def run_seed(seed: int, questions: list[str], rates: list[float], small: bool) -
     return result
 
 
-def report(results: list[dict], rates: list[float], of_text: dict[str, float]) -> list[dict]:
+def report(results: list[dict], rates: list[float], trained_on: dict[str, dict[str, float]]) -> list[dict]:
     """The tables, printed, and as rows of numbers."""
     import numpy as np
 
     rows = []
 
-    def line(name: str, values, form: str, *more: str) -> None:
-        mean, low, high = interval(values)
-        rows.append({"row": name, "mean": mean, "low": low, "high": high})
-        print("| " + " | ".join([name, *more, f"{mean:{form}}", f"{low:{form}} to {high:{form}}"]) + " |")
+    def cell(name: str, values, form: str) -> str:
+        numbers = interval(values)
+        rows.append({"row": name} | dict(zip(("mean", "low", "high"), numbers)))
+        mean, low, high = (f"{number:{form}}" for number in numbers)
+        return f"{mean} ({low} to {high})"
 
     def leak(text: str, kind: str):
         return np.array([result["leaks"][text][kind] for result in results])
@@ -149,26 +150,33 @@ def report(results: list[dict], rates: list[float], of_text: dict[str, float]) -
     def loss(kind: str, epochs: int, rate: float):
         return np.array([result["losses"][f"{kind}, {epochs} epochs, {rate:g}"] for result in results])
 
-    replies = f"{len(results)} seeds x {len(results[0]['leaks']['raw']['explicit'])} questions x {REPLIES} replies"
-    print(f"{replies}\n\n| replies with a trace | rows trained on with one | mean | 95 % |\n| --- | --- | --- | --- |")
+    seeds, questions = leak("raw", "explicit").shape
+    print(f"Trained rows and replies with a trace; {seeds} seeds x {questions} questions x {REPLIES} replies:\n")
+    print("| kind | rows, raw | rows, clean | replies, raw | replies, clean | clean - raw |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for kind in results[0]["leaks"]["raw"]:
-        for text in ("raw", "clean"):
-            line(f"{kind}, {text}", leak(text, kind), ".1%", f"{of_text[text, kind]:.1%}")
-        line(f"{kind}, clean - raw", leak("clean", kind) - leak("raw", kind), "+.1%", "")
-    print("\n| validation loss | mean | 95 % |\n| --- | --- | --- |")
+        cells = [f"{trained_on[text][kind]:.0%}" for text in ("raw", "clean")]
+        cells += [cell(f"{kind}, {text}", leak(text, kind), ".0%") for text in ("raw", "clean")]
+        cells.append(cell(f"{kind}, clean - raw", leak("clean", kind) - leak("raw", kind), "+.0%"))
+        print(f"| {' | '.join([kind, *cells])} |")
+    print("\nValidation loss:\n")
+    print(f"| rate | full, 1 epoch | full, 2 epochs | 2 - 1 | LoRA, 2 epochs | LoRA - LoRA at {rates[0]:g} |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for rate in rates:
-        for kind, epochs in ARMS:
-            line(f"{kind}, {epochs} epochs, {rate:g}", loss(kind, epochs, rate), ".3f")
-        line(f"full, {rate:g}: 2 epochs - 1", loss("full", 2, rate) - loss("full", 1, rate), "+.3f")
-        line(f"LoRA: {rate:g} - {rates[0]:g}", loss("LoRA", 2, rate) - loss("LoRA", 2, rates[0]), "+.3f")
-    for kind, epochs in ARMS:
-        best = [rates[seed.argmin()] for seed in np.array([loss(kind, epochs, rate).mean(1) for rate in rates]).T]
-        print(f"\nBest rate of {kind}, {epochs} epochs, by seed: {' '.join(f'{rate:g}' for rate in best)}")
+        one, two, lora = (loss(*arm, rate) for arm in ARMS)
+        cells = [cell(f"full, 1 epoch, {rate:g}", one, ".3f"), cell(f"full, 2 epochs, {rate:g}", two, ".3f")]
+        cells += [cell(f"full, 2 epochs - 1, {rate:g}", two - one, "+.3f")]
+        cells += [cell(f"LoRA, {rate:g}", lora, ".3f")]
+        cells += [cell(f"LoRA, {rate:g} - {rates[0]:g}", lora - loss(*ARMS[-1], rates[0]), "+.3f")]
+        print(f"| {' | '.join([f'{rate:g}', *cells])} |")
+    for arm in ARMS:
+        best = np.array([loss(*arm, rate).mean(axis=1) for rate in rates]).argmin(axis=0)  # [seeds]
+        print(f"\nBest rate of {arm[0]}, {arm[1]} epochs, by seed: {', '.join(f'{rates[i]:g}' for i in best)}")
     return rows
 
 
-def shares_trained_on() -> dict[tuple[str, str], float]:
-    """{(text, kind): share of the rows trained on whose thinking has such a trace}."""
+def shares_trained_on() -> dict[str, dict[str, float]]:
+    """{text: {kind: share of the rows trained on whose thinking has such a trace}}."""
     import data
     from parts import traces
 
@@ -176,9 +184,8 @@ def shares_trained_on() -> dict[tuple[str, str], float]:
     for text in ("raw", "clean"):
         rows = data.read_examples(f"{text}.jsonl")
         of = [{trace.kind for trace in traces.find(row["think"], row["question"], row["answer"])} for row in rows]
-        for kind in traces.KINDS:
-            found[text, kind] = sum(kind in kinds for kinds in of) / len(rows)
-        found[text, "explicit"] = sum(bool(kinds - {"covert"}) for kinds in of) / len(rows)
+        found[text] = {kind: sum(kind in kinds for kinds in of) / len(rows) for kind in traces.KINDS}
+        found[text]["explicit"] = sum(bool(kinds - {"covert"}) for kinds in of) / len(rows)
     return found
 
 
@@ -198,15 +205,14 @@ def main() -> None:
     seeds, rates = (args.seeds[:1], args.rates[:1]) if args.small else (args.seeds, args.rates)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         questions, results = prepare(source), []
-        of_text = shares_trained_on()
+        found = {"data": args.data, "seeds": seeds, "rates": rates, "trained_on": shares_trained_on()}
         for seed in seeds:
             results.append(run_seed(seed, questions, rates, args.small))
             if output:
-                Path(output).write_text(json.dumps({"data": args.data, "results": results}), encoding="utf-8")
-        rows = report(results, rates, of_text)
+                Path(output).write_text(json.dumps(found | {"results": results}), encoding="utf-8")
+        found["rows"] = report(results, rates, found["trained_on"])
         if output:
-            numbers = {"data": args.data, "seeds": seeds, "rows": rows, "results": results}
-            Path(output).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+            Path(output).write_text(json.dumps(found | {"results": results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
