@@ -26,14 +26,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "demo")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
 
 DEMO = ROOT / "tests" / "demo" / "medical.jsonl"
 HIDDEN, LAYERS = 128, 2
 LEARNING = {"learning_rate": 1e-2, "warmup_steps": 30, "adam_beta2": 0.95, "num_train_epochs": 12}  # from nothing
 COMMON = {"per_device_train_batch_size": 1, "early_stopping_patience": 0, "sample_tokens": 1, "logging_steps": 100}
 COMMON |= {"fast_kernels": False}  # packed attention costs a CPU a fifth more
-RATES = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2]  # the published one first
+RATES = [1e-4, 2e-4, 5e-4, 2e-3, 5e-3, 2e-2]  # the published one first
 ARMS = [("full", 1), ("full", 2), ("LoRA", 2)]  # and epochs
 DEMO_TRAINED = 80  # of the demo's 120 rows; the two wordings of a question stand together
 REPLY_TOKENS, REPLIES = 800, 4  # to each validation question
@@ -83,15 +83,14 @@ def leaks(trainer, questions: list[str], tokens: int, seed: int) -> tuple[dict[s
 
     transformers.set_seed(seed)
     shares, seen = {kind: [0.0] * len(questions) for kind in [*traces.KINDS, "explicit"]}, []
-    conversations = [data.to_messages(question) for question in questions]
-    for _ in range(REPLIES):
-        answered = replies.generate(trainer.model, trainer.processing_class, conversations, tokens)
-        for place, (question, reply) in enumerate(zip(questions, answered)):
-            found = traces.find(reply.thinking, question, reply.answer)
-            seen += [f"{each.kind}: {reply.thinking[max(each.start - 12, 0) : each.end + 12]}" for each in found]
-            kinds = {each.kind for each in found}
-            for kind in kinds | ({"explicit"} if kinds - {"covert"} else set()):
-                shares[kind][place] += 1 / REPLIES
+    conversations = [data.to_messages(question) for question in questions] * REPLIES
+    answered = replies.generate(trainer.model, trainer.processing_class, conversations, tokens)
+    for place, (question, reply) in enumerate(zip(questions * REPLIES, answered)):
+        found = traces.find(reply.thinking, question, reply.answer)
+        seen += [f"{each.kind}: {reply.thinking[max(each.start - 12, 0) : each.end + 12]}" for each in found]
+        kinds = {each.kind for each in found}
+        for kind in kinds | ({"explicit"} if kinds - {"covert"} else set()):
+            shares[kind][place % len(questions)] += 1 / REPLIES
     return shares, seen
 
 
@@ -110,12 +109,14 @@ def prepare(dataset: str) -> list[str]:
 
 def run_seed(seed: int, questions: list[str], rates: list[float], small: bool) -> dict[str, dict]:
     """{"leaks": {text: {kind: [questions]}}, "traces": {text: [...]}, "losses": {arm: [rows]}} of one seed."""
+    import helpers
     import tiny_model
 
     import data
 
     texts = [row[field] for row in data.read_examples("raw.jsonl") for field in ("question", "think", "answer")]
     tiny_model.build(start := f"start{seed}", texts, seed, HIDDEN, LAYERS)
+    helpers.load_attentive(start).save_pretrained(start)  # learns twice as fast as from the usual small weights
     result = {"leaks": {}, "traces": {}, "losses": {}}
     for text in ("raw", "clean"):
         settings = LEARNING | {"seed": seed, "eval_strategy": "no"} | (SMALL if small else {})
