@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:  # python -P, a copy without parts/, or not
         "pip install -r requirements.txt"
     ) from None
 
+LEARNING_RATE = 2e-4  # where TRL and Unsloth start LoRA; published: 1e-4, as full training (tests/benchmarks/README.md)
 LORA_RANK = 8
 LORA_ALPHA = 32  # the adapter's output is scaled by alpha / rank
 LORA_DROPOUT = 0.1
@@ -31,6 +32,7 @@ LORA_DROPOUT = 0.1
 class LoraArguments(TrainArguments):
     """train.py's arguments and the adapter's."""
 
+    learning_rate: float = LEARNING_RATE
     lora_rank: int = field(default=LORA_RANK, metadata={"help": "rank of the adapter's matrices"})
     lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "scale: alpha / rank"})
     lora_dropout: float = field(default=LORA_DROPOUT, metadata={"help": "of the adapter's input"})
