@@ -49,9 +49,11 @@ def clean(question: str, think: str, answer: str, instruction: str = "") -> tupl
     told = (question, answer, instruction, traces.was_shown(think, question, instruction))
     found = traces.find(think, *told)
     done = Counter(trace.kind for trace in found)
-    while found:
-        before, think = think, mend_all(think, [trace.start for trace in found], told)
-        found = traces.find(think, *told) if think != before else []
+    for _ in range(10):  # once or twice: what is mended may show what stood behind it
+        if not found:
+            break
+        think = mend_all(think, [trace.start for trace in found], told)
+        found = traces.find(think, *told)
     return think, done
 
 
@@ -72,16 +74,18 @@ def clean_rows(part: list[Placed]) -> tuple[list[Placed], str]:
 def keep_whole(
     cleaned: list[Placed], before: list[Placed], problems: dict[str, list[Place]] | None = None
 ) -> list[Placed]:
-    """The cleaned rows of which at least KEPT is left of the thinking; `problems` gets the places of the others, which
-    without it stay as they were."""
+    """The cleaned rows of which at least KEPT is left of the thinking, and no talk of a given answer; `problems` gets
+    the places of the others, which without it stay as they were."""
     kept = []
     for (place, row), (_, old) in zip(cleaned, before):
-        if len(row["think"]) >= KEPT * len(old["think"]):
-            kept.append((place, row))
-        elif problems is None:
-            kept.append((place, old))
+        left = traces.find(row["think"], row["question"], row["answer"], row.get("instruction", ""))
+        problem = "清理后仍提到给定的答案" if any(trace.kind == "answer" for trace in left) else None
+        if len(row["think"]) < KEPT * len(old["think"]):
+            problem = f"清理后剩下的思考不到 {KEPT:.0%}"
+        if problem and problems is not None:
+            problems.setdefault(problem, []).append(place)
         else:
-            problems.setdefault(f"清理后剩下的思考不到 {KEPT:.0%}", []).append(place)
+            kept.append((place, old if problem else row))
     return kept
 
 
