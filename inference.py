@@ -7,6 +7,8 @@
     python inference.py --no_thinking "…"       # answer at once
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
     python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # and held against the untuned one
+    python inference.py --push_to modelscope:owner/name                   # instead of asking: what would be uploaded
+    python inference.py --push_to modelscope:owner/name --yes             # upload it
 
 A file of questions ends with tables of scores, the same as JSON, and a page of HTML with the replies side by side.
 
@@ -21,7 +23,17 @@ from pathlib import Path
 
 try:
     from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
-    from parts import adapters, candidates, checkpoints, endpoint, question_file, reply_file, system_prompt, terminal
+    from parts import (
+        adapters,
+        candidates,
+        checkpoints,
+        endpoint,
+        question_file,
+        reply_file,
+        system_prompt,
+        terminal,
+        upload,
+    )
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -176,6 +188,13 @@ def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     parser.add_argument("--judge_model", metavar="NAME", help="which model of that address (default: its only one)")
     parser.add_argument("--model_path", default=output_dir, help="folder or ModelScope id (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the ModelScope model (default: master)")
+    parser.add_argument(
+        "--push_to",
+        metavar="modelscope:owner/name",
+        type=upload.repository,
+        help="instead of asking, show what of the trained model in --model_path would be uploaded there",
+    )
+    parser.add_argument("--yes", action="store_true", help="with --push_to: upload it; a new repository is private")
     parser.add_argument("--no_thinking", action="store_true", help="answer without thinking first")
     parser.add_argument(
         "--max_new_tokens", type=partial(terminal.whole_number, 1), default=MAX_NEW_TOKENS, help="default: %(default)s"
@@ -200,7 +219,10 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for name in () if args.questions else ("replies", "compare_with"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} 只和 --questions 一起起作用")
-    for name, other in (("judge", "compare_with"), ("judge_model", "judge")):
+    for name in vars(args).keys() - {"push_to", "yes", "model_path"} if args.push_to else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--push_to 只上传，不提问；请去掉 {name}")
+    for name, other in (("judge", "compare_with"), ("judge_model", "judge"), ("yes", "push_to")):
         if getattr(args, name) and not getattr(args, other):
             parser.error(f"--{name} 只和 --{other} 一起起作用")
     return args
@@ -209,7 +231,9 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def ask(args: argparse.Namespace, kind: candidates.Kind) -> None:
     """What the command line asks for, of a model of this kind."""
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        if args.questions:
+        if args.push_to:
+            upload.run(args.push_to, Path(args.model_path), args.yes)
+        elif args.questions:
             evaluate(args, kind)
         else:
             predict(*kind.load(*kind.find(args.model_path, args.revision, not args.no_thinking)), args)

@@ -18,7 +18,7 @@ WHY = {  # why these are refused
     "重算哪些层用 --checkpoint_every 和 --offload_activations": (
         "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
     ),
-    "模型不上传，只写在 --output_dir": (
+    "训练只写在 --output_dir；训练完再上传：python inference.py --push_to modelscope:owner/name": (
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
     "每张 GPU 都放整个模型，多张卡用 torchrun；放不下请用 train_lora.py": (

@@ -32,6 +32,7 @@ CAUSES = {  # what the client's errors mean, the first that fits
     **dict.fromkeys(("RevisionNotFoundError", "EntryNotFoundError", "NotExistError"), "没有这个名称、版本或文件"),
     "PermissionDeniedError": "没有权限",
     "AuthenticationError": "没有权限",
+    "AlreadyExistsError": "已有这个名称，而且不是你能看到的",
     "JSONDecodeError": "回应不是文件列表",
     "TimeoutError": "超时",
     "ConnectionError": "连接失败",
@@ -139,13 +140,18 @@ def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:
         return {name: (path / name).read_bytes() for name in names}
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model's safetensors files: those that the index names, where there is one."""
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return sorted(set(names))
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a downloaded model is complete: what belongs beside the weights, all weight files that the index names,
     each as long as its own header says, and no download that was cut off."""
     try:
-        index = folder / "model.safetensors.index.json"
-        names = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-        for name in set(names):
+        for name in weight_files(folder):
             with safe_open(folder / name, "pt"):
                 pass
         return all((folder / name).stat().st_size for name in BESIDE_WEIGHTS) and not any(folder.rglob("*.incomplete"))

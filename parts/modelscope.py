@@ -1,8 +1,11 @@
-"""ModelScope's hub, through its own client, with the same functions as parts/huggingface.py. The client itself checks
-files against the list. Knows no choice of files and no sentence for the user."""
+"""ModelScope's hub, through its own client, with the same functions as parts/huggingface.py, and uploads. The client
+itself checks files against the list. Knows no choice of files and no sentence for the user."""
 
+import contextlib
+import io
 import logging
 import os
+import sys
 from pathlib import Path
 
 NAME, VARIABLE = "ModelScope", "MODELSCOPE_ENDPOINT"
@@ -15,6 +18,7 @@ LIMITS = {
     "MODELSCOPE_DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "20",
     "MODELSCOPE_DOWNLOAD_MIN_BYTES_PER_SECOND": "10240",
     "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "21600",  # seconds a file; an hour is short for 3.4 GB
+    "MODELSCOPE_UPLOAD_BLOB_READ_TIMEOUT_SECONDS": "600",  # seconds for the answer to a file that was sent; 3600
 }
 
 
@@ -55,3 +59,42 @@ def find(name: str, revision: str | None) -> Path | None:
         return None
     # Older clients' folders do not tell the revision.
     return folder if revision is None or folder.parts[-2:] == ("snapshots", revision) else None
+
+
+def open_repository(api, name: str) -> bool:
+    """Whether the model repository `name` can be seen by all. Where there is none, a private one is made: the client's
+    upload would make a public one."""
+    from modelscope_hub import errors
+    from modelscope_hub.constants import Visibility
+
+    try:
+        return api.get_repo(name, "model").visibility != Visibility.PRIVATE
+    except errors.NotExistError:
+        api.create_repo(name, "model", visibility=Visibility.PRIVATE)
+        return False
+
+
+def upload(api, name: str, folder: str, files: list[str]) -> None:
+    """Send these files of `folder`, where nothing is written, to the model repository `name`. What the hub has already,
+    going by its SHA-256, is not sent again. Raises the client's error for the first file that failed."""
+    with Failures(), contextlib.redirect_stdout(io.StringIO()):  # the client's own report
+        quiet = not sys.stderr.isatty()
+        api.upload_folder(name, "model", folder, allow_patterns=files, use_cache=False, disable_tqdm=quiet)
+
+
+class Failures(logging.Handler):
+    """Around an upload: the client raises only how many files failed, and logs why."""
+
+    def __enter__(self):
+        self.errors, self.logger = [], logging.getLogger("modelscope_hub.upload")
+        self.logger.addHandler(self)
+        self.logger.setLevel(logging.ERROR)
+        self.logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors += [value for value in record.args if isinstance(value, Exception)]
+
+    def __exit__(self, kind, error, trace):
+        self.logger.removeHandler(self)
+        if isinstance(error, Exception) and self.errors:
+            raise self.errors[0].__cause__ or self.errors[0]

@@ -2,13 +2,14 @@
 
 It serves what snapshot_download, dataset_snapshot_download and the single file downloads ask for. The shapes are those
 that the modelscope client (modelscope_hub 0.5.1) accepts; they are not a recording of the live service. Revisions are
-not told apart.
+not told apart. With an `inbox` it takes models from those who have its token, under owners that are theirs.
 
 A fault is put in with `hub.fault = on(FILE, cut, times=1)`: the first request for a file gets half of its bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -22,6 +23,7 @@ from threading import Event, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LISTING, FILE = r"/repo/(files|tree)\?", r"/repo\?"  # what a fault is put on
+BLOB, COMMITTED = r"/blobs/", r"/commit/"
 LIMITS = {  # of the client, so that a test of a fault takes seconds
     "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
     "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "1",
@@ -31,8 +33,18 @@ LIMITS = {  # of the client, so that a test of a fault takes seconds
     "MODELSCOPE_DOWNLOAD_TIMEOUT": "1",
     "MODELSCOPE_DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "1",
     "MODELSCOPE_DOWNLOAD_MIN_BYTES_PER_SECOND": "10240",
+    "MODELSCOPE_UPLOAD_BLOB_MAX_ATTEMPTS": "2",
+    "MODELSCOPE_UPLOAD_BLOB_RETRY_MAX_DELAY_SECONDS": "1",
+    "MODELSCOPE_UPLOAD_BLOB_READ_TIMEOUT_SECONDS": "1",
+    "MODELSCOPE_UPLOAD_COMMIT_MAX_ATTEMPTS": "2",
+    "MODELSCOPE_UPLOAD_COMMIT_RETRY_TOTAL_WAIT_SECONDS": "1",
+    "MODELSCOPE_UPLOAD_RECOVERY_MAX_DELAY_SECONDS": "1",
 }
 ROUTE = re.compile(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/files|/tree)?")
+UPLOAD = re.compile(
+    r"/api/v1/models|/(?:openapi|api)/v1/models/([^/]+/[^/]+)|"
+    r"/api/v1/repos/models/([^/]+/[^/]+)/(info/lfs/objects/batch|commit/master)|/blobs/(\w+)"
+)
 
 COMMIT = "c0" * 20
 HUGGINGFACE = re.compile(
@@ -102,12 +114,14 @@ class Handler(BaseHTTPRequestHandler):
     change = staticmethod(lambda body: body)
 
     def answer(self) -> None:
-        """Note the request and route it; what is not known, including every POST, is missing."""
+        """Note the request and route it; what is not known is missing, as is every POST but an upload's."""
         hub = self.server.hub
         hub.requests.append((self.command, self.path))
         if hub.fault and hub.fault(self):
             return
         url = urlsplit(self.path)
+        if hub.inbox and (route := UPLOAD.fullmatch(unquote(url.path))):
+            return self.take(hub, *route.groups())
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         if route := HUGGINGFACE.fullmatch(unquote(url.path)):
             return self.huggingface(route[1] or route[5], route[2] or route[6], route[4])
@@ -136,7 +150,39 @@ class Handler(BaseHTTPRequestHandler):
         files += [{"rfilename": path, "size": len(data)} for path, data in self.server.hub.outside.items()]
         self.reply(200, {"id": name, "sha": COMMIT, "siblings": files})
 
-    do_GET = do_HEAD = do_POST = answer
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def take(self, hub: Hub, asked: str | None, name: str | None, step: str | None, blob: str | None) -> None:
+        """One step of an upload: is it there, make it, which blobs are missing, a blob, the commit."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers["Authorization"] != f"Bearer {hub.token}":
+            return self.reply(401, {"Code": 401, "Message": "no such token", "Success": False})
+        if blob:
+            hub.blobs[hashlib.sha256(body).hexdigest()] = body
+            return self.reply(200, {"Code": 200})
+        data = json.loads(body or "{}")
+        if asked:
+            found = hub.made.get(asked)
+            return self.reply(200, {"Data": found, "data": found}) if found else self.missing("no such repository")
+        if not name:
+            name = f"{data['Path']}/{data['Name']}"
+            if name in hub.hidden | hub.made.keys():
+                return self.reply(400, {"Code": 10010101001, "Message": "the name is taken", "Success": False})
+        if name.split("/")[0] != hub.owner:
+            return self.reply(403, {"Code": 403, "Message": "not yours", "Success": False})
+        if not step:
+            hub.made[name] = data
+            return self.reply(200, {"Code": 200, "Success": True, "Data": data})
+        if step.startswith("info"):
+            missing = [item["oid"] for item in data["objects"] if item["oid"] not in hub.blobs]
+            to = {oid: {"upload": {"href": f"{hub.url}/blobs/{oid}?signature=sesame"}} for oid in missing}
+            return self.reply(200, {"Data": {"objects": [{"oid": oid, "actions": to[oid]} for oid in missing]}})
+        for action in data["actions"]:
+            path = hub.inbox / name / action["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lfs = action["type"] == "lfs"
+            path.write_bytes(hub.blobs[action["sha256"]] if lfs else base64.b64decode(action["content"]))
+        self.reply(200, {"Code": 200, "Success": True, "Data": {"oid": COMMIT}})
 
     def listing(self, folder: Path, query: dict[str, str]) -> None:
         """Send the listing, or one page of it: only data sets are asked for page by page."""
@@ -191,14 +237,21 @@ class Hub:
 
     requests holds (method, path) as sent, query included. url stays after the stop, when connections are refused.
     outside holds files, {path: content}, that are listed and served with any path, also one that leaves the folder.
+    What is uploaded lies below inbox; made holds what was asked for at the making of a repository, hidden the names of
+    those that others keep private.
     """
 
     fault: Callable[[Handler], bool | None] | None = None
+    inbox: Path | None = None
+    token, owner = "ms-a-secret-token", "me"
 
     def __init__(self, models: dict[str, Path] | None = None, datasets: dict[str, Path] | None = None):
         self.folders = {"models": models or {}, "datasets": datasets or {}}
         self.requests: list[tuple[str, str]] = []
         self.outside: dict[str, bytes] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.made: dict[str, dict] = {}
+        self.hidden: set[str] = set()
         self.stopped = Event()
 
     def env(self, home: Path) -> dict[str, str]:
