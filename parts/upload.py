@@ -1,5 +1,8 @@
 """What of a finished output folder goes to a hub: chosen from a list of names, checked and shown before any of it is
-sent. Checkpoints, optimizer states and the run's own records never are in the list. Knows files, no model."""
+sent. Checkpoints, optimizer states and the run's own records never are in the list. Knows files, no model.
+
+A command of its own after training and no flag of it: the result is safe on the disk before the first byte leaves, what
+failed is tried again by the same command, and any finished folder, a merged one too, goes the same way."""
 
 import argparse
 import json
