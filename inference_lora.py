@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import inference
     from data import LORA_OUTPUT_DIR
-    from parts import adapters, checkpoints, older_readers, terminal
+    from parts import adapters, checkpoints, modelfile, older_readers, terminal
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -47,6 +47,7 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
     model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     older_readers.include(folder)
+    modelfile.write(folder, tokenizer, model.generation_config)
     path, run_folder = Path(adapter), adapters.run_folder(adapter)
     cards = [path / "README.md", path / "loss.png"] if path == run_folder else []  # a checkpoint's is peft's
     for file in (*cards, run_folder / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):

@@ -122,7 +122,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
 
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
-    from parts import model_card, older_readers, output_folder
+    from parts import model_card, modelfile, older_readers, output_folder
 
     args, model = trainer.args, trainer.release()
     if args.process_index:
@@ -131,6 +131,8 @@ def save(trainer, tokenizer, settings: dict) -> None:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         older_readers.include(args.output_dir)
+        if not args.trains_adapter:
+            modelfile.write(args.output_dir, tokenizer, model.generation_config)
         model_card.write(trainer, settings, data.read_origin(args.train_file))
 
 

@@ -31,7 +31,7 @@ def test_output_folder_is_complete_and_holds_the_best_weights(workspace, tiny_mo
     names = {path.name for path in folder.iterdir() if path.is_file()}
     assert names == {
         *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("chat_template.jinja", "README.md", "loss.png", "run.json", "trainer_state.json"),
+        *("chat_template.jinja", "README.md", "loss.png", "run.json", "trainer_state.json", "Modelfile"),
     }
     evaluations = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
     best = min(evaluations, key=evaluations.get)
