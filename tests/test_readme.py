@@ -25,7 +25,14 @@ READMES = ("README.md", "README_EN.md")
 TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
 OTHERS = {"data.py": data, "inference.py": inference, "inference_lora.py": inference_lora}
 COMMANDS = ("python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter")
-COMMANDS += ("transformers", "vllm", "evalscope", "curl", "ruff", "bash")
+COMMANDS += ("transformers", "evalscope", "curl", "ruff", "bash")
+# Not installed here: flags that their `serve` has in vLLM's documentation, in SGLang 0.5.23 and in Open WebUI 0.12.4.
+ENGINES = {
+    "vllm": {"--reasoning-parser", "--host", "--port"},
+    "sglang": {"--model-path", "--reasoning-parser", "--host", "--port"},
+    "open-webui": {"--host", "--port"},
+}
+COMMANDS += tuple(ENGINES)
 EVALSCOPE_FLAGS = {"--model", "--model-args", "--api-url", "--datasets", "--dataset-args", "--generation-config"}
 EVALSCOPE_FLAGS |= {"--work-dir"}
 
@@ -123,10 +130,12 @@ def test_command_exists(found, help_flags, workspace):
         assert (ROOT / words[-1]).is_file()
     elif program == "transformers":
         known = inspect.signature(Serve.__init__).parameters
-        assert words[0] == "serve" and {word[2:] for word in words if word.startswith("--")} <= set(known)
-    elif program == "vllm":  # not installed here: what its documentation has
-        assert words[0] == "serve" and set(words[2::2]) <= {"--reasoning-parser", "--host", "--port"}
-    elif program == "evalscope":  # the same; tests/test_exam.py runs it where it is installed
+        flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+        assert words[0] == "serve" and flags <= set(known)
+    elif program in ENGINES:
+        assert words[0] == "serve" and {word for word in words if word.startswith("--")} <= ENGINES[program]
+        assert "127.0.0.1" in words  # Open WebUI and vLLM would listen to everybody
+    elif program == "evalscope":  # not installed here either; tests/test_exam.py runs it where it is
         assert words[0] == "eval" and {word for word in words if word.startswith("--")} <= EVALSCOPE_FLAGS
         sets = json.loads(words[words.index("--dataset-args") + 1])
         assert words[words.index("--datasets") + 1 : words.index("--dataset-args")] == list(sets)
