@@ -3,6 +3,7 @@
     python inference.py                         # the trained model in output/, the published question
     python inference.py "感冒了要吃抗生素吗？"
     python inference.py --chat                  # a conversation; an empty line ends it
+    python inference.py --web                   # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
     python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any other model, the untuned one too
     python inference.py --no_thinking "…"       # answer at once
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
@@ -25,6 +26,7 @@ try:
     from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
     from parts import (
         adapters,
+        address,
         candidates,
         checkpoints,
         endpoint,
@@ -33,6 +35,7 @@ try:
         system_prompt,
         terminal,
         upload,
+        web,
     )
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -43,6 +46,8 @@ except ModuleNotFoundError as error:  # python -P, a copy without parts/, or not
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
 REPLIES = "replies.jsonl"
+TITLE = "医学问答"  # of the page
+HOST, PORT = "127.0.0.1", 7860  # this machine only; gradio's own port
 SCORING = ("rouge_score", "rjieba", "sacrebleu")  # packages: without them an hour of replies would end in no table
 NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
 OUT_OF_MEMORY = (
@@ -104,8 +109,12 @@ def begin(model, tokenizer, args: argparse.Namespace):
 
 
 def predict(model, tokenizer, args: argparse.Namespace) -> None:
-    """The conversation, or the one question."""
+    """The conversation, on a page or at the terminal, or the one question."""
     conversation, start = begin(model, tokenizer, args)
+    if args.web:
+        place = address.Address(args.host, args.port, args.auth)
+        texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION}
+        return web.Page(conversation, start, OUT_OF_MEMORY).serve(place, **texts)
     conversation.console.print(NOT_A_DOCTOR, style="yellow", soft_wrap=True)
     if args.chat:
         conversation.chat(start)
@@ -165,6 +174,19 @@ def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
         help="answer all of a .txt file, a question a line, or a .jsonl file with a field question, and score the "
         "replies; where it has fields answer and think, those are what they are held against",
     )
+    one_of.add_argument(
+        "--web", action="store_true", help="show a page in the browser: a conversation, and the settings of it"
+    )
+    parser.add_argument("--host", default=HOST, help="where the page is; others want --auth (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=partial(terminal.whole_number, 1), default=PORT, help="of the page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        type=address.user_and_password,
+        help="what the page asks for before it shows anything",
+    )
     parser.add_argument(
         "--replies",
         metavar="FILE",
@@ -216,15 +238,19 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         candidates.check(args.questions, args.replies, args.compare_with)
         if taken := [str(path) for path in places_of_results(args.replies) if path.is_dir()]:
             raise SystemExit(f"错误：{taken[0]} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")
-    for name in () if args.questions else ("replies", "compare_with"):
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} 只和 --questions 一起起作用")
+    for needed, names in {"questions": ("replies", "compare_with"), "web": ("host", "port", "auth")}.items():
+        for name in () if getattr(args, needed) else names:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} 只和 --{needed} 一起起作用")
     for name in vars(args).keys() - {"push_to", "yes", "model_path"} if args.push_to else ():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--push_to 只上传，不提问；请去掉 {name}")
     for name, other in (("judge", "compare_with"), ("judge_model", "judge"), ("yes", "push_to")):
         if getattr(args, name) and not getattr(args, other):
             parser.error(f"--{name} 只和 --{other} 一起起作用")
+    if args.web:
+        web.require_gradio()
+        address.check(address.Address(args.host, args.port, args.auth))
     return args
 
 

@@ -1,11 +1,16 @@
-"""A model that is asked at the terminal: one question whose reply streams, or one after another. Knows a console, not
-where the model comes from."""
+"""A model that is asked: at the terminal one question whose reply streams, or one after another; or by a program that
+takes a reply as it is written. Knows a console, not where the model comes from."""
+
+from collections.abc import Iterator
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 
 import transformers
 from rich.console import Console
+from transformers.generation.streamers import BaseStreamer
 
 from parts import decoding, replies
-from parts.encoding import Reply, encode_messages, opens_thinking, think_tokens
+from parts.encoding import Reply, encode_messages, opens_thinking, split_reply, think_tokens
 from parts.replies import Messages
 
 
@@ -43,12 +48,25 @@ class ReplyStreamer(transformers.TextStreamer):
         self.console.print(text, end="\n" if stream_end else "", style=self.style, markup=False, soft_wrap=True)
 
 
+class TokenQueue(BaseStreamer):
+    """Hands on what is generated: lists of token ids, the prompt's first; None ends them."""
+
+    def __init__(self):
+        self.tokens = SimpleQueue()
+
+    def put(self, value):
+        self.tokens.put(value.flatten().tolist())
+
+    def end(self):
+        """Not yet: the reply itself is still to come."""
+
+
 class Conversation:
     """How a model is asked, and the console on which it answers."""
 
     def __init__(self, model, tokenizer, thinking: bool, max_new_tokens: int, seed: int):
         self.model, self.tokenizer, self.thinking, self.max_new_tokens = model, tokenizer, thinking, max_new_tokens
-        self.console = Console(highlight=False, emoji=False)
+        self.console, self.asked = Console(highlight=False, emoji=False), Lock()
         transformers.set_seed(seed)
         if model.device.type == "cuda":
             decoding.fuse_norms(model)
@@ -56,6 +74,42 @@ class Conversation:
     def generate(self, conversations: list[Messages], streamer=None) -> list[Reply]:
         """replies.generate as this conversation is held."""
         return replies.generate(self.model, self.tokenizer, conversations, self.max_new_tokens, self.thinking, streamer)
+
+    def stream(self, messages: Messages, seed: int | None = None, closed: Event | None = None) -> Iterator[Reply]:
+        """The reply as far as it is written, again and again, and whole as the last; it ends early where `closed` is
+        set or the iterator is closed. One at a time: others wait. `seed` makes a reply repeatable."""
+        queue, left, outcome = TokenQueue(), Event(), []
+
+        def generate():
+            try:
+                with self.asked:
+                    if seed is not None:
+                        transformers.set_seed(seed)
+                    stop = [lambda: left.is_set() or closed is not None and closed.is_set()]
+                    most, thinking = self.max_new_tokens, self.thinking
+                    outcome.extend(
+                        replies.generate(self.model, self.tokenizer, [messages], most, thinking, queue, *stop)
+                    )
+            except Exception as error:  # is raised where the reply is waited for
+                outcome.append(error)
+            finally:
+                queue.tokens.put(None)
+
+        Thread(target=generate, daemon=True).start()
+        stops, ids, prompt = replies.stop_tokens(self.model, self.tokenizer), [], None
+        try:
+            while (new := queue.tokens.get()) is not None:
+                if prompt is None:
+                    prompt = new
+                    continue
+                ids += [token for token in new if token not in stops]
+                if queue.tokens.empty():  # a slow reader is shown fewer steps
+                    yield split_reply(self.tokenizer, ids, False, opens_thinking(self.tokenizer, prompt))
+        finally:
+            left.set()
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        yield outcome[0]
 
     def check_lengths(self, conversations: list[Messages], names: list[str]) -> list[int]:
         """Tokens of each prompt. Says which replies may reach beyond the model's context; raises SystemExit where the

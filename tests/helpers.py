@@ -276,6 +276,25 @@ def opening(template: str) -> str:
     return opened.replace("if enable_thinking is defined", "if false")
 
 
+def recite(model, tokenizer, replies: list[str], pause: float = 0.0) -> list[list[int]]:
+    """Let the model say these, one after another, and the last of them ever after, a token each `pause` seconds or
+    more; returns the prompts' ids, as they come."""
+    prompts, left = [], []
+    texts = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for reply in replies]
+
+    def say(_, args, kwargs, output):
+        ids = kwargs["input_ids"][0].tolist()
+        if len(ids) > 1:
+            left[:] = texts[min(len(prompts), len(texts) - 1)]
+            prompts.append(ids)
+        time.sleep(pause)
+        output.logits[:, -1] = -1e9
+        output.logits[:, -1, left.pop(0)] = 1e9
+
+    model.register_forward_hook(say, with_kwargs=True)
+    return prompts
+
+
 # ---- packed batches -----------------------------------------------------------------------------------------------
 
 LENGTHS = (40, 25, 60, 33)  # tokens of `examples`

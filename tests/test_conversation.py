@@ -3,11 +3,12 @@
 import copy
 import io
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import opening, refused
+from helpers import opening, recite, refused
 from rich.console import Console
 
 import data
@@ -138,3 +139,44 @@ def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished):
         "full",
         thinking=False,
     )
+
+
+def test_a_reply_streams_as_it_is_written_and_comes_whole_at_last(model, thinking_only):
+    recite(model, thinking_only, ["想一想\n</think>\n\n多喝水"], pause=0.01)
+    *parts, whole = Conversation(model, thinking_only, True, 100, seed=42).stream(data.to_messages("头痛？"))
+    assert whole[:4] == ("想一想", "多喝水", True, "one")
+    assert len(parts) > 3 and not any(part.complete for part in parts)
+    assert all(whole.thinking.startswith(part.thinking.rstrip("\ufffd")) for part in parts)
+    assert parts[0].answer == "" and parts[-1][:2] == whole[:2]
+
+
+def test_a_seed_makes_a_streamed_reply_repeatable(model, tokenizer):
+    conversation, asked = Conversation(model, tokenizer, True, 20, seed=42), data.to_messages("头痛？")
+    texts = [list(conversation.stream(asked, seed))[-1].answer for seed in (7, 7, 8, None, None)]
+    assert texts[0] == texts[1] and len(set(texts)) == 4
+
+
+@pytest.mark.parametrize("closed", [None, threading.Event()])
+def test_a_stream_that_is_left_stops_the_model_and_the_next_begins(model, tokenizer, closed):
+    prompts = recite(model, tokenizer, ["想" * 3000, "答"], pause=0.01)
+    conversation, asked = Conversation(model, tokenizer, True, 3000, seed=42), data.to_messages("头痛？")
+    stream = conversation.stream(asked, closed=closed)
+    next(stream)
+    if closed:
+        closed.set()
+        assert not list(stream)[-1].complete
+    else:
+        stream.close()
+    assert list(conversation.stream(asked))[-1].answer == "答" and len(prompts) == 2
+
+
+def test_what_fails_while_a_reply_streams_is_raised_where_it_is_read(model, tokenizer):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    hook = model.register_forward_hook(fail)
+    conversation, asked = Conversation(model, tokenizer, True, 2, seed=42), data.to_messages("头痛？")
+    with pytest.raises(RuntimeError, match="^broken$"):
+        list(conversation.stream(asked))
+    hook.remove()
+    assert list(conversation.stream(asked))[-1].tokens == 2

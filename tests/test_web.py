@@ -1,0 +1,303 @@
+"""The page, served by gradio and used in a real browser; the model recites."""
+
+import shutil
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from helpers import Started, recite, refused
+
+import data
+import inference
+from parts import models, web
+from parts.address import Address
+from parts.conversation import Conversation
+from parts.encoding import Reply, encode_messages
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+THINKING, ANSWER = "要点是多休息、多喝水。", "多休息，**多喝水**。"
+REPLY = f"<think>\n{THINKING}\n</think>\n\n{ANSWER}"
+LONG = "<think>\n" + "想一想。" * 500
+TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def conversation(tiny_model, tokenizer):
+    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    return Conversation(model, tokenizer, True, max_new_tokens=2048, seed=42)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no Chromium or Chrome here")
+    with playwright.sync_playwright() as running:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        started = running.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield started
+        started.close()
+
+
+class Visitor:
+    """A person before the page."""
+
+    def __init__(self, browser, url: str, width: int = 1280):
+        self.page = browser.new_page(viewport={"width": width, "height": 800}, locale="zh-CN")
+        self.page.set_default_timeout(20_000)
+        self.requests = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url)
+        self.box = self.page.locator("textarea")
+        self.box.wait_for()
+
+    def ask(self, question: str) -> None:
+        self.page.get_by_test_id("submit-button").wait_for()
+        self.box.fill(question)
+        self.box.press("Enter")
+
+    def sees(self, text: str, nth: int = -1) -> None:
+        found = self.page.get_by_text(text)
+        (found.nth(nth) if nth >= 0 else found.last).wait_for()
+
+
+@pytest.fixture
+def visit(browser, conversation, tokenizer):
+    """visit(replies, pause, **more): a Visitor of a page whose model recites; its prompts are in `.prompts`."""
+    opened = []
+
+    def start(*replies: str, pause: float = 0.0, **more) -> Visitor:
+        prompts = recite(conversation.model, tokenizer, [*replies], pause)
+        page = web.Page(conversation, data.to_messages, inference.OUT_OF_MEMORY)
+        interface, url = page.open(Address("127.0.0.1", free_port(), None), **TEXTS)
+        visitor = Visitor(browser, url, **more)
+        opened.append((visitor, page, interface))
+        visitor.prompts, visitor.url = prompts, url
+        return visitor
+
+    yield start
+    for visitor, page, interface in opened:
+        visitor.page.close()
+        page.closed.set()
+        interface.close(verbose=False)
+
+
+def prompt(tokenizer, question: str, history=(), thinking: bool = True) -> list[int]:
+    return encode_messages(tokenizer, data.to_messages(question, history=history), True, thinking)
+
+
+def test_thinking_is_seen_then_folded_and_not_read_back(visit, tokenizer):
+    person = visit(REPLY, pause=0.05)
+    thinking = person.page.get_by_text(THINKING)
+    person.ask("感冒了怎么办？")
+    person.sees("思考中")
+    thinking.wait_for()
+    person.sees("多喝水", 0)
+    thinking.wait_for(state="hidden")
+    assert person.page.get_by_text("思考", exact=True).count() == 1
+    assert person.page.locator("strong", has_text="多喝水").count() == 1
+    person.page.get_by_text("思考", exact=True).click()
+    thinking.wait_for()
+    person.ask("还有呢？")
+    person.page.wait_for_function("document.querySelectorAll('strong').length == 2")
+    history = [["感冒了怎么办？", ANSWER]]
+    assert person.prompts == [prompt(tokenizer, "感冒了怎么办？"), prompt(tokenizer, "还有呢？", history)]
+    person.page.get_by_text(inference.NOT_A_DOCTOR).wait_for()
+
+
+def test_a_reply_is_stopped_and_the_next_question_answered(visit, tokenizer):
+    person = visit(LONG, REPLY, pause=0.05)
+    person.ask("感冒了怎么办？")
+    person.sees("想一想。")
+    person.page.get_by_test_id("stop-button").click()
+    person.ask("还有呢？")
+    person.sees("多喝水")
+    assert person.prompts == [prompt(tokenizer, "感冒了怎么办？"), prompt(tokenizer, "还有呢？")]
+
+
+def test_retry_and_edit_ask_again(visit, tokenizer):
+    person = visit(REPLY, "再答", "改答")
+    person.ask("感冒了怎么办？")
+    person.sees("多喝水")
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("重试").click()
+    person.sees("再答")
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("编辑").click()
+    field = person.page.locator(".user textarea")
+    field.fill("头痛怎么办？")
+    person.page.get_by_label("发送").click()
+    person.sees("改答")
+    asked = ["感冒了怎么办？", "感冒了怎么办？", "头痛怎么办？"]
+    assert person.prompts == [prompt(tokenizer, question) for question in asked]
+
+
+def test_what_a_person_sets_is_what_happens(visit, tokenizer):
+    person = visit(ANSWER)
+    person.page.get_by_text("设置", exact=True).click()
+    person.page.get_by_label("先思考再回答").uncheck()
+    seed, most = (person.page.get_by_role("spinbutton", name=name) for name in ("随机种子", "最多生成的 token 数"))
+    seed.fill("-1")
+    seed.blur()
+    person.ask("头痛？")
+    person.sees("错误：随机种子要是 0 到 4294967295 的整数，或者留空。")
+    seed.fill("7")
+    most.fill("2")
+    most.blur()
+    person.ask("头痛？")
+    person.sees("到 2 个 token 为止，回复未完；可在“设置”里加大。")
+    assert person.prompts == [prompt(tokenizer, "头痛？", thinking=False)]
+
+
+def test_a_text_that_is_too_long_is_refused_and_the_next_is_answered(visit, tokenizer):
+    person = visit(REPLY)
+    person.ask("头" * 200_000)
+    person.sees("错误：这个问题连同之前的对话有 ")
+    person.ask("  ")
+    person.sees("问题是空的")
+    person.ask("头痛？")
+    person.sees("多喝水")
+    assert person.prompts == [prompt(tokenizer, "头痛？")]
+
+
+def test_nothing_is_fetched_from_elsewhere_and_tags_are_text(visit):
+    hostile = '![x](http://127.0.0.2:9/x.png) <img src="http://127.0.0.2:9/y.png" onerror="document.title=1"> </think>'
+    person = visit("<think>\n想</think>" + hostile)
+    person.page.on("response", lambda response: person.requests.append(response.url))
+    failed = []
+    person.page.on("requestfailed", lambda request: failed.append(request.failure))
+    person.ask("头痛？" + hostile)
+    person.sees("思考")
+    person.page.wait_for_timeout(500)
+    elsewhere = [url for url in person.requests if not url.startswith((person.url, "data:", "blob:"))]
+    assert {why for why in failed} <= {"csp"} and len(failed) == len(elsewhere)
+    assert person.page.title() == TEXTS["title"]
+
+
+def test_two_tabs_wait_for_each_other(visit, browser):
+    person = visit(REPLY, pause=0.03)
+    other = Visitor(browser, person.url)
+    person.ask("头痛？")
+    other.ask("腹痛？")
+    person.sees("多喝水", 0)
+    other.sees("多喝水", 0)
+    assert len(person.prompts) == 2
+    other.page.close()
+
+
+def test_who_leaves_stops_the_reply(visit, browser):
+    person = visit(LONG, REPLY, pause=0.05)
+    leaving = Visitor(browser, person.url)
+    leaving.ask("头痛？")
+    leaving.sees("想一想。")
+    leaving.page.close()
+    person.ask("腹痛？")
+    person.sees("多喝水")
+
+
+def test_it_fits_a_phone(visit):
+    person = visit(REPLY, width=390)
+    person.ask("感冒了怎么办？" * 10)
+    person.sees("多喝水")
+    assert person.page.evaluate("document.documentElement.scrollWidth") <= 390
+    for place in (
+        person.box,
+        person.page.get_by_text(inference.NOT_A_DOCTOR),
+        person.page.get_by_text("设置", exact=True),
+    ):
+        box = place.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] >= 0 and box["y"] + box["height"] <= 800
+
+
+def test_the_page_of_a_script_asks_for_a_password_and_ends_with_ctrl_c(tiny_model, folder):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    port = free_port()
+    flags = ("--web", "--host", "0.0.0.0", "--port", port, "--auth", "a:b", "--model_path", tiny_model)
+    started, end = Started("inference.py", flags, folder), time.monotonic() + 60
+    while "网页：" not in started.stdout:
+        assert started.poll() is None and time.monotonic() < end, started.stdout
+        time.sleep(0.1)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=10)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) == 0, started.stdout
+    assert started.stdout.splitlines()[-1] == "已停止。" and "Traceback" not in started.stdout
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("version", "found"), [("5.50.0", "，不是 5.50.0"), ("7.0", "，不是 7.0")])
+def test_another_gradio_is_refused(version, found, tmp_path, monkeypatch):
+    (tmp_path / f"gradio-{version}.dist-info").mkdir()
+    metadata = tmp_path / f"gradio-{version}.dist-info/METADATA"
+    metadata.write_text(f"Metadata-Version: 2.1\nName: gradio\nVersion: {version}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    wanted = f"--web 要用 gradio {web.GRADIO}{found}；请先运行 pip install gradio=={web.GRADIO}"
+    refused(wanted, web.require_gradio)
+
+
+def test_without_gradio_the_page_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # where packages are looked for
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--web", "--model_path", "no-such-model"])
+    refused(f"--web 要用 gradio {web.GRADIO}；请先运行 pip install gradio=={web.GRADIO}", inference.main)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--web", "头痛？"], "argument question: not allowed with argument --web"),
+        (["--web", "--chat"], "argument --chat: not allowed with argument --web"),
+        (["--web", "--replies", "r.jsonl"], "--replies 只和 --questions 一起起作用"),
+        (["--port", "7861"], "--port 只和 --web 一起起作用"),
+        (["--chat", "--auth", "a:b"], "--auth 只和 --web 一起起作用"),
+        (["--host", "0.0.0.0"], "--host 只和 --web 一起起作用"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+    with pytest.raises(SystemExit):
+        inference.main()
+    assert capsys.readouterr().err.strip().endswith(message)
+
+
+def test_history_has_the_answers_alone():
+    thought, hint = ({"role": "assistant", "content": "想", "metadata": {"title": title}} for title in ("思考", "提示"))
+    said = {"role": "assistant", "content": [{"type": "text", "text": "答"}], "metadata": None}
+    asked = [{"role": "user", "content": [{"type": "text", "text": text}]} for text in "甲乙丙丁"]
+    messages = [asked[0], thought, said, hint, asked[1], thought, asked[2], asked[3], hint, said]
+    assert web.read_history(messages) == [["甲", "答"], ["丁", "答"]]
+
+
+def test_half_a_character_is_not_shown():
+    shown = [web.show_reply(Reply("想", "答\ufffd", False, "one"), whole)[-1]["content"] for whole in (False, True)]
+    assert shown == ["答", "答\ufffd"]
+    assert [part["metadata"]["title"] for part in web.show_reply(Reply("想", "", False, "unclosed"), False)] == [
+        "思考中"
+    ]
+
+
+def test_memory_that_does_not_suffice_is_said(conversation):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    conversation.model.register_forward_hook(fail)
+    page = web.Page(conversation, data.to_messages, "错误：显存不足。")
+    assert list(page.answer("头痛？", [], True, 9, None)) == [[web.hint("错误：显存不足。")]]
+
+
+def test_what_may_reach_beyond_the_context_is_said_on_the_page(conversation, tokenizer):
+    recite(conversation.model, tokenizer, ["答"])
+    conversation.model.config.max_position_embeddings = 2000
+    [*_, last] = web.Page(conversation, data.to_messages, "").answer("头痛？", [], True, 1990, None)
+    assert last[0]["content"] == "答" and "超过模型的上下文 2000 个 token" in last[1]["content"]
