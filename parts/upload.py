@@ -20,8 +20,9 @@ FORM = re.compile(r"modelscope:([\w-][\w.-]*/[\w-][\w.-]*)")
 CARD = "README.md"
 # Beside the weights; what of it is there. run.json and trainer_state.json name folders of this machine.
 BESIDE = (
-    f"{CARD} loss.png {ADAPTER_CONFIG} config.json generation_config.json model.safetensors.index.json tokenizer.json "
-    "tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json vocab.json merges.txt"
+    f"{CARD} Modelfile loss.png {ADAPTER_CONFIG} config.json generation_config.json model.safetensors.index.json "
+    "tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt"
 ).split()
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LOGIN = (

@@ -17,7 +17,7 @@ import inference
 from parts import upload
 
 CARD = "README.md loss.png chat_template.jinja tokenizer.json tokenizer_config.json "
-MODEL = CARD + "config.json generation_config.json model.safetensors"
+MODEL = CARD + "Modelfile config.json generation_config.json model.safetensors"
 ADAPTER = CARD + "adapter_config.json adapter_model.safetensors"
 TO_ME = ("--push_to", "modelscope:me/qwen3-medical")
 KEPT = "模型仍完好地在 full。请检查网络、名称和令牌的权限，再运行同一命令：已传完的权重不会再传。"
