@@ -14,7 +14,7 @@ from parts.address import Address
 from parts.encoding import Reply, has_no_thinking_mode
 
 GRADIO = "6.31.0"  # which was tried; others of its major version are taken
-THINKING, THOUGHT, HINT = "思考中", "思考", "提示"  # titles of what folds
+THOUGHT, HINT = "思考", "提示"  # titles of what folds
 SETTINGS = "设置"
 # The browser asks nobody else, whatever a reply says: a picture that is named in one would tell of it.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -55,8 +55,8 @@ def show_reply(reply: Reply, whole: bool) -> list[dict]:
     """The messages of a reply: the thinking, which folds, and the answer. While it is written, half a character may
     stand at its end."""
     thinking, answer = (text if whole else text.rstrip("\ufffd") for text in (reply.thinking, reply.answer))
-    running = not whole and not answer
-    state = {"title": THINKING, "status": "pending"} if running else {"title": THOUGHT, "status": "done"}
+    # Unfolded without a status, folded when it is done. "pending" would show a wheel that a stop leaves turning.
+    state = {"title": THOUGHT} | ({"status": "done"} if whole or answer else {})
     shown = [{"role": "assistant", "content": thinking, "metadata": state}] * bool(thinking)
     return shown + [{"role": "assistant", "content": answer}] * bool(answer)
 
@@ -95,19 +95,18 @@ class Page:
             return gradio.validate(False, str(refused))
         return gradio.validate(True, "")
 
-    def answer(self, question: str, messages: list[dict], thinking: bool, max_new_tokens: int, seed: int | None):
+    def answer(self, question: str, messages: list[dict], thinking: bool, max_new_tokens: int, seed: str):
         """Yields the messages of the reply as it is written; gradio closes it where the person stops it."""
         held, reply = self.hold(thinking, max_new_tokens), None
         asked = self.to_messages(question, history=read_history(messages))
         try:
-            if seed is not None and not 0 <= seed < 2**32:
-                raise SystemExit(f"错误：随机种子要是 0 到 {2**32 - 1} 的整数，或者留空。")
+            seed = terminal.whole_number(0, seed.strip()) if seed.strip() else None
             held.check_lengths([asked], ["这个问题"])
             hints = [hint(text)] if (text := held.console.file.getvalue().strip()) else []
             with terminal.explain_out_of_memory(self.out_of_memory):
                 for reply in held.stream(asked, seed, self.closed):
                     yield show_reply(reply, False) + hints
-        except SystemExit as refused:
+        except (SystemExit, ArgumentTypeError) as refused:
             yield [hint(str(refused))]
             return
         if not reply.answer:
@@ -132,12 +131,13 @@ class Page:
                 step=1,
                 label="最多生成的 token 数",
             ),
-            gradio.Number(None, label="随机种子", info="留空：每次不同", precision=0),
+            gradio.Textbox("", label="随机种子", placeholder="留空：每次不同", max_lines=1),  # a Number has no empty
         ]
         chatbot = gradio.Chatbot(
             label="对话", show_label=False, scale=1, buttons=["copy"], editable="user", placeholder=f"例如：{example}"
         )
         textbox = gradio.Textbox(
+            label="问题",
             placeholder="输入问题，回车发送",
             show_label=False,
             max_lines=8,

@@ -60,7 +60,7 @@ class Visitor:
         self.requests = []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(url)
-        self.box = self.page.locator("textarea")
+        self.box = self.page.get_by_role("textbox", name="问题")
         self.box.wait_for()
 
     def ask(self, question: str) -> None:
@@ -102,7 +102,6 @@ def test_thinking_is_seen_then_folded_and_not_read_back(visit, tokenizer):
     person = visit(REPLY, pause=0.05)
     thinking = person.page.get_by_text(THINKING)
     person.ask("感冒了怎么办？")
-    person.sees("思考中")
     thinking.wait_for()
     person.sees("多喝水", 0)
     thinking.wait_for(state="hidden")
@@ -148,11 +147,16 @@ def test_what_a_person_sets_is_what_happens(visit, tokenizer):
     person = visit(ANSWER)
     person.page.get_by_text("设置", exact=True).click()
     person.page.get_by_label("先思考再回答").uncheck()
-    seed, most = (person.page.get_by_role("spinbutton", name=name) for name in ("随机种子", "最多生成的 token 数"))
+    seed, most = (
+        person.page.get_by_role(role, name=name)
+        for role, name in (("textbox", "随机种子"), ("spinbutton", "最多生成的 token 数"))
+    )
+    assert seed.input_value() == ""
     seed.fill("-1")
     seed.blur()
     person.ask("头痛？")
-    person.sees("错误：随机种子要是 0 到 4294967295 的整数，或者留空。")
+    person.sees("要一个 0 到 4294967295 的整数，不是 '-1'")
+    person.page.get_by_test_id("submit-button").wait_for()
     seed.fill("7")
     most.fill("2")
     most.blur()
@@ -175,14 +179,13 @@ def test_a_text_that_is_too_long_is_refused_and_the_next_is_answered(visit, toke
 def test_nothing_is_fetched_from_elsewhere_and_tags_are_text(visit):
     hostile = '![x](http://127.0.0.2:9/x.png) <img src="http://127.0.0.2:9/y.png" onerror="document.title=1"> </think>'
     person = visit("<think>\n想</think>" + hostile)
-    person.page.on("response", lambda response: person.requests.append(response.url))
-    failed = []
-    person.page.on("requestfailed", lambda request: failed.append(request.failure))
+    blocked = []
+    person.page.on("requestfailed", lambda request: blocked.extend([request.url] * (request.failure == "csp")))
     person.ask("头痛？" + hostile)
     person.sees("思考")
     person.page.wait_for_timeout(500)
     elsewhere = [url for url in person.requests if not url.startswith((person.url, "data:", "blob:"))]
-    assert {why for why in failed} <= {"csp"} and len(failed) == len(elsewhere)
+    assert sorted(elsewhere) == sorted(blocked)
     assert person.page.title() == TEXTS["title"]
 
 
@@ -282,8 +285,8 @@ def test_history_has_the_answers_alone():
 def test_half_a_character_is_not_shown():
     shown = [web.show_reply(Reply("想", "答\ufffd", False, "one"), whole)[-1]["content"] for whole in (False, True)]
     assert shown == ["答", "答\ufffd"]
-    assert [part["metadata"]["title"] for part in web.show_reply(Reply("想", "", False, "unclosed"), False)] == [
-        "思考中"
+    assert [part["metadata"] for part in web.show_reply(Reply("想", "", False, "unclosed"), False)] == [
+        {"title": "思考"}
     ]
 
 
@@ -293,11 +296,11 @@ def test_memory_that_does_not_suffice_is_said(conversation):
 
     conversation.model.register_forward_hook(fail)
     page = web.Page(conversation, data.to_messages, "错误：显存不足。")
-    assert list(page.answer("头痛？", [], True, 9, None)) == [[web.hint("错误：显存不足。")]]
+    assert list(page.answer("头痛？", [], True, 9, "")) == [[web.hint("错误：显存不足。")]]
 
 
 def test_what_may_reach_beyond_the_context_is_said_on_the_page(conversation, tokenizer):
     recite(conversation.model, tokenizer, ["答"])
     conversation.model.config.max_position_embeddings = 2000
-    [*_, last] = web.Page(conversation, data.to_messages, "").answer("头痛？", [], True, 1990, None)
+    [*_, last] = web.Page(conversation, data.to_messages, "").answer("头痛？", [], True, 1990, "")
     assert last[0]["content"] == "答" and "超过模型的上下文 2000 个 token" in last[1]["content"]
