@@ -20,12 +20,13 @@ import inference
 import inference_lora
 import train
 import train_lora
+from parts import modelfile
 
 READMES = ("README.md", "README_EN.md")
 TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
 OTHERS = {"data.py": data, "inference.py": inference, "inference_lora.py": inference_lora}
 COMMANDS = ("python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter")
-COMMANDS += ("transformers", "evalscope", "curl", "ruff", "bash")
+COMMANDS += ("transformers", "evalscope", "curl", "ruff", "bash", "llama-quantize", "ollama")
 # Not installed here: flags that their `serve` has in vLLM's documentation, in SGLang 0.5.23 and in Open WebUI 0.12.4.
 ENGINES = {
     "vllm": {"--reasoning-parser", "--host", "--port"},
@@ -113,6 +114,9 @@ def test_command_exists(found, help_flags, workspace):
     program, *words = shlex.split(found)
     if program == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1])
+    elif program == "python" and words[0].endswith("convert_hf_to_gguf.py"):  # tests/test_gguf.py runs it
+        assert words[0].startswith("llama_cpp_python-0.3.36/") and words[1] == data.OUTPUT_DIR
+        assert words[2:] == ["--outfile", f"{data.OUTPUT_DIR}/model-bf16.gguf"]
     elif program == "python":
         accept(words[0], [word for word in words[1:] if word != "--help"], help_flags)
     elif program == "torchrun":
@@ -125,7 +129,15 @@ def test_command_exists(found, help_flags, workspace):
         assert words[0] in swanlab.cli.cli.commands
     elif program == "pip":
         files = [file for flag, file in zip(words, words[1:]) if flag == "-r"]
-        assert words[0] == "install" and all((ROOT / file).is_file() for file in files)
+        assert words[0] in ("install", "download") and all((ROOT / file).is_file() for file in files)
+    elif program == "tar":  # what the line before downloads
+        assert words == ["-xzf", "llama_cpp_python-0.3.36.tar.gz"] and "llama-cpp-python==0.3.36 " in read("README.md")
+    elif program == "cd":
+        assert words == [data.OUTPUT_DIR]
+    elif program == "llama-quantize":  # not installed here, nor is the next
+        assert words in ([], ["model-bf16.gguf", modelfile.WEIGHTS, "Q4_K_M"])
+    elif program == "ollama":
+        assert words[0] in ("create", "run") and words[1:] in ([], ["qwen3-medical"])
     elif program in ("jupyter", "bash"):
         assert (ROOT / words[-1]).is_file()
     elif program == "transformers":
