@@ -30,6 +30,13 @@ def sha256(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model's safetensors files: those that the index names, where there is one."""
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return sorted(set(names))
+
+
 def weights_sha256(folder: str | Path) -> str:
     """SHA-256 of a model's safetensors files, by name (Qwen3-1.7B: 2 s)."""
     return sha256(*sorted(Path(folder).glob("*.safetensors")))

@@ -1,7 +1,6 @@
 """ModelScope, and Hugging Face where hf:// says so: what is asked for is downloaded whole or refused in one sentence;
 what an earlier command downloaded is used again. Knows names and files, not what is in them."""
 
-import json
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from parts import huggingface, modelscope
-from parts.checkpoints import ADAPTER_CONFIG
+from parts.checkpoints import ADAPTER_CONFIG, weight_files
 from parts.row_files import SUFFIXES
 from parts.split import part_of
 from parts.terminal import first_line, shorten
@@ -138,13 +137,6 @@ def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:
         choose = partial(choose_data, dataset)
         path, names = download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
         return {name: (path / name).read_bytes() for name in names}
-
-
-def weight_files(folder: Path) -> list[str]:
-    """The names of a model's safetensors files: those that the index names, where there is one."""
-    index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-    return sorted(set(names))
 
 
 def is_whole(folder: Path) -> bool:

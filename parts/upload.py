@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from parts import hub, modelscope
-from parts.checkpoints import ADAPTER_CONFIG, FINISHED_MARK, RUN_FILE
+from parts.checkpoints import ADAPTER_CONFIG, FINISHED_MARK, RUN_FILE, weight_files
 from parts.terminal import first_line
 
 FORM = re.compile(r"modelscope:([\w-][\w.-]*/[\w-][\w.-]*)")
@@ -50,7 +50,7 @@ def choose(folder: Path) -> dict[str, int]:
             refuse_local_base(folder)
             weights, needed = [ADAPTER_WEIGHTS], hub.BESIDE_WEIGHTS[-2:]
         else:
-            weights, needed = hub.weight_files(folder), hub.BESIDE_WEIGHTS
+            weights, needed = weight_files(folder), hub.BESIDE_WEIGHTS
         for name in needed:
             (folder / name).stat()
         for name in weights:
