@@ -1,4 +1,4 @@
-"""Where a page is shown, and who may see it. Knows sockets, not what is shown."""
+"""Addresses of machines: who reaches one, and where a page is shown. Knows sockets, not what is shown."""
 
 import ipaddress
 import os

@@ -3,12 +3,13 @@ Knows nothing of what is asked."""
 
 import argparse
 import contextlib
-import ipaddress
 import json
 import os
 import re
 from time import monotonic
 from urllib.parse import urlsplit
+
+from parts.address import is_this_machine
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the key, where the address wants one
 CONNECT, REPLY = 10, 180  # seconds: to connect; for a whole reply, as some models think first
@@ -28,13 +29,6 @@ def address(text: str) -> str:
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[@?#\s]", text):
             return text.rstrip("/").removesuffix("/chat/completions")
     raise argparse.ArgumentTypeError(f"要一个 http://127.0.0.1:8000/v1 这样的地址；密钥放在环境变量 {KEY} 里")
-
-
-def is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 class Endpoint:
@@ -59,7 +53,8 @@ class Endpoint:
             raise_on_status=False,
         )
         self.session = requests.Session()
-        self.session.trust_env = not is_loopback(url)  # a proxy would look for 127.0.0.1 on its own machine
+        # A proxy would look for 127.0.0.1 on its own machine.
+        self.session.trust_env = not is_this_machine(urlsplit(url).hostname)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
 

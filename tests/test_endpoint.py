@@ -69,7 +69,7 @@ def test_without_a_key_none_is_sent_not_even_that_of_another_tool(server, monkey
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv(KEY)
-    monkeypatch.setattr(endpoint, "is_loopback", lambda url: False)  # as for an address elsewhere
+    monkeypatch.setattr(endpoint, "is_this_machine", lambda host: False)  # as for an address elsewhere
     Endpoint(server.url, "judge").reply(MESSAGES)
     assert "Authorization" not in server.requests[0][2]
 
