@@ -81,15 +81,20 @@ def estimate(
     }
 
 
+def free_here(device: torch.device) -> float:
+    """Bytes that are free for this process now, on a card with what it holds already."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    if not torch.cuda.is_available():  # planned for one that is not here
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
 def free(args, model) -> float:
     """Bytes that training may take, its weights included: what is free now in the process that has least,
     and at most --memory_gb less the driver's own."""
     most = args.memory_gb * 1e9 - DRIVER_BYTES if args.memory_gb else math.inf
-    if args.device.type == "cuda":  # planned for one that is not here where there is none
-        free_here = torch.cuda.is_available()
-        found = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if free_here else math.inf
-    else:
-        found = psutil.virtual_memory().available + model.get_memory_footprint()
+    found = free_here(args.device) + (0 if args.device.type == "cuda" else model.get_memory_footprint())
     found = accelerate.utils.gather_object([found])
     if args.device.type == "cuda" and max(found) > 1.1 * min(found):
         print(f"各张卡空闲的显存不同（{'、'.join(f'{size / 1e9:.1f}' for size in found)} GB），都按最少的规划。")
