@@ -182,7 +182,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            asked = [] if args.fsdp else rows[: args.eval_samples]
+            asked = [] if args.fsdp else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
             trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up

@@ -12,7 +12,7 @@ import datasets
 import torch
 
 from parts import architecture, card, decoding, encoding, hub, model_card, models, proof
-from parts.proof import Verdict
+from parts.proof import Verdict, missing
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
 SMALL_LENGTH = 32  # neither a model nor a GPU
@@ -95,5 +95,6 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
     if args.device.type == "cuda" or trainer.plan.optimizer.startswith("8bit"):
         found["8 位优化器 torchao"] = proof.try_step("8bit", args.device)
     found |= proof.require(trainer.model, args.load_in_4bit)
-    found["生成的 CUDA graph"] = decoding.try_graph(trainer.release())
+    model = trainer.release()
+    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else decoding.try_graph(model)
     return found

@@ -13,7 +13,6 @@ from parts.encoding import IGNORE_INDEX
 from parts.packed_trainer import PackedTrainer
 from parts.packing import split_batch, token_batches
 
-
 ROOM = 1.2  # a model's bytes, to be asked: its weights, the cache of three replies
 
 

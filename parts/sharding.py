@@ -62,6 +62,11 @@ def rows_of(p: DTensor, whole):
     return whole[first : first + len(local(p))]
 
 
+def distribute(p: DTensor, rows: torch.Tensor) -> DTensor:
+    """The tensor like `p` of which this process has these rows."""
+    return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 def collect(value, first: bool):
     """A DTensor whole and in the CPU's memory, where this is the `first` process; all call this together. Anything else
     as it is."""
@@ -108,9 +113,10 @@ def load_states(optimizer, file: str | Path) -> None:
     for i, state in states["state"].items():
         p = weights[i]
         for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == p.shape:
-                rows = rows_of(p, value).to(p.device, copy=True)
-                state[name] = DTensor.from_local(
-                    rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-                )
+            if not isinstance(value, torch.Tensor):
+                continue
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                state[name] = distribute(p, rows_of(p, value).to(p.device, copy=True))
+            else:  # a copy, too: the file is mapped, and would stay on the disk when it is deleted
+                state[name] = value.clone()
     optimizer.load_state_dict(states)
