@@ -40,7 +40,9 @@ SHARDED_WHY = {  # and why these are, beside --fsdp
     "分片的模型用自己的损失": "full_logits label_smoothing_factor",
     "分片时没有试过": "neftune_noise_alpha use_liger_kernel",
     "分片的权重按自己的精度算": "bf16 fp16",
-    "分片时没有 DistributedDataParallel": "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters",
+    "分片时没有 DistributedDataParallel": (
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph"
+    ),
     "分片时评估不生成样例，训练完才有": "eval_samples",
 }
 SHARDED_REFUSED = {name: why for why, names in SHARDED_WHY.items() for name in names.split()}
