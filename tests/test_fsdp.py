@@ -214,6 +214,18 @@ def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, t
     follows("parted", "one")
 
 
+def test_a_cut_model_ends_with_its_best_weights(workspace, tiny_model):
+    """The learning rate grows from 0, and ruins them."""
+    ruinous = {"max_steps": 4, "eval_steps": 1, "learning_rate": 3, "lr_scheduler_type": "constant_with_warmup"}
+    ruinous |= {"warmup_steps": 10, "early_stopping_patience": 9}
+    [said, _] = together(
+        "train.py", *as_flags("train.py", tiny_model, True, **ruinous, output_dir="run"), cwd=workspace
+    )
+    best = int(re.search(r"保存的权重：.*（第 (\d+) 步）", said).group(1))
+    assert best < 4 and same(weights("run"), weights(f"run/checkpoint-{best}"))
+    assert not same(weights("run"), weights("run/checkpoint-4"))
+
+
 @pytest.mark.parametrize("name", ["kahan", "optim"])
 def test_an_optimizer_of_parts_takes_the_steps_of_whole_weights(folder, name):
     together(HERE, name, "two", cwd=folder, call="step")
