@@ -55,7 +55,7 @@ def together(script: str, *flags, cwd, status: int = 0, **more) -> list[str]:
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     both = [Started(script, flags, cwd, env, **more) for env in ranks]
-    ends = [process.wait(120) for process in both]
+    ends = [process.wait(60) for process in both]
     assert ends == [status] * 2, "\n".join(process.stdout for process in both)
     return [process.stdout for process in both]
 
