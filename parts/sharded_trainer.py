@@ -80,7 +80,6 @@ class ShardedTrainer(PackedTrainer):
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def check_weights(self) -> None:
-        sharding.reshard(self.model)
         sums = [sharding.local(p).sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
         total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
         self.check_finite({"weights": total.item()})

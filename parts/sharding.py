@@ -44,8 +44,8 @@ def require_rows(model, world_size: int) -> None:
 
 
 def reshard(model) -> None:
-    """Give up the weights that are still whole, after a forward pass without a backward one: they would not follow what
-    is then written into the parts."""
+    """Give up the weights that are still whole after a forward pass without a backward one: they would not follow what
+    is then written into the parts, and are not what the functions below look for."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -78,14 +78,12 @@ def collect(value, first: bool):
 
 def gather(model, first: bool) -> dict[str, torch.Tensor] | None:
     """{name: trained weight} in the CPU's memory of the `first` process, one weight after another; None elsewhere."""
-    reshard(model)
     found = {name: collect(p, first) for name, p in model.named_parameters() if p.requires_grad}
     return found if first else None
 
 
 def load(model, folder: str | Path) -> None:
     """Put the trained weights of a saved model or adapter into the parts: each process reads its own rows."""
-    reshard(model)
     adapter = Path(folder, "adapter_model.safetensors")
     files = [adapter] if adapter.is_file() else [Path(folder, name) for name in checkpoints.weight_files(Path(folder))]
     missing = {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}

@@ -187,11 +187,12 @@ def test_gradients_and_evaluations_are_those_of_one_process(folder, tiny_model, 
 @pytest.mark.parametrize("script", ["train.py", LORA])
 def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, tiny_model, script):
     """Stopped, it goes on to the same weights, and so do one process from the checkpoints of two, and two from one's,
-    to nearly the same. Passes and recomputed layers on the way."""
+    to nearly the same. A rehearsal, passes and recomputed layers on the way."""
     assert run_script(script, *as_flags(script, tiny_model), "--output_dir", "one", cwd=workspace).returncode == 0
-    sharded = as_flags(script, tiny_model, True, batch_tokens=130, checkpoint_every=1)
+    sharded = as_flags(script, tiny_model, True, batch_tokens=130, checkpoint_every=1, rehearse="true")
     [said, silent] = together(script, *sharded, "--output_dir", "two", cwd=workspace)
-    assert said.count("训练完成") == 1 and said.count("【问题】") == 3 and "每张卡的内存计划" in said and not silent
+    assert said.count("训练完成") == 1 and said.count("【问题】") == 3 and "每张卡的内存计划" in said
+    assert "预演：最大的一步" in said and not silent
     follows("two", "one")
     names = {path: sorted(os.listdir(f"{path}/checkpoint-12")) for path in ("one", "two")}
     assert names["two"] == sorted({*names["one"], "rng_state_0.pth", "rng_state_1.pth"} - {"rng_state.pth"})
