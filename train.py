@@ -184,6 +184,8 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
             asked = [] if args.fsdp else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
+            if args.fsdp and args.eval_strategy != "no":
+                print("样例：模型分在几张卡上时，评估不生成样例，训练完才有。")
             trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
