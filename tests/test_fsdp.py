@@ -40,6 +40,7 @@ from parts.sharded_trainer import ShardedTrainer
 
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
 STEPS |= {"report_to": "none", "disable_tqdm": "true", "eval_samples": 0, "lora_dropout": 0}
+STEPS |= {"lora_rank": 1}  # of half of the adapter's weights the second process has nothing
 HERE = "tests/test_fsdp.py"
 LORA = "train_lora.py"
 CPU = torch.device("cpu")
@@ -316,12 +317,6 @@ def test_no_card_is_asked_to_hold_all(tiny_model, monkeypatch, capsys):
     assert trainer.whole_model("").device == CPU
     monkeypatch.setattr(memory, "free_here", lambda device: 1.5 * model.get_memory_footprint())
     assert trainer.whole_model("") is None and "放不进一张卡，不生成" in capsys.readouterr().out
-
-
-def test_a_weight_with_too_few_rows_is_refused():
-    with pytest.raises(SystemExit, match="错误：--fsdp 把每个权重按行分给 3 张卡，而最小的只有 4 行"):
-        sharding.require_rows(torch.nn.Linear(8, 4), 3)
-    sharding.require_rows(torch.nn.Linear(8, 4), 4)
 
 
 @pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)
