@@ -16,8 +16,8 @@ ADAPTER = ".default."  # in the name of an adapter's weight; peft's files leave 
 
 def shard(model, device: torch.device, world_size: int) -> None:
     """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight with
-    few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut, so that no device
-    ever holds all of it.
+    few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut, so that no
+    device ever holds all of it.
 
     A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays whole from
     the forward pass to the end of the backward one: the loss is made outside of the model, and takes the output layer's
