@@ -19,7 +19,7 @@ from functools import partial
 try:
     import data
     from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-    from parts import encoding, hub, system_prompt, terminal
+    from parts import encoding, hub, libraries, system_prompt, terminal
     from parts.arguments import Arguments, parse_flags
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -49,6 +49,7 @@ OUT_OF_MEMORY = (
     "错误：显存（内存）不足，写好的检查点都还在。请依次尝试：关掉其他占用显存的程序；--memory_gb 写得比显存小一些；"
     "--max_length 1024；python train_lora.py；python train_lora.py --load_in_4bit true；--model_name Qwen/Qwen3-0.6B。"
 )
+LOST = "错误：另一个进程已经结束或没有回应，训练停止；写好的检查点都还在，同一命令从最近的一个继续。"
 
 
 @dataclass
@@ -141,15 +142,16 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import architecture, memory_plan, model_card, models, output_folder, replies, samples, tracking
+    from parts import architecture, memory_plan, models, output_folder, processes, replies, samples, tracking
     from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
     with output_folder.hold(args):
-        with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
-            # The data and the base model, fetched by the first process where they are missing
-            with args.main_process_first(local=False):
+        oom, lost = terminal.explain_out_of_memory(OUT_OF_MEMORY), processes.explain_loss(args, LOST)
+        with oom, lost, memory_plan.limited(args.device):
+            # The data and the base model, fetched once for each machine where they are missing
+            with processes.in_turns(args):
                 prepare_files(args)
                 model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
@@ -182,7 +184,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
-            config |= {"model_sha256": run.settings["model_sha256"], "versions": model_card.library_versions()}
+            config |= {"model_sha256": run.settings["model_sha256"], "versions": libraries.versions()}
             tracking.start(args, PROJECT, config, goes_on=run.checkpoint is not None)
             output_folder.begin(args, run, trainer.plan)
             with Interruption() as trainer.interruption:

@@ -1,9 +1,8 @@
 """README.md and loss.png of an output folder: what a model was trained from and how, and what it is not."""
 
-import importlib.metadata
 from pathlib import Path
 
-from parts import checkpoints, flags, hub
+from parts import checkpoints, flags, hub, libraries
 from parts.run_settings import LORA_SETTINGS, SETTINGS
 
 AS_PUBLISHED = ("full_logits",)  # of SETTINGS: where it is given, the run is the more like the published one
@@ -31,12 +30,6 @@ pipeline_tag: text-generation
 
 > {system_prompt}
 """
-
-
-def library_versions() -> dict[str, str]:
-    """Of those that decide a training."""
-    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def write(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> None:
@@ -154,7 +147,7 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
         "优化器": args.optim if optimizer == "optim" else optimizer,
         "梯度裁剪": args.max_grad_norm or "没有",
         "精度": str(trainer.model.dtype).removeprefix("torch.") + mixed,
-        "库（保存时）": "，".join(f"{name} {version}" for name, version in library_versions().items()),
+        "库（保存时）": "，".join(f"{name} {version}" for name, version in libraries.versions().items()),
     }
     rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
     table = "\n".join(f"| {name} | {getattr(value, 'value', value)} |" for name, value in rows.items())

@@ -54,7 +54,10 @@ def refuse_changes(folder: Path, old: dict, new: dict) -> None:
     if changed:
         changes = "，".join(f"{name} {str(old[name])[:80]} -> {str(new.get(name))[:80]}" for name in changed)
         finished = (folder / checkpoints.FINISHED_MARK).exists()
-        run, remedy = "未完成的训练", "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练"
+        run, how = "未完成的训练", "请用原来的设置继续"
+        if changed == ["examples_per_step"]:  # with more or fewer processes than before
+            how = f"请用 --per_device_train_batch_size 让所有进程每步仍是 {old[changed[0]]} 条"
+        remedy = f"{how}，或用 --output_dir 换一个文件夹重新训练"
         if finished:
             merged = "<先用 inference_lora.py --merge_to 合并出的文件夹>" if "lora_rank" in old else folder
             run, remedy = (
