@@ -95,19 +95,22 @@ def prepare_files(args: TrainArguments) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
-    from parts import kernels, memory, memory_plan, packing, proof, rehearsal
+    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
+    from parts.sharded_trainer import ShardedTrainer
 
+    if args.fsdp:
+        sharding.shard(model, args.device, args.world_size)
     proof.require(model, args.load_in_4bit)
-    fast = kernels.choose(model) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
     plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
         print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
-    trainer = PackedTrainer(
+    trainer = (ShardedTrainer if args.fsdp else PackedTrainer)(
         model=model,
         args=args,
         kernels=fast,
@@ -126,10 +129,11 @@ def save(trainer, tokenizer, settings: dict) -> None:
     from parts import model_card, modelfile, older_readers, output_folder
 
     args, model = trainer.args, trainer.release()
+    weights = trainer.gather()  # by all processes together
     if args.process_index:
         return
     with output_folder.finishing(args, trainer.state):
-        model.save_pretrained(args.output_dir)
+        model.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         older_readers.include(args.output_dir)
         if not args.trains_adapter:
@@ -175,12 +179,13 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = models.load_weights(model_path, args.device, args.load_in_4bit)
+            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            trainer.add_callback(samples.Samples(trainer, rows[: args.eval_samples], data.to_messages, most))
+            asked = [] if args.fsdp else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
+            trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
@@ -196,7 +201,8 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
             with terminal.explain_out_of_memory(no_memory):
                 asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
-                tracking.finish(args, samples.show(trainer.model, tokenizer, *asked))
+                model = trainer.whole_model(model_path)
+                tracking.finish(args, samples.show(model, tokenizer, *asked) if model else [])
     return trainer
 
 

@@ -3,6 +3,7 @@ its numbers and files are the script's."""
 
 import argparse
 import gc
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -62,6 +63,14 @@ class Arguments(TrainingArguments):
     )
     full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
 
+    fsdp: str | None = field(  # True or False once it is read
+        default=None,
+        metadata={
+            "help": "each GPU keeps a part of the model only (FSDP2, with torchrun): for models that fit no card",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
     save_strategy: str | None = None  # as eval_strategy, and
     save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
@@ -78,6 +87,7 @@ class Arguments(TrainingArguments):
 
     def __post_init__(self):
         self.check_numbers()
+        self.fsdp = flags.asks_to_shard(self.fsdp)
         flags.refuse(self)
         if self.optimizer is None and flags.is_given(self, "optim"):
             self.optimizer = "optim"
@@ -99,7 +109,9 @@ class Arguments(TrainingArguments):
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
         processes.meet(self.facts())
+        sharded, self.fsdp = self.fsdp, None  # Trainer's own way would have accelerate cut the model, on GPUs only
         super().__post_init__()
+        self.fsdp, self.fsdp_config = sharded, {}
         if why := card.no_kernels(self.device) or card.too_small(self.device, self.memory_gb):
             raise ValueError(why)
         libraries.try_out(self)
@@ -170,4 +182,6 @@ def parse_flags(arguments_class: type[Arguments], description: str) -> Arguments
         libraries.find_packages(args)
         return args
     except ValueError as error:
+        if os.environ.get("RANK", "0") != "0":  # the first process says it
+            raise SystemExit(2) from None
         parser.error(str(error))

@@ -21,9 +21,8 @@ WHY = {  # why these are refused
     "训练只写在 --output_dir；训练完再上传：python inference.py --push_to modelscope:owner/name": (
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
-    "每张 GPU 都放整个模型，多张卡用 torchrun；放不下请用 train_lora.py": (
-        "deepspeed fsdp fsdp_config parallelism_config"
-    ),
+    "多张卡用 torchrun，每张都放整个模型；放不下请加 --fsdp true，或用 train_lora.py": "deepspeed parallelism_config",
+    "怎样分片已经定好（FSDP2，逐层），只写 --fsdp true": "fsdp_config",
     "收到 SIGTERM 时本来就会保存检查点": "enable_jit_checkpoint",
     "一次算多少已经按显存规划好，要改用 --batch_tokens": "auto_find_batch_size",
     "这样的检查点不能继续训练，不支持": "save_only_model",
@@ -35,6 +34,19 @@ WHY = {  # why these are refused
     "训练不算 logits，它没有可看的": "debug",
 }
 REFUSED = {name: why for why, names in WHY.items() for name in names.split()}
+SHARDED_WHY = {  # and why these are, beside --fsdp
+    "4 位的权重不能分片": "load_in_4bit",
+    "分片时没有试过编译": "torch_compile torch_compile_backend torch_compile_mode",
+    "分片的模型用自己的损失": "full_logits label_smoothing_factor",
+    "分片时没有试过": "neftune_noise_alpha use_liger_kernel",
+    "分片的权重按自己的精度算": "bf16 fp16",
+    "分片时没有 DistributedDataParallel": (
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph"
+    ),
+    "分片时评估不生成样例，训练完才有": "eval_samples",
+}
+SHARDED_REFUSED = {name: why for why, names in SHARDED_WHY.items() for name in names.split()}
+SHARDED_OPTIM = ("adamw_torch", "adamw_torch_fused")  # seen to give one process's weights
 TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 NO_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 NO_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -56,12 +68,43 @@ def recomputes(args) -> bool | None:
     return args.gradient_checkpointing if asked is None else asked
 
 
+def asks_to_shard(value) -> bool:
+    """What --fsdp says. Raises ValueError for the names of FSDP1 that transformers still knows."""
+    if str(value).lower() in ("true", "1", "yes"):
+        return True
+    if value is None or str(value).lower() in ("", "false", "0", "no", "[]"):
+        return False
+    raise ValueError(f"--fsdp {value}：只能是 true 或 false")
+
+
+def refuse_sharded(args, given: set[str]) -> None:
+    """Raises ValueError for what does not go with --fsdp."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and "LOCAL_RANK" in os.environ:
+        raise ValueError("--fsdp true 就够了；请去掉 accelerate launch 的 FSDP 设置（--use_fsdp 或配置文件）")
+    if not args.fsdp:
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError("--fsdp：模型分给几张卡，要用 torchrun 启动：torchrun --nproc_per_node 2 train.py --fsdp true")
+    for name in sorted(name for name in given & SHARDED_REFUSED.keys() if getattr(args, name)):
+        raise ValueError(f"--{name} 不能和 --fsdp 一起用：{SHARDED_REFUSED[name]}")
+    if getattr(args, "load_in_4bit", False):
+        raise ValueError(f"--load_in_4bit 不能和 --fsdp 一起用：{SHARDED_REFUSED['load_in_4bit']}")
+    if str(args.optimizer).endswith("in_backward"):
+        raise ValueError(f"--optimizer {args.optimizer} 不能和 --fsdp 一起用：分片的梯度要等各张卡加起来才能更新")
+    if args.optimizer == "8bit":
+        raise ValueError("--optimizer 8bit 不能和 --fsdp 一起用：没有看到过它在分片的权重上算对")
+    optim = getattr(args.optim, "value", args.optim)
+    if optim not in SHARDED_OPTIM:
+        raise ValueError(f"--optim {optim} 不能和 --fsdp 一起用：只有 {'、'.join(SHARDED_OPTIM)}")
+
+
 def refuse(args) -> None:
     """Raises ValueError for a flag that would do nothing, or not what it says; never with its value, which may be a
     secret. Before transformers has filled in what was left open."""
     given = {name for name in vars(args) if is_given(args, name)}
     for name in sorted(given & REFUSED.keys()):
         raise ValueError(f"--{name}：{REFUSED[name]}")
+    refuse_sharded(args, given)
     kept_best = args.load_best_model_at_end and args.eval_strategy != "no"
     patience = "early_stopping_patience" in given and args.early_stopping_patience
     optim = sorted(given & {"optim", "optim_args", "optim_target_modules"})

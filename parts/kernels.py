@@ -32,7 +32,7 @@ class Kernels(NamedTuple):
         return self.layers.runs
 
 
-def choose(model) -> Kernels:
+def choose(model, sharded: bool = False) -> Kernels:
     """Give `model` packed_attention, and those of Liger's kernels that run here."""
     packing.use(model)
     attention, layers = varlen_missing(model), fused_missing(model)
@@ -43,7 +43,8 @@ def choose(model) -> Kernels:
         layers = layers or try_fused(probe, plain)
     if layers.runs:
         fuse(model)
-    return Kernels(attention, layers, try_step("kahan", model.device, triton=True))
+    step = missing("它不认识分片的权重") if sharded else try_step("kahan", model.device, triton=True)
+    return Kernels(attention, layers, step)
 
 
 def varlen_missing(model) -> Verdict | None:
@@ -65,7 +66,7 @@ def fused_missing(model) -> Verdict | None:
 
 def shrink(model):
     """A model of one layer with the same heads on the same device, small elsewhere: it takes 2 million weights."""
-    probe = type(base_of(model))(architecture.shrink(model.config, layers=1)).to(model.device, model.dtype)
+    probe = class_of(model)(architecture.shrink(model.config, layers=1)).to(model.device, model.dtype)
     packing.use(probe)
     return probe
 
@@ -75,12 +76,17 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def class_of(model) -> type:
+    """Of the model without its adapter; a sharded one has a class of FSDP2's before its own."""
+    return next(cls for cls in type(base_of(model)).__mro__ if cls.__module__.startswith("transformers."))
+
+
 def fuse(model) -> None:
     """Liger's norms, rotary embedding and SwiGLU in place of transformers'; the loss is our own. Liger exchanges the
     module's classes too, for models that are still to be made: those stay plain."""
     from transformers.integrations.liger import apply_liger_kernel
 
-    module = vars(sys.modules[type(base_of(model)).__module__])
+    module = vars(sys.modules[class_of(model).__module__])
     classes = {name: value for name, value in module.items() if isinstance(value, type)}
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     module.update(classes)

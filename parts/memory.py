@@ -46,15 +46,27 @@ def is_whole_step(args, tokens: int, worst: int) -> bool:
     return tokens >= worst and args.gradient_accumulation_steps == 1
 
 
+def whole_bytes(model) -> tuple[float, float]:
+    """(weights, gradients) of a sharded model that are whole at once on one card: the output layer, and of the layers
+    one as it is computed and one on its way in two buffers; the gradients of one, and as much again to be sent."""
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    inner = [p for p in model.parameters() if p is not embedding and p is not output]
+    layers = model.config.num_hidden_layers
+    gradients = 2 * sum(p.nbytes for p in inner if p.requires_grad) / layers
+    return output.nbytes + 3 * sum(p.nbytes for p in inner) / layers, gradients
+
+
 def estimate(
     model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int
 ) -> dict[str, float]:
-    """Bytes at the peak of training, part by part. `tokens` in one pass, of the `worst` ones of a step."""
+    """Bytes at the peak of training on each card, part by part. `tokens` in one pass, of the `worst` ones of a step."""
     tokens, whole_step = min(tokens, worst), is_whole_step(args, tokens, worst)
     config, size = model.config, model.dtype.itemsize
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained)
-    gradients *= 1 + (args.world_size > 1)  # DistributedDataParallel sends copies of them
+    cards = args.world_size if args.fsdp else 1  # that share weights, states and gradients
+    gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained) / cards
+    gradients *= 1 + (args.world_size > cards)  # DistributedDataParallel sends copies of them
+    whole, whole_gradients = whole_bytes(model) if args.fsdp else (0, 0)
     output = model.get_output_embeddings().weight
     output_gradient = output.numel() * size * output.requires_grad
     layer = tokens * layer_bytes(model, fused, args.lora_dropout * (output_gradient == 0))
@@ -71,25 +83,33 @@ def estimate(
     second = output_gradient * (tied + (not whole_step))
     last_recomputed = every > 0 and (config.num_hidden_layers - 1) % every == 0  # while all others are still kept
     top = kept + max(loss + tail, flowing + layer * last_recomputed)
-    top += output_gradient + (0 if whole_step else gradients)
+    top += output_gradient + whole_gradients + (0 if whole_step else gradients)
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
+    if args.fsdp:  # the output layer's gradient stays whole to the end, where it is sent, after that of the embedding
+        ends = output_gradient if tied else 3 * output_gradient
+        bottom = gradients + output_gradient + max(ends, layer + flowing + whole_gradients)
     return {
-        "权重": float(model.get_memory_footprint()),
-        "优化器": float(state_bytes(trained, optimizer)),
+        "权重": model.get_memory_footprint() / cards + whole,
+        "优化器": state_bytes(trained, optimizer) / cards,
         "一步之内": max(top, bottom),
         "余量": RESERVE_BYTES,
     }
+
+
+def free_here(device: torch.device) -> float:
+    """Bytes that are free for this process now, on a card with what it holds already."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    if not torch.cuda.is_available():  # planned for one that is not here
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def free(args, model) -> float:
     """Bytes that training may take, its weights included: what is free now in the process that has least,
     and at most --memory_gb less the driver's own."""
     most = args.memory_gb * 1e9 - DRIVER_BYTES if args.memory_gb else math.inf
-    if args.device.type == "cuda":  # planned for one that is not here where there is none
-        free_here = torch.cuda.is_available()
-        found = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if free_here else math.inf
-    else:
-        found = psutil.virtual_memory().available + model.get_memory_footprint()
+    found = free_here(args.device) + (0 if args.device.type == "cuda" else model.get_memory_footprint())
     found = accelerate.utils.gather_object([found])
     if args.device.type == "cuda" and max(found) > 1.1 * min(found):
         print(f"各张卡空闲的显存不同（{'、'.join(f'{size / 1e9:.1f}' for size in found)} GB），都按最少的规划。")

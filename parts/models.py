@@ -85,9 +85,10 @@ def require_no_thinking(path: str) -> None:
         raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
 
 
-def load_weights(path: str, device: torch.device, in_4bit: bool = False):
+def load_weights(path: str, device: torch.device, in_4bit: bool = False, on_cpu: bool = False):
     """The model of a folder, in `best_dtype(device)`, on `device`, in eval mode; its linear layers in 4 bits (NF4) if
-    asked, for training adapters on it."""
+    asked, for training adapters on it. `on_cpu`: it stays in the CPU's memory, from which it is cut for several
+    devices."""
     quiet_libraries()
     # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports; flash does not.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -105,7 +106,7 @@ def load_weights(path: str, device: torch.device, in_4bit: bool = False):
             transformers.GenerationConfig.from_pretrained(path)  # one that is broken would be passed over in silence
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # missing, broken, another shape
         raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
-    return (model if in_4bit else model.to(device)).eval()
+    return (model if in_4bit or on_cpu else model.to(device)).eval()
 
 
 def shape_of(name: str, **changes) -> transformers.Qwen3Config:

@@ -141,16 +141,27 @@ class PackedTrainer(SafeTrainer):
     def take_passes(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """Forward and backward of the batch; its loss."""
         assert num_items_in_batch is not None  # else the parts' means would add up
-        *parts, last = split_batch(inputs, self.plan.batch_tokens)
-        with self.accelerator.no_sync(model):  # several GPUs add up their gradients once, after the last part
+        *parts, last = self.parts_of(inputs)
+        with self.between_passes(model):
             losses = [super(PackedTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
         return sum(losses, super().training_step(model, last, num_items_in_batch))
+
+    def parts_of(self, inputs) -> list[dict]:
+        """The batch, a pass each."""
+        return split_batch(inputs, self.plan.batch_tokens)
+
+    def between_passes(self, model):
+        """Around all passes but the last: several GPUs add up their gradients once, after that one."""
+        return self.accelerator.no_sync(model)
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.in_backward and not self.step_hooks:
             self.step_hooks = optimizers.step_in_backward(optimizer)
         return optimizer
+
+    def gather(self) -> dict[str, torch.Tensor] | None:
+        """The trained weights, where the model does not hold them itself."""
 
     def release(self):
         """The model, ready to be asked. The optimizer's states are dropped: the replies need their memory."""
@@ -164,6 +175,10 @@ class PackedTrainer(SafeTrainer):
         self.model.config.use_cache = True  # Trainer switched it off for training
         self.model.set_attn_implementation("sdpa")  # which knows padding and the cache
         return self.model.eval()
+
+    def whole_model(self, base_path: str):
+        """What was trained and saved, to be asked by one process, or None where it does not fit."""
+        return self.model
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.in_backward:

@@ -11,7 +11,7 @@ import accelerate
 import numpy
 import torch
 
-from parts import memory, memory_plan, proof
+from parts import memory, memory_plan, proof, sharding
 from parts.encoding import IGNORE_INDEX
 from parts.packing import lengths_of
 from parts.terminal import is_out_of_memory
@@ -40,7 +40,8 @@ def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
             print(f"不用 8 位优化器：{why}。")
             continue
         trainer.follow(plan)
-        print(memory_plan.describe(plan, "显存" if args.device.type == "cuda" else "内存"))
+        kind = "显存" if args.device.type == "cuda" else "内存"
+        print(memory_plan.describe(plan, f"每张卡的{kind}" if args.fsdp else kind))
         if not args.rehearse:
             return None
         found = rehearse(trainer)
@@ -61,7 +62,7 @@ def missing_optimizer(plan: memory_plan.Plan, device: torch.device) -> str | Non
 
 
 def rehearse(trainer) -> Rehearsed | None:
-    """None: it does not fit."""
+    """None: it does not fit. Of a sharded model that ends the training, in all processes."""
     drop = [] if not trainer.in_backward else [p for p in trainer.model.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in drop]
     found = None
@@ -69,12 +70,13 @@ def rehearse(trainer) -> Rehearsed | None:
         with same_random_states(trainer.args.device):
             found = measure(trainer)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or trainer.args.fsdp:  # the others wait for this one's part of the model
             raise
     finally:  # an error that was caught is gone by now, and with it the graph that its traceback held
         for hook in hooks:
             hook.remove()
         trainer.last_hidden = None
+        sharding.reshard(trainer.model)
         trainer.model.zero_grad(set_to_none=True)
         trainer.model.eval()
         if trainer.args.device.type == "cuda":
@@ -90,8 +92,8 @@ def measure(trainer) -> Rehearsed:
     batch = trainer.data_collator([data[i] for i in longest])
     tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    copies = (args.world_size > 1) * sum(p.nbytes for p in trained)  # of gradients, DistributedDataParallel's
-    placeholder = torch.empty(int(trainer.state_bytes + copies), dtype=torch.uint8, device=args.device)
+    copies = (args.world_size > 1 and not args.fsdp) * sum(p.nbytes for p in trained)  # DistributedDataParallel's
+    placeholder = torch.empty(int(trainer.plan.parts["优化器"] + copies), dtype=torch.uint8, device=args.device)
     for _ in range(2):  # the first one loads kernels
         seconds = -now(args.device)
         trainer.take_passes(trainer.model, trainer._prepare_inputs(batch), supervised)
