@@ -124,6 +124,14 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     return trainer
 
 
+def describe_step(args: TrainArguments) -> str:
+    """How many examples a step of several processes has, and what it does not have."""
+    each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
+    step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
+    other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
+    return f"{step}{other}。{'分片时评估不生成样例，训练完才有。' * args.fsdp}"
+
+
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
     from parts import model_card, modelfile, older_readers, output_folder
@@ -176,6 +184,8 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
                     "请去掉 --dataloader_drop_last，或减小 --per_device_train_batch_size。"
                 )
             print(encoding.describe_example(tokenizer, train_dataset[0]))
+            if args.world_size > 1:
+                print(describe_step(args))
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
@@ -184,8 +194,9 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            asked = [] if args.fsdp else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
-            trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
+            if not args.fsdp:  # one process alone cannot ask a part of a model
+                asked = rows[: args.eval_samples]
+                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}

@@ -128,6 +128,11 @@ class Arguments(TrainingArguments):
         return {"设备": device} | libraries.versions() | given
 
     @property
+    def examples_per_step(self) -> int:
+        """Of an optimizer step, on all devices."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def n_gpu(self) -> int:
         """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut a packed
         batch to pieces."""

@@ -77,7 +77,7 @@ def against_published(args, state, origin: dict, published: dict) -> str:
     says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end."""
     loss, why = saved_losses(args, state).get("eval_loss"), None
     changed = [name for name in (*SETTINGS, "val_file") if flags.is_given(args, name) and name not in AS_PUBLISHED]
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    step = args.examples_per_step
     sources = [source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])]
     if args.trains_adapter:
         why = "它训练了全部参数，这里只训练 LoRA"

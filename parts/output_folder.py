@@ -19,7 +19,6 @@ from parts.checkpoints import FINISHED_MARK, RUN_FILE, write_at_once
 from parts.optimizers import OPTIMIZERS
 from parts.terminal import explain_failed_write
 
-SHOWN_LATE = 30  # seconds after which a network's file system shows a new file
 OWNER = ".lock_owner"  # file that says who writes into the folder
 
 
@@ -92,26 +91,6 @@ def hold(args):
                     file.unlink()
 
 
-def require_shared(args) -> None:
-    """Raises SystemExit where another machine has a folder of its own: checkpoints are written by the first one, and
-    read by all."""
-    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        return
-    text = Path(args.output_dir, OWNER).read_text(encoding="utf-8") if not args.process_index else None
-    text, seen = accelerate.utils.broadcast_object_list([text])[0], False
-    for _ in range(SHOWN_LATE):
-        owner = Path(args.output_dir, OWNER)
-        if seen := owner.is_file() and owner.read_text(encoding="utf-8") == text:
-            break
-        time.sleep(1)
-    if (found := accelerate.utils.gather_object([seen])) and not all(found):
-        said = (
-            f"错误：进程 {found.index(False)} 的机器看不到进程 0 写在 {args.output_dir} 里的文件；"
-            "几台机器要有一个共享的文件夹，请用 --output_dir 写它的路径。"
-        )
-        raise SystemExit(1 if args.process_index else said)
-
-
 def find_run(args, model_path: str, system_prompt: str) -> Run:
     """What is there to continue from. By the first process, told to the others; writes nothing. Raises SystemExit for a
     run that was begun with settings that give other weights, and for machines that have other files."""
@@ -119,7 +98,7 @@ def find_run(args, model_path: str, system_prompt: str) -> Run:
     if not args.local_process_index:  # once for each machine
         settings = run_settings.collect(args, model_path, system_prompt)
     processes.agree(args, settings)
-    require_shared(args)
+    processes.require_shared(args, Path(args.output_dir, OWNER))
     if not args.process_index:
         checkpoint = choose_checkpoint(args)
         old = run_settings.read(Path(checkpoint).parent) if checkpoint else {}

@@ -5,11 +5,14 @@ import contextlib
 import functools
 import json
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 
 from parts.terminal import first_line
 
 MEETING = 300  # seconds in which all processes have to come
+SHOWN_LATE = 30  # seconds after which a network's file system shows a new file
 LOST = ("gloo", "connection closed by peer", "connection reset by peer")  # in what torch says where one is gone
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -85,6 +88,25 @@ def in_turns(args):
     yield
     for _ in range(turn, 2):
         state.wait_for_everyone()
+
+
+def require_shared(args, file: Path) -> None:
+    """Raises SystemExit where another machine does not see this file as the first process wrote it: what is in its
+    folder is written by that one, and read by all."""
+    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    text = broadcast_object_list([None if args.process_index else file.read_text(encoding="utf-8")])[0]
+    end, seen = time.monotonic() + SHOWN_LATE, False
+    while not (seen := file.is_file() and file.read_text(encoding="utf-8") == text) and time.monotonic() < end:
+        time.sleep(0.5)
+    if not all(found := gather_object([seen])):
+        said = (
+            f"错误：进程 {found.index(False)} 的机器看不到进程 0 写在 {file.parent} 里的文件；"
+            "几台机器要有一个共享的文件夹，请用 --output_dir 写它的路径。"
+        )
+        raise SystemExit(1 if args.process_index else said)
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -33,7 +33,7 @@ def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
             f"错误：{args.model_name} 的权重的 SHA-256 是 {found}，不是 --model_sha256 {args.model_sha256}；"
             "请核对来源，或去掉 --model_sha256。"
         )
-    values["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    values["examples_per_step"] = args.examples_per_step
     values |= {"system_prompt": system_prompt, "dtype": str(models.best_dtype(args.device))}
     files = {f"{file} (sha256)": checkpoints.sha256(file) for file in (args.train_file, args.val_file)}
     return json.loads(json.dumps(values | files))

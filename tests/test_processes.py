@@ -17,7 +17,8 @@ import psutil
 import pytest
 from helpers import ROOT, history, refused, run_script, same, weights
 
-from parts import checkpoints, output_folder, processes, run_settings
+import train
+from parts import checkpoints, processes, run_settings
 
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
 STEPS |= {"report_to": "none", "disable_tqdm": "true"}
@@ -140,15 +141,15 @@ def meet(*all_facts: dict) -> list[str]:
 
 
 def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(output_folder, "SHOWN_LATE", 1)
+    monkeypatch.setattr(processes, "SHOWN_LATE", 1)
     for name in ("one/out", "two/out"):
         Path(name).mkdir(parents=True)
-    Path("one/out", output_folder.OWNER).write_text("进程 1", encoding="utf-8")
+    Path("one/out/owner").write_text("进程 1", encoding="utf-8")
 
     def look(rank: int, place: str) -> None:
         os.chdir(place)
         accelerate.PartialState(cpu=True)
-        output_folder.require_shared(SimpleNamespace(output_dir="out", process_index=rank, world_size=2))
+        processes.require_shared(SimpleNamespace(process_index=rank, world_size=2), Path("out/owner"))
 
     assert forked(look, ("one",), ("one",)) == ["", ""]
     said, quiet = forked(look, ("one",), ("two",))
@@ -189,3 +190,12 @@ def test_other_numbers_of_processes_hear_how_a_step_stays_the_same(tmp_path):
         {"examples_per_step": 4},
         {"examples_per_step": 8},
     )
+
+
+@pytest.mark.parametrize(("each", "more"), [(2, ""), (4, "；公开方案是 4 条，学习率是照它定的")])
+def test_how_many_examples_a_step_of_several_processes_has_is_said(each, more):
+    args = SimpleNamespace(
+        train_batch_size=each, gradient_accumulation_steps=1, world_size=2, examples_per_step=2 * each
+    )
+    args.fsdp = False
+    assert train.describe_step(args) == f"每步 {2 * each} 条样本：2 个进程，各 {each} 条，累积 1 次{more}。"
