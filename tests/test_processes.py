@@ -77,23 +77,28 @@ def workers_of(process: subprocess.Popen, rank: int) -> psutil.Process:
     return found
 
 
+def newest_step(folder: str) -> int:
+    """Of the last whole checkpoint."""
+    return max([checkpoints.step_of(path) for path in checkpoints.find_whole(folder)], default=0)
+
+
 def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
     """On two machines. On one, a signal reaches the second one only; then it is killed; the same command continues to
     the same weights."""
     two = flags(tiny_model, per_device_train_batch_size=2)
     follow_one(workspace, "train.py", flags(tiny_model), lambda more: launch_machines(29541, "train.py", [*two, *more]))
     for number, port, said in ((signal.SIGTERM, 29542, "已中断：第"), (signal.SIGKILL, 29543, "另一个进程已经结束")):
-        before = len(checkpoints.find_whole("resumed"))
+        before = newest_step("resumed")
         process = launch((*TORCHRUN, f"--master_port={port}"), "train.py", [*two, "--output_dir", "resumed"])
-        while len(checkpoints.find_whole("resumed")) == before and process.poll() is None:
+        while newest_step("resumed") == before and process.poll() is None:
             time.sleep(0.02)
         workers_of(process, rank=1).send_signal(number)
         started = time.monotonic()
         output = process.communicate(timeout=200)[0]
         assert process.returncode != 0 and output.count(said) == 1, output
         assert time.monotonic() - started < 30 and "[rank0]" not in output  # no traceback of a training
-    stopped = checkpoints.step_of(checkpoints.find_whole("resumed")[-1])
-    assert stopped < STEPS["max_steps"]
+    stopped = newest_step("resumed")
+    assert 0 < stopped < STEPS["max_steps"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(f"resumed/checkpoint-{stopped}"))
     process = launch((*TORCHRUN, "--master_port=29544"), "train.py", [*two, "--output_dir", "resumed"])
     output = process.communicate(timeout=200)[0]
@@ -148,6 +153,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkey
 
     def look(rank: int, place: str) -> None:
         os.chdir(place)
+        accelerate.PartialState._reset_state()  # of the tests before
         accelerate.PartialState(cpu=True)
         processes.require_shared(SimpleNamespace(process_index=rank, world_size=2), Path("out/owner"))
 
