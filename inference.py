@@ -4,6 +4,7 @@
     python inference.py "感冒了要吃抗生素吗？"
     python inference.py --chat                  # a conversation; an empty line ends it
     python inference.py --web                   # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
+    python inference.py --web --compare_with Qwen/Qwen3-1.7B      # and the untuned one beside it
     python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any other model, the untuned one too
     python inference.py --no_thinking "…"       # answer at once
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
@@ -17,7 +18,6 @@ The replies are a language model's and may be wrong. They are not medical advice
 """
 
 import argparse
-import importlib.util
 import os
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ try:
     from parts import (
         adapters,
         address,
+        asking,
         candidates,
         checkpoints,
+        dialogue,
         endpoint,
-        question_file,
         reply_file,
         system_prompt,
         terminal,
@@ -48,7 +49,6 @@ MAX_NEW_TOKENS = 2048
 REPLIES = "replies.jsonl"
 TITLE = "医学问答"  # of the page
 HOST, PORT = "127.0.0.1", 7860  # this machine only; gradio's own port
-SCORING = ("rouge_score", "rjieba", "sacrebleu")  # packages: without them an hour of replies would end in no table
 NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
 OUT_OF_MEMORY = (
     "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
@@ -109,12 +109,8 @@ def begin(model, tokenizer, args: argparse.Namespace):
 
 
 def predict(model, tokenizer, args: argparse.Namespace) -> None:
-    """The conversation, on a page or at the terminal, or the one question."""
+    """The conversation at the terminal, or the one question."""
     conversation, start = begin(model, tokenizer, args)
-    if args.web:
-        place = address.Address(args.host, args.port, args.auth)
-        texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION}
-        return web.Page(conversation, start, OUT_OF_MEMORY).serve(place, **texts)
     conversation.console.print(NOT_A_DOCTOR, style="yellow", soft_wrap=True)
     if args.chat:
         conversation.chat(start)
@@ -123,9 +119,19 @@ def predict(model, tokenizer, args: argparse.Namespace) -> None:
         conversation.ask(start(args.question))
 
 
-def places_of_results(replies: str) -> tuple[Path, Path]:
-    """Where the scores and the page go, beside a file of replies; run.v1 and run.v2 have their own."""
-    return tuple(Path(replies.removesuffix(".jsonl") + suffix) for suffix in (".scores.json", ".scores.html"))
+def kind_of(name: str) -> candidates.Kind:
+    """Of what the model is compared with."""
+    return ADAPTER if checkpoints.holds_adapter(name) else MODEL
+
+
+def serve(args: argparse.Namespace, kind: candidates.Kind) -> None:
+    """The page, on which the model is asked, beside those that it is compared with. All of them are loaded at once."""
+    asked = [(kind, args.model_path, args.revision), *((kind_of(name), name, None) for name in args.compare_with)]
+    found = [each.find(name, revision, not args.no_thinking) for each, name, revision in asked]
+    models = [dialogue.Model(name, *begin(*each.load(*where), args)) for (each, name, _), where in zip(asked, found)]
+    place = address.Address(args.host, args.port, args.auth)
+    page = web.Page(dialogue.Dialogue(models, OUT_OF_MEMORY))
+    page.serve(place, title=TITLE, notice=NOT_A_DOCTOR, example=QUESTION)
 
 
 def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
@@ -138,8 +144,7 @@ def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
     settings = {name: getattr(args, name) for name in reply_file.FLAGS}
     asked = [candidates.candidate(kind, args.model_path, args.revision, args.replies, settings)]
     for name in args.compare_with:
-        other = ADAPTER if checkpoints.holds_adapter(name) else MODEL
-        asked.append(candidates.candidate(other, name, None, candidates.beside(args.replies, name), settings))
+        asked.append(candidates.candidate(kind_of(name), name, None, candidates.beside(args.replies, name), settings))
     answered = candidates.answer(args.questions, asked, partial(begin, args=args))
 
     from parts import comparison, page
@@ -147,7 +152,7 @@ def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
     measured = [comparison.measure(args.questions, each) for each in answered]
     verdicts = comparison.judge_all(args.questions, measured, judging, JUDGE_PROMPT, args.replies, console)
     tables = comparison.tables(measured, verdicts)
-    scores, shown = places_of_results(args.replies)
+    scores, shown = reply_file.places_of_results(args.replies)
     comparison.report(measured, verdicts, tables, scores, console)
     cases = comparison.cases(args.questions, measured, verdicts)
     page.write(str(shown), f"{answered[0].name} 的回复", tables, cases, measure="ROUGE-L 相差", notice=NOT_A_DOCTOR)
@@ -155,103 +160,9 @@ def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
 
 
 def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument(
-        "question",
-        nargs="?",
-        type=terminal.some_text,
-        default=QUESTION,
-        help="the question (default: the published one)",
-    )
-    one_of.add_argument("--chat", action="store_true", help="hold a conversation")
-    one_of.add_argument(
-        "--questions",
-        metavar="FILE",
-        type=question_file.read,
-        help="answer all of a .txt file, a question a line, or a .jsonl file with a field question, and score the "
-        "replies; where it has fields answer and think, those are what they are held against",
-    )
-    one_of.add_argument(
-        "--web", action="store_true", help="show a page in the browser: a conversation, and the settings of it"
-    )
-    parser.add_argument("--host", default=HOST, help="where the page is; others want --auth (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=partial(terminal.whole_number, 1), default=PORT, help="of the page (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--auth",
-        metavar="USER:PASSWORD",
-        type=address.user_and_password,
-        help="what the page asks for before it shows anything",
-    )
-    parser.add_argument(
-        "--replies",
-        metavar="FILE",
-        default=REPLIES,
-        help="where those replies go, as .jsonl; of a file that is there, the missing ones (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--compare_with",
-        metavar="X",
-        action="append",
-        default=[],
-        help="also let this model or adapter answer them, or take this file of replies (.jsonl); may be repeated",
-    )
-    parser.add_argument(
-        "--judge",
-        metavar="URL",
-        type=endpoint.address,
-        help="also ask the model at this OpenAI-compatible address, http://127.0.0.1:8000/v1, which answer is better; "
-        f"its key, if it wants one, is read from {endpoint.KEY}",
-    )
-    parser.add_argument("--judge_model", metavar="NAME", help="which model of that address (default: its only one)")
-    parser.add_argument("--model_path", default=output_dir, help="folder or ModelScope id (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the ModelScope model (default: master)")
-    parser.add_argument(
-        "--push_to",
-        metavar="modelscope:owner/name",
-        type=upload.repository,
-        help="instead of asking, show what of the trained model in --model_path would be uploaded there",
-    )
-    parser.add_argument("--yes", action="store_true", help="with --push_to: upload it; a new repository is private")
-    parser.add_argument("--no_thinking", action="store_true", help="answer without thinking first")
-    parser.add_argument(
-        "--max_new_tokens", type=partial(terminal.whole_number, 1), default=MAX_NEW_TOKENS, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--seed", type=partial(terminal.whole_number, 0), default=SEED, help="of the sampling (default: %(default)s)"
-    )
-    return parser
-
-
-def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; what is wrong with its files is said before a model is loaded."""
-    args = parser.parse_args()
-    if args.questions:
-        if missing := [name for name in SCORING if importlib.util.find_spec(name) is None]:
-            raise SystemExit(
-                f"错误：--questions 评分要用 {'、'.join(missing)}；请先运行 pip install -r requirements.txt"
-            )
-        candidates.check(args.questions, args.replies, args.compare_with)
-        if taken := [str(path) for path in places_of_results(args.replies) if path.is_dir()]:
-            raise SystemExit(f"错误：{taken[0]} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")
-    for needed, names in {"questions": ("replies", "compare_with"), "web": ("host", "port", "auth")}.items():
-        for name in () if getattr(args, needed) else names:
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name} 只和 --{needed} 一起起作用")
-    for name in vars(args).keys() - {"push_to", "yes", "model_path"} if args.push_to else ():
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--push_to 只上传，不提问；请去掉 {name}")
-    for name, other in (("judge", "compare_with"), ("judge_model", "judge"), ("yes", "push_to")):
-        if getattr(args, name) and not getattr(args, other):
-            parser.error(f"--{name} 只和 --{other} 一起起作用")
-    if args.web:
-        web.require_gradio()
-        address.check(address.Address(args.host, args.port, args.auth))
-    return args
+    """The flags of asking what is in `output_dir`."""
+    defaults = {"question": QUESTION, "model_path": output_dir, "max_new_tokens": MAX_NEW_TOKENS, "seed": SEED}
+    return asking.build_parser(description, replies=REPLIES, host=HOST, port=PORT, **defaults)
 
 
 def ask(args: argparse.Namespace, kind: candidates.Kind) -> None:
@@ -261,12 +172,14 @@ def ask(args: argparse.Namespace, kind: candidates.Kind) -> None:
             upload.run(args.push_to, Path(args.model_path), args.yes)
         elif args.questions:
             evaluate(args, kind)
+        elif args.web:
+            serve(args, kind)
         else:
             predict(*kind.load(*kind.find(args.model_path, args.revision, not args.no_thinking)), args)
 
 
 def main() -> None:
-    ask(parse_flags(build_parser(__doc__, OUTPUT_DIR)), MODEL)
+    ask(asking.parse_flags(build_parser(__doc__, OUTPUT_DIR)), MODEL)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import inference
     from data import LORA_OUTPUT_DIR
-    from parts import adapters, checkpoints, modelfile, older_readers, terminal
+    from parts import adapters, asking, checkpoints, modelfile, older_readers, terminal
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
         f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
@@ -59,11 +59,11 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
 def main() -> None:
     parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
     parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
-    args = inference.parse_flags(parser)
+    args = asking.parse_flags(parser)
     if args.merge_to is None:
         return inference.ask(args, inference.ADAPTER)
     for name in vars(args).keys() - {"merge_to", "model_path", "revision"}:
-        if getattr(args, name) != parser.get_default(name):
+        if asking.given(parser, args, name):
             parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
     refuse_unless_empty(args.merge_to)
     import torch

@@ -20,7 +20,7 @@ from functools import partial
 try:
     import data
     from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-    from parts import encoding, hub, system_prompt, terminal
+    from parts import encoding, hub, libraries, system_prompt, terminal
     from parts.arguments import Arguments, parse_flags
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -50,6 +50,7 @@ OUT_OF_MEMORY = (
     "错误：显存（内存）不足，写好的检查点都还在。请依次尝试：关掉其他占用显存的程序；--memory_gb 写得比显存小一些；"
     "--max_length 1024；python train_lora.py；python train_lora.py --load_in_4bit true；--model_name Qwen/Qwen3-0.6B。"
 )
+LOST = "错误：另一个进程已经结束或没有回应，训练停止；写好的检查点都还在，同一命令从最近的一个继续。"
 
 
 @dataclass
@@ -124,6 +125,14 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     return trainer
 
 
+def describe_step(args: TrainArguments) -> str:
+    """How many examples a step of several processes has, and what it does not have."""
+    each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
+    step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
+    other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
+    return f"{step}{other}。{'分片时评估不生成样例，训练完才有。' * args.fsdp}"
+
+
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
     from parts import model_card, modelfile, older_readers, output_folder
@@ -146,15 +155,16 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import architecture, memory_plan, model_card, models, output_folder, replies, samples, tracking
+    from parts import architecture, memory_plan, models, output_folder, processes, replies, samples, tracking
     from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
     with output_folder.hold(args):
-        with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
-            # The data and the base model, fetched by the first process where they are missing
-            with args.main_process_first(local=False):
+        oom, lost = terminal.explain_out_of_memory(OUT_OF_MEMORY), processes.explain_loss(args, LOST)
+        with oom, lost, memory_plan.limited(args.device):
+            # The data and the base model, fetched once for each machine where they are missing
+            with processes.in_turns(args):
                 prepare_files(args)
                 model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
@@ -175,6 +185,8 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
                     "请去掉 --dataloader_drop_last，或减小 --per_device_train_batch_size。"
                 )
             print(encoding.describe_example(tokenizer, train_dataset[0]))
+            if args.world_size > 1:
+                print(describe_step(args))
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
@@ -183,14 +195,15 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            asked = [] if args.fsdp else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
-            if args.fsdp and args.eval_strategy != "no":
+            if not args.fsdp:  # one process alone cannot ask a part of a model
+                asked = rows[: args.eval_samples]
+                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
+            elif args.eval_strategy != "no":
                 print("样例：模型分在几张卡上时，评估不生成样例，训练完才有。")
-            trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
-            config |= {"model_sha256": run.settings["model_sha256"], "versions": model_card.library_versions()}
+            config |= {"model_sha256": run.settings["model_sha256"], "versions": libraries.versions()}
             tracking.start(args, PROJECT, config, goes_on=run.checkpoint is not None)
             output_folder.begin(args, run, trainer.plan)
             with Interruption() as trainer.interruption:

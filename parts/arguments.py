@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
 
 gc.enable()
 
-from parts import card, flags, libraries  # noqa: E402
+from parts import card, flags, libraries, processes  # noqa: E402
 from parts.memory import DRIVER_BYTES  # noqa: E402
 from parts.optimizers import OPTIMIZERS  # noqa: E402
 
@@ -108,6 +108,7 @@ class Arguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
+        processes.meet(self.facts())
         sharded, self.fsdp = self.fsdp, None  # Trainer's own way would have accelerate cut the model, on GPUs only
         super().__post_init__()
         self.fsdp, self.fsdp_config = sharded, {}
@@ -118,6 +119,18 @@ class Arguments(TrainingArguments):
         if self.offload_activations and self.device.type == "cpu":
             raise ValueError("--offload_activations 要 GPU")
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def facts(self) -> dict[str, object]:
+        """What all processes have to have in common, as far as it is known before they are a group."""
+        own = ("local_rank", "use_cpu", "disable_tqdm")  # are a machine's or a terminal's
+        device = "CPU" if self.use_cpu else torch.accelerator.current_accelerator().type
+        given = {f"--{each.name}": getattr(self, each.name) for each in fields(self) if each.name not in own}
+        return {"设备": device} | libraries.versions() | given
+
+    @property
+    def examples_per_step(self) -> int:
+        """Of an optimizer step, on all devices."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def n_gpu(self) -> int:

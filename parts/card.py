@@ -56,7 +56,8 @@ def too_small(device: torch.device, memory_gb: float | None) -> str | None:
 def describe(device: torch.device) -> str:
     """The card, its memory and driver, in one line."""
     if device.type != "cuda":
-        return f"没有 GPU，用 {device.type}（{os.cpu_count()} 核）"
+        kind = "GPU" if device.type == "cpu" else "NVIDIA 或 AMD 的 GPU"
+        return f"没有 {kind}，用 {device.type}（{os.cpu_count()} 核）"
     properties = torch.cuda.get_device_properties(device)
     driver = ask_driver("--query-gpu=driver_version", "--format=csv,noheader") or "未知"
     return (

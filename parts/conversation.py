@@ -13,6 +13,8 @@ from parts import decoding, replies
 from parts.encoding import Reply, encode_messages, opens_thinking, split_reply, think_tokens
 from parts.replies import Messages
 
+TOKEN_LENGTH = 16  # characters: on average no text has tokens as long, but for runs of spaces
+
 
 class ReplyStreamer(transformers.TextStreamer):
     """Prints one reply as it is generated: the thinking dimmed, the answer plain, each under its heading."""
@@ -64,32 +66,35 @@ class TokenQueue(BaseStreamer):
 class Conversation:
     """How a model is asked, and the console on which it answers."""
 
+    asked = Lock()  # by one at a time: all draw from the same random numbers, and a CUDA graph is captured alone
+    temperature: float | None = None  # instead of the model's own
+
     def __init__(self, model, tokenizer, thinking: bool, max_new_tokens: int, seed: int):
         self.model, self.tokenizer, self.thinking, self.max_new_tokens = model, tokenizer, thinking, max_new_tokens
-        self.console, self.asked = Console(highlight=False, emoji=False), Lock()
+        self.console = Console(highlight=False, emoji=False)
         transformers.set_seed(seed)
         if model.device.type == "cuda":
             decoding.fuse_norms(model)
 
-    def generate(self, conversations: list[Messages], streamer=None) -> list[Reply]:
+    def generate(self, conversations: list[Messages], streamer=None, stop=None) -> list[Reply]:
         """replies.generate as this conversation is held."""
-        return replies.generate(self.model, self.tokenizer, conversations, self.max_new_tokens, self.thinking, streamer)
+        most, thinking, temperature = self.max_new_tokens, self.thinking, self.temperature
+        return replies.generate(self.model, self.tokenizer, conversations, most, thinking, streamer, stop, temperature)
 
     def stream(self, messages: Messages, seed: int | None = None, closed: Event | None = None) -> Iterator[Reply]:
         """The reply as far as it is written, again and again, and whole as the last; it ends early where `closed` is
         set or the iterator is closed. One at a time: others wait. `seed` makes a reply repeatable."""
         queue, left, outcome = TokenQueue(), Event(), []
 
+        def stop() -> bool:
+            return left.is_set() or closed is not None and closed.is_set()
+
         def generate():
             try:
                 with self.asked:
                     if seed is not None:
                         transformers.set_seed(seed)
-                    stop = [lambda: left.is_set() or closed is not None and closed.is_set()]
-                    most, thinking = self.max_new_tokens, self.thinking
-                    outcome.extend(
-                        replies.generate(self.model, self.tokenizer, [messages], most, thinking, queue, *stop)
-                    )
+                    outcome.extend(self.generate([messages], queue, stop))
             except Exception as error:  # is raised where the reply is waited for
                 outcome.append(error)
             finally:
@@ -115,7 +120,12 @@ class Conversation:
         """Tokens of each prompt. Says which replies may reach beyond the model's context; raises SystemExit where the
         prompt alone does."""
         prompts = (encode_messages(self.tokenizer, each, True, self.thinking) for each in conversations)
-        lengths, most = [len(ids) for ids in prompts], self.model.config.max_position_embeddings
+        most = self.model.config.max_position_embeddings
+        for name, messages in zip(names, conversations):
+            size = sum(len(message["content"]) for message in messages)
+            if size > most * TOKEN_LENGTH:  # 10 MB would take 14 s to be cut into tokens
+                raise SystemExit(f"错误：{name}连同之前的对话有 {size} 个字，模型最多读 {most} 个 token；请缩短。")
+        lengths = [len(ids) for ids in prompts]
         for name, length in zip(names, lengths):
             if length >= most:
                 raise SystemExit(f"错误：{name}连同之前的对话有 {length} 个 token，模型最多读 {most} 个；请缩短。")

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from parts import architecture, card, decoding, encoding, hub, model_card, models, proof
+from parts import architecture, card, decoding, encoding, hub, libraries, models, proof
 from parts.proof import Verdict, missing
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
@@ -27,7 +27,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     """
     print(f"显卡：{card.describe(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    versions = model_card.library_versions() | optional_versions()
+    versions = libraries.versions() | optional_versions()
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)

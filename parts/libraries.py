@@ -2,6 +2,7 @@
 packages that only some flags need. What is tried is the real thing, on a model of one tiny layer."""
 
 import copy
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -11,6 +12,12 @@ from parts.flags import is_given
 from parts.terminal import first_line, shorten
 
 PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow"}  # where the tracker's name is not the package's
+
+
+def versions() -> dict[str, str]:
+    """Of those that decide a training."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def try_out(args) -> None:

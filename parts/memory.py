@@ -85,9 +85,7 @@ def estimate(
     top = kept + max(loss + tail, flowing + layer * last_recomputed)
     top += output_gradient + whole_gradients + (0 if whole_step else gradients)
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
-    if (
-        args.fsdp
-    ):  # the output layer's gradient stays whole to the end, beside an embedding's of its own; then it is sent
+    if args.fsdp:  # the output layer's gradient stays whole to the end, and is sent after an embedding's of its own
         bottom = gradients + output_gradient + max(output_gradient * (2 - tied), layer + flowing + whole_gradients)
     return {
         "权重": model.get_memory_footprint() / cards + whole,
@@ -97,22 +95,28 @@ def estimate(
     }
 
 
+def is_own(device: torch.device) -> bool:
+    """Whether a device has memory of its own: a GPU or an NPU; Apple's chips share the CPU's."""
+    return device.type not in ("cpu", "mps")
+
+
 def free_here(device: torch.device) -> float:
     """Bytes that are free for this process now, on a card with what it holds already."""
-    if device.type != "cuda":
+    if not is_own(device):
         return psutil.virtual_memory().available
-    if not torch.cuda.is_available():  # planned for one that is not here
+    backend = getattr(torch, device.type)  # torch.cuda, torch.npu
+    if not backend.is_available():  # planned for one that is not here
         return math.inf
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return backend.mem_get_info()[0] + backend.memory_reserved()
 
 
 def free(args, model) -> float:
     """Bytes that training may take, its weights included: what is free now in the process that has least,
     and at most --memory_gb less the driver's own."""
     most = args.memory_gb * 1e9 - DRIVER_BYTES if args.memory_gb else math.inf
-    found = free_here(args.device) + (0 if args.device.type == "cuda" else model.get_memory_footprint())
+    found = free_here(args.device) + (0 if is_own(args.device) else model.get_memory_footprint())
     found = accelerate.utils.gather_object([found])
-    if args.device.type == "cuda" and max(found) > 1.1 * min(found):
+    if is_own(args.device) and max(found) > 1.1 * min(found):
         print(f"各张卡空闲的显存不同（{'、'.join(f'{size / 1e9:.1f}' for size in found)} GB），都按最少的规划。")
     return min(*found, most)
 

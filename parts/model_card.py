@@ -1,9 +1,8 @@
 """README.md and loss.png of an output folder: what a model was trained from and how, and what it is not."""
 
-import importlib.metadata
 from pathlib import Path
 
-from parts import checkpoints, flags, hub
+from parts import checkpoints, flags, hub, libraries
 from parts.run_settings import LORA_SETTINGS, SETTINGS
 
 AS_PUBLISHED = ("full_logits",)  # of SETTINGS: where it is given, the run is the more like the published one
@@ -31,12 +30,6 @@ pipeline_tag: text-generation
 
 > {system_prompt}
 """
-
-
-def library_versions() -> dict[str, str]:
-    """Of those that decide a training."""
-    names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def write(trainer, settings: dict[str, object], origin: dict[str, str | None]) -> None:
@@ -84,7 +77,7 @@ def against_published(args, state, origin: dict, published: dict) -> str:
     says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end."""
     loss, why = saved_losses(args, state).get("eval_loss"), None
     changed = [name for name in (*SETTINGS, "val_file") if flags.is_given(args, name) and name not in AS_PUBLISHED]
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    step = args.examples_per_step
     sources = [source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])]
     if args.trains_adapter:
         why = "它训练了全部参数，这里只训练 LoRA"
@@ -154,7 +147,7 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
         "优化器": args.optim if optimizer == "optim" else optimizer,
         "梯度裁剪": args.max_grad_norm or "没有",
         "精度": str(trainer.model.dtype).removeprefix("torch.") + mixed,
-        "库（保存时）": "，".join(f"{name} {version}" for name, version in library_versions().items()),
+        "库（保存时）": "，".join(f"{name} {version}" for name, version in libraries.versions().items()),
     }
     rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
     table = "\n".join(f"| {name} | {getattr(value, 'value', value)} |" for name, value in rows.items())

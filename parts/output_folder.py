@@ -14,10 +14,12 @@ from typing import NamedTuple
 import accelerate
 import filelock
 
-from parts import checkpoints, run_settings
+from parts import checkpoints, processes, run_settings
 from parts.checkpoints import FINISHED_MARK, RUN_FILE, write_at_once
 from parts.optimizers import OPTIMIZERS
 from parts.terminal import explain_failed_write
+
+OWNER = ".lock_owner"  # file that says who writes into the folder
 
 
 class Run(NamedTuple):
@@ -65,7 +67,7 @@ def hold(args):
         yield
         return
     check(args)
-    path, owner = Path(args.output_dir, ".lock"), Path(args.output_dir, ".lock_owner")
+    path, owner = Path(args.output_dir, ".lock"), Path(args.output_dir, OWNER)
     lock = filelock.FileLock(path)
     with explain_failed_write(path):
         try:
@@ -91,10 +93,13 @@ def hold(args):
 
 def find_run(args, model_path: str, system_prompt: str) -> Run:
     """What is there to continue from. By the first process, told to the others; writes nothing. Raises SystemExit for a
-    run that was begun with settings that give other weights."""
-    run = None
-    if not args.process_index:
+    run that was begun with settings that give other weights, and for machines that have other files."""
+    run, settings = None, None
+    if not args.local_process_index:  # once for each machine
         settings = run_settings.collect(args, model_path, system_prompt)
+    processes.agree(args, settings)
+    processes.require_shared(args, Path(args.output_dir, OWNER))
+    if not args.process_index:
         checkpoint = choose_checkpoint(args)
         old = run_settings.read(Path(checkpoint).parent) if checkpoint else {}
         kept = {"optimizer": old.get("optimizer"), "batch_tokens": old.pop("batch_tokens", None)}

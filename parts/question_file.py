@@ -24,6 +24,8 @@ def read(path: str) -> list[Row]:
             f"错误：--questions {path} 应是 .txt（一行一个问题）"
             f"或 {'、'.join(row_files.SUFFIXES)}（每行有 question 字段）文件。"
         )
+    if path.endswith(reply_file.RESULTS):  # they would be written over it
+        raise SystemExit(f"错误：--questions {path}：这样的名字是分数的；请给问题的文件换一个名字。")
     try:
         content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:

@@ -40,7 +40,7 @@ def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
             print(f"不用 8 位优化器：{why}。")
             continue
         trainer.follow(plan)
-        kind = "显存" if args.device.type == "cuda" else "内存"
+        kind = "显存" if memory.is_own(args.device) else "内存"
         print(memory_plan.describe(plan, f"每张卡的{kind}" if args.fsdp else kind))
         if not args.rehearse:
             return None
@@ -140,9 +140,9 @@ def same_random_states(device: torch.device):
 def seconds_of_run(found: Rehearsed, trainer) -> float:
     """An estimate, at most, of the whole training and its evaluations, without optimizer steps and saving."""
     args, data = trainer.args, trainer.train_dataset
-    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(data) / examples) * args.num_train_epochs
-    tokens = sum(lengths_of(data)) / len(data) * examples * steps
+    steps = math.ceil(len(data) / args.examples_per_step) * args.num_train_epochs
+    steps = args.max_steps if args.max_steps > 0 else steps
+    tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
     seconds = tokens / found.train_speed / args.world_size
     if math.isfinite(found.eval_speed):
         count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations

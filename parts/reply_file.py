@@ -17,6 +17,7 @@ REPLY = ("think", "answer", "complete", "form", "tokens", "seconds")  # of a lin
 TYPES = dict(zip(("question", *REPLY), (str, str, str, bool, str, int, float | int)))
 LINE_START = b'{"question": "'
 FLAGS = {name: f"--{name}" for name in ("no_thinking", "max_new_tokens", "seed")}  # of `by`, beside the model
+RESULTS = (".scores.json", ".scores.html")  # ends of what lies beside a file of replies: scores, and the page
 REMEDY = {
     "--replies": "它不会被改写，请移走它，或用 --replies 换一个文件名。",
     "--compare_with": "请换一个文件。",
@@ -32,6 +33,11 @@ class Found(NamedTuple):
     cut: bool  # whether a line follows that was not written to its end
     ended: bool  # whether the last whole line ends as it should
     in_order: bool
+
+
+def places_of_results(replies: str) -> tuple[Path, Path]:
+    """Where the scores and the page go, beside a file of replies; run.v1 and run.v2 have their own."""
+    return tuple(Path(replies.removesuffix(".jsonl") + suffix) for suffix in RESULTS)
 
 
 def same_question(row: Row) -> bytes:

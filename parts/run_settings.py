@@ -33,7 +33,7 @@ def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
             f"错误：{args.model_name} 的权重的 SHA-256 是 {found}，不是 --model_sha256 {args.model_sha256}；"
             "请核对来源，或去掉 --model_sha256。"
         )
-    values["examples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    values["examples_per_step"] = args.examples_per_step
     values |= {"system_prompt": system_prompt, "dtype": str(models.best_dtype(args.device))}
     files = {f"{file} (sha256)": checkpoints.sha256(file) for file in (args.train_file, args.val_file)}
     return json.loads(json.dumps(values | files))
@@ -54,7 +54,10 @@ def refuse_changes(folder: Path, old: dict, new: dict) -> None:
     if changed:
         changes = "，".join(f"{name} {str(old[name])[:80]} -> {str(new.get(name))[:80]}" for name in changed)
         finished = (folder / checkpoints.FINISHED_MARK).exists()
-        run, remedy = "未完成的训练", "请用原来的设置继续，或用 --output_dir 换一个文件夹重新训练"
+        run, how = "未完成的训练", "请用原来的设置继续"
+        if changed == ["examples_per_step"]:  # with more or fewer processes than before
+            how = f"请用 --per_device_train_batch_size 让所有进程每步仍是 {old[changed[0]]} 条"
+        remedy = f"{how}，或用 --output_dir 换一个文件夹重新训练"
         if finished:
             merged = "<先用 inference_lora.py --merge_to 合并出的文件夹>" if "lora_rank" in old else folder
             run, remedy = (

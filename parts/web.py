@@ -1,21 +1,15 @@
-"""A page in the browser on which one model is asked: gradio's, with the thinking folded. Knows a conversation and a
-browser, not the domain: title, notice and example are handed in. Nothing of it leaves the machine: no telemetry, no
-share link, no font or picture from elsewhere."""
+"""A page in the browser on which a model is asked, or several side by side: gradio's, with the thinking folded. Knows a
+dialogue and a browser, not the domain: title, notice and example are handed in. Nothing of it leaves the machine: no
+telemetry, no share link, no font or picture from elsewhere."""
 
-import copy
 import importlib.metadata
-import io
 import time
-from argparse import ArgumentTypeError
-from threading import Event
 
-from parts import terminal
 from parts.address import Address
-from parts.encoding import Reply, has_no_thinking_mode
+from parts.dialogue import SETTINGS, Dialogue, count_turns, first_turns
+from parts.encoding import has_no_thinking_mode
 
 GRADIO = "6.31.0"  # which was tried; others of its major version are taken
-THOUGHT, HINT = "思考", "提示"  # titles of what folds
-SETTINGS = "设置"
 # The browser asks nobody else, whatever a reply says: a picture that is named in one would tell of it.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -33,109 +27,58 @@ def require_gradio() -> None:
         raise SystemExit(f"错误：--web 要用 gradio {GRADIO}{found}；请先运行 pip install gradio=={GRADIO}")
 
 
-def text_of(message: dict) -> str:
-    """Of one message as gradio keeps it."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def place_beside(interface, others: list) -> None:
+    """Put other Chatbots beside the one of a ChatInterface, which knows that one alone; they follow where a person goes
+    back or clears it."""
+    import gradio
 
-
-def read_history(messages: list[dict]) -> list[list[str]]:
-    """[[question, answer], …] of the messages on the page: without thinking and hints, which have titles, and without
-    a question that got no answer."""
-    turns: list[list[str]] = []
-    for message in messages:
-        if message["role"] == "user":
-            turns.append([text_of(message), ""])
-        elif turns and not (message.get("metadata") or {}).get("title"):
-            turns[-1][1] += text_of(message)
-    return [turn for turn in turns if turn[1].strip()]
-
-
-def show_reply(reply: Reply, whole: bool) -> list[dict]:
-    """The messages of a reply: the thinking, which folds, and the answer. While it is written, half a character may
-    stand at its end."""
-    thinking, answer = (text if whole else text.rstrip("\ufffd") for text in (reply.thinking, reply.answer))
-    # Unfolded without a status, folded when it is done. "pending" would show a wheel that a stop leaves turning.
-    state = {"title": THOUGHT} | ({"status": "done"} if whole or answer else {})
-    shown = [{"role": "assistant", "content": thinking, "metadata": state}] * bool(thinking)
-    return shown + [{"role": "assistant", "content": answer}] * bool(answer)
-
-
-def hint(text: str) -> dict:
-    """A message that is not the model's, and is not read back to it."""
-    return {"role": "assistant", "content": text, "metadata": {"title": HINT}}
+    chatbot = interface.chatbot
+    column = chatbot.parent
+    where = column.children.index(chatbot)
+    with interface:
+        with column, gradio.Row(scale=1, equal_height=True):
+            for each in (chatbot, *others):
+                each.unrender()
+                each.render()
+        column.children.insert(where, column.children.pop())
+        for other in others:
+            chatbot.undo(lambda shown: first_turns(shown, count_turns(shown) - 1), other, other)
+            chatbot.clear(lambda: [], None, other)
 
 
 class Page:
-    """How questions are answered by a conversation.Conversation, and what it looks like.
+    """What a dialogue.Dialogue looks like."""
 
-    `to_messages(question, history=[[question, answer], …])` makes what the
-    model is asked; `out_of_memory` is said where memory does not suffice."""
+    def __init__(self, dialogue: Dialogue):
+        self.dialogue = dialogue
 
-    def __init__(self, conversation, to_messages, out_of_memory: str):
-        self.conversation, self.to_messages, self.out_of_memory = conversation, to_messages, out_of_memory
-        self.closed = Event()
-
-    def hold(self, thinking: bool, max_new_tokens: int):
-        """The conversation as this person wishes it. Its console is read, and shown on the page."""
-        from rich.console import Console
-
-        held = copy.copy(self.conversation)
-        held.thinking, held.max_new_tokens = thinking, max_new_tokens
-        held.console = Console(file=io.StringIO(), emoji=False)
-        return held
-
-    def validate(self, question: str) -> dict:
-        """Before anything is shown of a question: that there is one, and that the model can read it."""
+    def settings(self) -> list:
+        """The components of Settings."""
         import gradio
 
-        try:
-            self.hold(True, 1).check_lengths([self.to_messages(terminal.some_text(question))], ["这个问题"])
-        except (SystemExit, ArgumentTypeError) as refused:
-            return gradio.validate(False, str(refused))
-        return gradio.validate(True, "")
-
-    def answer(self, question: str, messages: list[dict], thinking: bool, max_new_tokens: int, seed: str):
-        """Yields the messages of the reply as it is written; gradio closes it where the person stops it."""
-        held, reply = self.hold(thinking, max_new_tokens), None
-        asked = self.to_messages(question, history=read_history(messages))
-        try:
-            seed = terminal.whole_number(0, seed.strip()) if seed.strip() else None
-            held.check_lengths([asked], ["这个问题"])
-            hints = [hint(text)] if (text := held.console.file.getvalue().strip()) else []
-            with terminal.explain_out_of_memory(self.out_of_memory):
-                for reply in held.stream(asked, seed, self.closed):
-                    yield show_reply(reply, False) + hints
-        except (SystemExit, ArgumentTypeError) as refused:
-            yield [hint(str(refused))]
-            return
-        if not reply.answer:
-            hints.append(hint("没有回答，这一问不算在对话里。"))
-        if not reply.complete:
-            hints.append(hint(f"到 {max_new_tokens} 个 token 为止，回复未完；可在“{SETTINGS}”里加大。"))
-        yield show_reply(reply, True) + hints
+        each = [model.conversation for model in self.dialogue.models]
+        can_do_without = all(has_no_thinking_mode(conversation.tokenizer) for conversation in each)
+        most, now = min(c.model.config.max_position_embeddings for c in each), each[0].max_new_tokens
+        return [
+            gradio.Checkbox(each[0].thinking, label="先思考再回答", interactive=can_do_without),
+            gradio.Slider(1, max(most, now), now, step=1, label="最多生成的 token 数"),
+            # Texts, as a Number is never empty.
+            gradio.Textbox("", label="温度", placeholder="留空：照模型的设置；越低越稳，越高越多样", max_lines=1),
+            gradio.Textbox("", label="随机种子", placeholder="留空：每次不同", max_lines=1),
+        ]
 
     def build(self, title: str, notice: str, example: str):
-        """The page itself: gradio's ChatInterface."""
+        """The page itself: gradio's ChatInterface, which knows one Chatbot; other models' stand beside it."""
         import gradio
 
-        conversation = self.conversation
-        most = conversation.model.config.max_position_embeddings
-        can_do_without = has_no_thinking_mode(conversation.tokenizer)
-        settings = [
-            gradio.Checkbox(conversation.thinking, label="先思考再回答", interactive=can_do_without),
-            gradio.Slider(
-                1,
-                max(most, conversation.max_new_tokens),
-                conversation.max_new_tokens,
-                step=1,
-                label="最多生成的 token 数",
-            ),
-            gradio.Textbox("", label="随机种子", placeholder="留空：每次不同", max_lines=1),  # a Number has no empty
-        ]
-        chatbot = gradio.Chatbot(
-            label="对话", show_label=False, scale=1, buttons=["copy"], editable="user", placeholder=f"例如：{example}"
+        # Alone it fills the page; side by side each has a height, and they stand below each other on a phone.
+        several = len(self.dialogue.models) > 1
+        look = {"show_label": several, "min_width": 280} | ({"height": "62vh"} if several else {})
+        chatbot, *others = (
+            gradio.Chatbot(label=model.name, scale=1, buttons=["copy"], render=False, **look)
+            for model in self.dialogue.models
         )
+        chatbot.editable, chatbot.placeholder = "user", f"例如：{example}"
         textbox = gradio.Textbox(
             label="问题",
             placeholder="输入问题，回车发送",
@@ -145,19 +88,23 @@ class Page:
             submit_btn=True,
             stop_btn=True,
         )
-        return gradio.ChatInterface(
-            self.answer,
+        interface = gradio.ChatInterface(
+            self.dialogue.answer,
             chatbot=chatbot,
             textbox=textbox,
             editable=True,
             title=title,
             description=f"<div class='notice'>{notice}</div>",
-            additional_inputs=settings,
+            additional_inputs=[*self.settings(), *others],
+            additional_outputs=others,
             additional_inputs_accordion=gradio.Accordion(SETTINGS, open=False),
             analytics_enabled=False,
             api_visibility="private",
-            validator=self.validate,
+            validator=self.dialogue.validate,
         )
+        if others:
+            place_beside(interface, others)
+        return interface
 
     def open(self, address: Address, **texts: str):
         """Show the page of `build`; returns what closes it, and its URL."""
@@ -191,5 +138,5 @@ class Page:
         except KeyboardInterrupt:
             print("\n已停止。")
         finally:
-            self.closed.set()
+            self.dialogue.closed.set()
             interface.close(verbose=False)

@@ -62,4 +62,5 @@ def test_the_card_is_described_in_one_line(faked, tmp_path):
     assert card.describe(CUDA).startswith("GeForce GTX 1080，8.5 GB，sm61，驱动 580.95.05，")
     program.write_text("#!/bin/sh\nexit 9\n")
     assert "驱动 未知" in card.describe(CUDA)
-    assert card.describe(torch.device("cpu")).startswith("没有 GPU")
+    assert card.describe(torch.device("cpu")).startswith("没有 GPU，用 cpu（")
+    assert card.describe(torch.device("mps")).startswith("没有 NVIDIA 或 AMD 的 GPU，用 mps（")

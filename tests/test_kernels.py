@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import SMALL, build_model, build_trainer
 from parts import kernels, models, packing, proof
 
 LENGTHS = (37, 91)
+Device = namedtuple("Device", "type")
 NOTHING = ("liger-kernel 没有 seed_oss 的", "它要 GPU 和 liger-kernel")  # where it is installed, and where not
 
 
@@ -102,3 +105,11 @@ def test_heads_are_tried_as_they_are_where_the_configuration_does_not_tell_their
     shape = {name: size for name, size in SMALL.items() if name != "head_dim"} | {"hidden_size": 512}
     attention = kernels.shrink(build_model(torch.float32, 2, shape, "Qwen2")).get_decoder().layers[0].self_attn
     assert attention.head_dim == 128 and attention.q_proj.weight.shape == (512, 256)
+
+
+@pytest.mark.parametrize("kind", ["npu", "mps"])
+def test_other_devices_get_plain_kernels(kind):
+    model = SimpleNamespace(device=Device(kind), dtype=torch.bfloat16)
+    step = proof.try_step("kahan", model.device, triton=True)
+    for verdict in (kernels.varlen_missing(model), kernels.fused_missing(model), step):
+        assert not verdict.runs and not verdict.expected

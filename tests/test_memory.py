@@ -1,5 +1,7 @@
 """The arithmetic of memory against what autograd really keeps."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import QWEN, SMALL, build_model, card_arguments, on_meta
@@ -131,3 +133,15 @@ def test_cards_of_different_size_all_get_the_smallest_ones_plan(monkeypatch, cap
     assert "各张卡空闲的显存不同（24.0、12.0 GB），都按最少的规划。" in capsys.readouterr().out
     monkeypatch.setattr(memory.accelerate.utils, "gather_object", lambda found: [12.1e9, 12e9])
     assert memory.free(card_arguments(), None) == 12e9 and not capsys.readouterr().out
+
+
+def test_what_is_free_is_asked_of_the_device_that_has_it(monkeypatch):
+    """An NPU has memory of its own; Apple's chips share the CPU's, in which the model is already."""
+    npu = SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (6e9, 24e9), memory_reserved=lambda: 1e9)
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=3e9))
+    model = SimpleNamespace(get_memory_footprint=lambda: 2e9)
+    for kind, free in (("npu", 7e9), ("mps", 5e9), ("cpu", 5e9)):
+        args = card_arguments()
+        args.device = SimpleNamespace(type=kind)
+        assert memory.free(args, model) == free, kind

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import rich.cells
@@ -137,3 +138,13 @@ def test_the_limit_on_memory_does_not_outlive_a_training(monkeypatch, error):
     with memory_plan.limited(torch.device("cpu")):
         pass
     assert fractions == [1.0]
+
+
+@pytest.mark.parametrize("kind", ["npu", "mps"])
+def test_other_devices_are_planned_without_what_wants_cuda(kind):
+    """With Kahan sums for bfloat16, without 8 bits and without inputs in the CPU's memory."""
+    args = card_arguments()
+    args.device = SimpleNamespace(type=kind)
+    found = memory_plan.rungs(args, build_model(layers=1, shape=SMALL), 8192, 2048, None, None)
+    assert {name for *_, name in found} == {"kahan"} and not any(offload for _, _, offload, _ in found)
+    assert len(found) > 4

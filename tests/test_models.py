@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,15 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_
     message = "bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
     refused(message, inference.load_trained, "bin")
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "macos_14", "dtype"),
+    [("npu", False, torch.bfloat16), ("mps", True, torch.bfloat16), ("mps", False, torch.float32)],
+)
+def test_other_devices_compute_in_bfloat16_where_they_can(monkeypatch, kind, macos_14, dtype):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: macos_14 and version == (14, 0))
+    assert models.best_dtype(SimpleNamespace(type=kind)) == dtype
 
 
 def test_attention_is_not_left_to_cudnn(tiny_model):

@@ -1,5 +1,7 @@
 """Several examples in one batch: they do not see each other, and a batch is cut between them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import LENGTHS, examples
@@ -69,6 +71,11 @@ def test_flash_is_for_sixteen_bits_from_sm80_on(monkeypatch, capability, dtype, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert packing.repeats_heads(torch.device("cuda"), dtype) == repeated
     assert not packing.repeats_heads(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("kind", ["mps", "npu"])
+def test_heads_are_repeated_where_grouped_ones_were_not_seen_to_be_right(kind):
+    assert packing.repeats_heads(SimpleNamespace(type=kind), torch.bfloat16)
 
 
 def test_starts_that_are_not_those_of_the_batch_are_refused():

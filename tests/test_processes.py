@@ -1,17 +1,24 @@
-"""Two processes, as torchrun and accelerate start them: the curve of one, one voice, one step at which both stop."""
+"""Several processes, as torchrun and accelerate start them, also on two machines: the curve of one, one voice, one step
+at which all stop, and one sentence where they disagree or one is gone."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sysconfig
 import time
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import psutil
 import pytest
-from helpers import ROOT, history, run_script, same, weights
+from helpers import ROOT, history, refused, run_script, same, weights
 
-from parts import checkpoints
+import train
+from parts import checkpoints, processes, run_settings
 
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
 STEPS |= {"report_to": "none", "disable_tqdm": "true"}
@@ -31,18 +38,30 @@ def launch(launcher: tuple, script: str, flags: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
+def launch_machines(port: int, script: str, flags: list[str]) -> list[subprocess.Popen]:
+    """A process each on two machines that see each other at an address only."""
+    place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
+    return [launch(("torchrun", f"--node_rank={rank}", *place), script, flags) for rank in range(2)]
+
+
+def ended(started: list[subprocess.Popen]) -> list[str]:
+    """What they wrote."""
+    return [process.communicate(timeout=200)[0] for process in started]
+
+
 def curve(folder: str) -> list[tuple[float, float]]:
     logs = history(folder)
     pairs = [(log["loss"], log["grad_norm"]) for log in logs if "loss" in log]
     return pairs + [(log["eval_loss"], log["eval_token_loss"]) for log in logs if "eval_loss" in log]
 
 
-def follow_one(workspace, script: str, one: list[str], launcher: tuple, two: list[str]) -> None:
-    """One process with these flags, and two with those, have the same curve, and one voice."""
+def follow_one(workspace, script: str, one: list[str], two) -> None:
+    """One process with these flags, and what `two(flags)` starts, have the same curve, and one voice."""
     result = run_script(script, *one, "--output_dir", "one", cwd=workspace)
     assert result.returncode == 0, result.stdout
-    output = (process := launch(launcher, script, [*two, "--output_dir", "two"])).communicate(timeout=200)[0]
-    assert process.returncode == 0, output
+    outputs = ended(started := two(["--output_dir", "two"]))
+    assert {process.returncode for process in started} == {0}, outputs
+    output = "".join(outputs)
     assert output.count("训练完成") == 1 and output.count("【问题】") == 3
     assert "样例" in result.stdout and "样例" in output  # what the first process alone asks, while the second one waits
     found, expected = curve("two"), curve("one")
@@ -51,21 +70,37 @@ def follow_one(workspace, script: str, one: list[str], launcher: tuple, two: lis
         assert pair == pytest.approx(other, rel=2e-4)
 
 
-def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
-    """The signal reaches the second one only; the same command then continues to the same weights."""
-    two = flags(tiny_model, per_device_train_batch_size=2)
-    follow_one(workspace, "train.py", flags(tiny_model), (*TORCHRUN, "--master_port=29541"), two)
-    process = launch((*TORCHRUN, "--master_port=29542"), "train.py", [*two, "--output_dir", "resumed"])
-    while not checkpoints.find_whole("resumed") and process.poll() is None:
-        time.sleep(0.02)
+def workers_of(process: subprocess.Popen, rank: int) -> psutil.Process:
+    """torchrun's process of this rank."""
     workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
-    [second] = [worker for worker in workers if worker.environ()["RANK"] == "1"]
-    second.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode != 0 and output.count("已中断：第") == 1, output
-    stopped = checkpoints.step_of(checkpoints.find_whole("resumed")[-1])
+    [found] = [worker for worker in workers if worker.environ()["RANK"] == str(rank)]
+    return found
+
+
+def newest_step(folder: str) -> int:
+    """Of the last whole checkpoint."""
+    return max([checkpoints.step_of(path) for path in checkpoints.find_whole(folder)], default=0)
+
+
+def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
+    """On two machines. On one, a signal reaches the second one only; then it is killed; the same command continues to
+    the same weights."""
+    two = flags(tiny_model, per_device_train_batch_size=2)
+    follow_one(workspace, "train.py", flags(tiny_model), lambda more: launch_machines(29541, "train.py", [*two, *more]))
+    for number, port, said in ((signal.SIGTERM, 29542, "已中断：第"), (signal.SIGKILL, 29543, "另一个进程已经结束")):
+        before = newest_step("resumed")
+        process = launch((*TORCHRUN, f"--master_port={port}"), "train.py", [*two, "--output_dir", "resumed"])
+        while newest_step("resumed") == before and process.poll() is None:
+            time.sleep(0.02)
+        workers_of(process, rank=1).send_signal(number)
+        started = time.monotonic()
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode != 0 and output.count(said) == 1, output
+        assert time.monotonic() - started < 30 and "[rank0]" not in output  # no traceback of a training
+    stopped = newest_step("resumed")
+    assert 0 < stopped < STEPS["max_steps"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(f"resumed/checkpoint-{stopped}"))
-    process = launch((*TORCHRUN, "--master_port=29543"), "train.py", [*two, "--output_dir", "resumed"])
+    process = launch((*TORCHRUN, "--master_port=29544"), "train.py", [*two, "--output_dir", "resumed"])
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0 and f"resumed from step {stopped}" in output.splitlines(), output
     assert same(weights("resumed"), weights("two"))
@@ -74,4 +109,99 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
 def test_accelerate_launches_lora_too(workspace, tiny_model):
     steps = {"max_steps": 2, "eval_steps": 1, "lora_dropout": 0}  # each process drops other elements
     two = flags(tiny_model, per_device_train_batch_size=2, **steps)
-    follow_one(workspace, "train_lora.py", flags(tiny_model, **steps), ACCELERATE, two)
+    one = flags(tiny_model, **steps)
+    follow_one(workspace, "train_lora.py", one, lambda more: [launch(ACCELERATE, "train_lora.py", [*two, *more])])
+
+
+def forked(act, *all_arguments) -> list[str]:
+    """What each of so many processes hears from `act(rank, …)`: its ValueError or SystemExit, or nothing."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    heard, all_heard = fork.Queue(), fork.Barrier(len(all_arguments))
+
+    def start(rank: int, *words) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            act(rank, *words)
+            heard.put((rank, ""))
+        except (ValueError, SystemExit) as error:
+            heard.put((rank, str(error)))
+        all_heard.wait(60)
+
+    started = [fork.Process(target=start, args=(rank, *words)) for rank, words in enumerate(all_arguments)]
+    for process in started:
+        process.start()
+    found = dict(heard.get(timeout=60) for _ in started)
+    for process in started:
+        process.join()
+    return [found[rank] for rank in sorted(found)]
+
+
+def meet(*all_facts: dict) -> list[str]:
+    """What each of two processes is told when those that have facts come."""
+    return forked(lambda _, facts: processes.meet(facts), *((facts,) for facts in all_facts))
+
+
+def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(processes, "SHOWN_LATE", 1)
+    for name in ("one/out", "two/out"):
+        Path(name).mkdir(parents=True)
+    Path("one/out/owner").write_text("进程 1", encoding="utf-8")
+
+    def look(rank: int, place: str) -> None:
+        os.chdir(place)
+        accelerate.PartialState._reset_state()  # of the tests before
+        accelerate.PartialState(cpu=True)
+        processes.require_shared(SimpleNamespace(process_index=rank, world_size=2), Path("out/owner"))
+
+    assert forked(look, ("one",), ("one",)) == ["", ""]
+    said, quiet = forked(look, ("one",), ("two",))
+    assert said.startswith("错误：进程 1 的机器看不到进程 0 写在 out 里的文件；") and quiet == "1"
+
+
+def test_processes_that_agree_go_on():
+    assert meet({"设备": "cuda", "--seed": 42}, {"设备": "cuda", "--seed": 42}) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [("设备", "cuda", "CPU"), ("torch", "2.13.0", "2.11.0"), ("--seed", 1, 2), ("--fsdp", None, True)],
+)
+def test_processes_that_disagree_all_hear_why(name, one, two):
+    [said, other] = meet({"same": 1, name: one}, {"same": 1, name: two})
+    assert (
+        said
+        == other
+        == f"各个进程的 {name} 不同：进程 0 是 {one}，进程 1 是 {two}；请让每台机器上的命令、文件和软件都一样"
+    )
+
+
+def test_a_process_that_never_comes_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr(processes, "MEETING", 1)
+    [said] = meet({"a": 1})
+    assert said.startswith("等了 1 秒，2 个进程没有到齐（") and said.endswith(
+        "请检查每台机器上的命令，和它们之间的网络"
+    )
+
+
+def test_other_numbers_of_processes_hear_how_a_step_stays_the_same(tmp_path):
+    refused(
+        f"{tmp_path} 里未完成的训练用的是别的设置：examples_per_step 4 -> 8；请用 --per_device_train_batch_size "
+        "让所有进程每步仍是 4 条，或用 --output_dir 换一个文件夹重新训练。",
+        run_settings.refuse_changes,
+        tmp_path,
+        {"examples_per_step": 4},
+        {"examples_per_step": 8},
+    )
+
+
+@pytest.mark.parametrize(("each", "more"), [(2, ""), (4, "；公开方案是 4 条，学习率是照它定的")])
+def test_how_many_examples_a_step_of_several_processes_has_is_said(each, more):
+    args = SimpleNamespace(
+        train_batch_size=each, gradient_accumulation_steps=1, world_size=2, examples_per_step=2 * each
+    )
+    args.fsdp = False
+    assert train.describe_step(args) == f"每步 {2 * each} 条样本：2 个进程，各 {each} 条，累积 1 次{more}。"

@@ -11,7 +11,7 @@ from helpers import Started, load_attentive, refused, run_script
 
 import data
 import inference
-from parts import question_file, replies, reply_file
+from parts import asking, question_file, replies, reply_file
 from parts.conversation import Conversation
 
 LONG = "头痛怎么办？" * 680  # a question so long that a batch has three
@@ -244,6 +244,7 @@ def test_a_full_disk_keeps_what_is_answered(folder, likeliest, tokenizer):
         ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行没有问题"),
         ("q.jsonl", b"[]", "q.jsonl 里没有一行数据"),
         ("q.jsonl", b"{", "q.jsonl 第 1 行不是合法的 JSON"),
+        ("q.scores.json", b"[]", "q.scores.json：这样的名字是分数的；请给问题的文件换一个名字"),
     ],
     ids=str,
 )
@@ -261,21 +262,21 @@ def test_what_scores_need_is_missed_before_an_hour_of_replies(tmp_path, monkeypa
     """In an environment that is older than the scores."""
     monkeypatch.chdir(tmp_path)
     Path("q.txt").write_text("头痛？", encoding="utf-8")
-    monkeypatch.setattr(inference, "SCORING", ("rouge_score", "no_such_package"))
+    monkeypatch.setattr(asking, "SCORING", ("rouge_score", "no_such_package"))
     monkeypatch.setattr(sys, "argv", ["inference.py", "--questions", "q.txt"])
     refused("--questions 评分要用 no_such_package；请先运行 pip install -r requirements.txt", inference.main)
 
 
 def test_a_place_for_replies_without_questions_is_an_error(monkeypatch, capsys):
-    for flag in ("--replies", "--compare_with"):
+    for flag, others in (("--replies", "--questions"), ("--compare_with", "--questions 或 --web")):
         monkeypatch.setattr(sys, "argv", ["inference.py", flag, "mine.jsonl"])
         with pytest.raises(SystemExit) as end:
             inference.main()
-        assert end.value.code == 2 and f"{flag} 只和 --questions 一起起作用" in capsys.readouterr().err
+        assert end.value.code == 2 and f"{flag} 只和 {others} 一起起作用" in capsys.readouterr().err
 
 
 def test_every_file_of_replies_has_scores_of_its_own():
-    named = {name: [str(path) for path in inference.places_of_results(name)] for name in ("a/r.jsonl", "r.v1", "r.v2")}
+    named = {name: [str(path) for path in reply_file.places_of_results(name)] for name in ("a/r.jsonl", "r.v1", "r.v2")}
     assert named["a/r.jsonl"] == ["a/r.scores.json", "a/r.scores.html"]
     assert len({path for paths in named.values() for path in paths}) == 6
 

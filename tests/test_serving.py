@@ -117,8 +117,8 @@ def test_streamed_reply_is_the_same_in_pieces(pinned):
 
 def test_many_at_once_each_get_their_own(pinned):
     """They are computed one after another."""
-    with ThreadPoolExecutor(32) as pool:
-        replies = list(pool.map(lambda i: ask(pinned, ROWS[i % 2]["question"], max_tokens=12), range(32)))
+    with ThreadPoolExecutor(64) as pool:
+        replies = list(pool.map(lambda i: ask(pinned, ROWS[i % 2]["question"], max_tokens=12), range(64)))
     said = [reply.choices[0].message.reasoning_content for reply in replies]
     assert all(text and ROWS[i % 2]["think"].startswith(text) for i, text in enumerate(said)) and said[0] != said[1]
 

@@ -5,16 +5,15 @@ import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 
 import pytest
+import requests
 import torch
 from helpers import Started, recite, refused
 
 import data
 import inference
-from parts import models, web
+from parts import dialogue, models, web
 from parts.address import Address
 from parts.conversation import Conversation
 from parts.encoding import Reply, encode_messages
@@ -73,14 +72,20 @@ class Visitor:
         (found.nth(nth) if nth >= 0 else found.last).wait_for()
 
 
+def hold(conversation, out_of_memory: str = "", *names: str) -> dialogue.Dialogue:
+    """With so many models, all of them the same one."""
+    asked = [dialogue.Model(name, conversation, data.to_messages) for name in names or ("甲",)]
+    return dialogue.Dialogue(asked, out_of_memory)
+
+
 @pytest.fixture
 def visit(browser, conversation, tokenizer):
     """visit(replies, pause, **more): a Visitor of a page whose model recites; its prompts are in `.prompts`."""
     opened = []
 
-    def start(*replies: str, pause: float = 0.0, **more) -> Visitor:
+    def start(*replies: str, pause: float = 0.0, names=("甲",), **more) -> Visitor:
         prompts = recite(conversation.model, tokenizer, [*replies], pause)
-        page = web.Page(conversation, data.to_messages, inference.OUT_OF_MEMORY)
+        page = web.Page(hold(conversation, inference.OUT_OF_MEMORY, *names))
         interface, url = page.open(Address("127.0.0.1", free_port(), None), **TEXTS)
         visitor = Visitor(browser, url, **more)
         opened.append((visitor, page, interface))
@@ -90,7 +95,7 @@ def visit(browser, conversation, tokenizer):
     yield start
     for visitor, page, interface in opened:
         visitor.page.close()
-        page.closed.set()
+        page.dialogue.closed.set()
         interface.close(verbose=False)
 
 
@@ -155,7 +160,7 @@ def test_what_a_person_sets_is_what_happens(visit, tokenizer):
     seed.fill("-1")
     seed.blur()
     person.ask("头痛？")
-    person.sees("要一个 0 到 4294967295 的整数，不是 '-1'")
+    person.sees("“设置”里的随机种子：要一个 0 到 4294967295 的整数，不是 '-1'")
     person.page.get_by_test_id("submit-button").wait_for()
     seed.fill("7")
     most.fill("2")
@@ -210,6 +215,53 @@ def test_who_leaves_stops_the_reply(visit, browser):
     person.sees("多喝水")
 
 
+def test_two_models_answer_side_by_side_each_from_its_own_history(visit, tokenizer):
+    person = visit(
+        "<think>\n想甲</think>答甲", LONG, "再甲", "再乙", "改甲", "改乙", pause=0.05, names=("一号", "二号")
+    )
+    person.ask("头痛？")
+    person.sees("等 一号 答完。")
+    person.sees("答甲")
+    person.sees("想一想。")
+    boxes = [person.page.get_by_text(name, exact=True).bounding_box() for name in ("一号", "二号")]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    person.page.get_by_test_id("stop-button").click()
+    person.ask("腹痛？")
+    person.sees("再乙")
+    assert person.page.get_by_text("等 一号 答完。").count() == 0
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("编辑").first.click()
+    person.page.locator(".user textarea").fill("牙痛？")
+    person.page.get_by_label("发送").click()
+    person.sees("改乙")
+    assert person.page.get_by_text("再乙").count() == person.page.get_by_text("腹痛？").count() == 0
+    first, later = prompt(tokenizer, "头痛？"), prompt(tokenizer, "腹痛？")
+    of_one = prompt(tokenizer, "腹痛？", [["头痛？", "答甲"]])
+    assert person.prompts == [first, first, of_one, later, *[prompt(tokenizer, "牙痛？")] * 2]
+
+
+def test_going_back_goes_back_on_both_sides(visit):
+    person = visit("答甲", "答乙", "再甲", "再乙", names=("一号", "二号"))
+    for question, answer in (("头痛？", "答乙"), ("腹痛？", "再乙")):
+        person.ask(question)
+        person.sees(answer)
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("撤销").first.click()
+    person.page.get_by_text("再乙").wait_for(state="detached")
+    person.sees("答乙")
+    person.page.get_by_label("清空对话").first.click()
+    person.page.get_by_text("答乙").wait_for(state="detached")
+
+
+def test_several_models_stand_below_each_other_on_a_phone(visit):
+    person = visit("答甲", "答乙", names=("一号", "二号"), width=390)
+    person.ask("头痛？")
+    person.sees("答乙")
+    assert person.page.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = [person.page.get_by_text(name, exact=True).bounding_box() for name in ("一号", "二号")]
+    assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
+
+
 def test_it_fits_a_phone(visit):
     person = visit(REPLY, width=390)
     person.ask("感冒了怎么办？" * 10)
@@ -226,18 +278,22 @@ def test_it_fits_a_phone(visit):
 
 def test_the_page_of_a_script_asks_for_a_password_and_ends_with_ctrl_c(tiny_model, folder):
     pytest.importorskip("gradio", reason="gradio is not installed")
+    shutil.copytree(tiny_model, "other")
     port = free_port()
     flags = ("--web", "--host", "0.0.0.0", "--port", port, "--auth", "a:b", "--model_path", tiny_model)
-    started, end = Started("inference.py", flags, folder), time.monotonic() + 60
+    started, end = Started("inference.py", (*flags, "--compare_with", "other"), folder), time.monotonic() + 60
     while "网页：" not in started.stdout:
         assert started.poll() is None and time.monotonic() < end, started.stdout
         time.sleep(0.1)
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=10)
+    visitor, page = requests.Session(), f"http://127.0.0.1:{port}"
+    assert visitor.get(f"{page}/config", timeout=10).status_code == 401
+    visitor.post(f"{page}/login", data={"username": "a", "password": "b"}, timeout=10).raise_for_status()
+    parts = visitor.get(f"{page}/config", timeout=10).json()["components"]
+    assert [part["props"]["label"] for part in parts if part["type"] == "chatbot"] == [str(tiny_model), "other"]
     started.send_signal(signal.SIGINT)
     assert started.wait(30) == 0, started.stdout
     assert started.stdout.splitlines()[-1] == "已停止。" and "Traceback" not in started.stdout
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize(("version", "found"), [("5.50.0", "，不是 5.50.0"), ("7.0", "，不是 7.0")])
@@ -265,6 +321,9 @@ def test_without_gradio_the_page_is_refused_before_anything_is_loaded(folder, mo
         (["--port", "7861"], "--port 只和 --web 一起起作用"),
         (["--chat", "--auth", "a:b"], "--auth 只和 --web 一起起作用"),
         (["--host", "0.0.0.0"], "--host 只和 --web 一起起作用"),
+        (["--compare_with", "x"], "--compare_with 只和 --questions 或 --web 一起起作用"),
+        (["--web", "--compare_with", "r.jsonl"], "--web 的页面上只能并排几个模型，不能是回复文件"),
+        (["--web", "--compare_with", "x", "--judge", "http://127.0.0.1:1/v1"], "--judge 只和 --questions 一起起作用"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(flags, message, monkeypatch, capsys):
@@ -279,13 +338,15 @@ def test_history_has_the_answers_alone():
     said = {"role": "assistant", "content": [{"type": "text", "text": "答"}], "metadata": None}
     asked = [{"role": "user", "content": [{"type": "text", "text": text}]} for text in "甲乙丙丁"]
     messages = [asked[0], thought, said, hint, asked[1], thought, asked[2], asked[3], hint, said]
-    assert web.read_history(messages) == [["甲", "答"], ["丁", "答"]]
+    assert dialogue.read_history(messages) == [["甲", "答"], ["丁", "答"]]
 
 
 def test_half_a_character_is_not_shown():
-    shown = [web.show_reply(Reply("想", "答\ufffd", False, "one"), whole)[-1]["content"] for whole in (False, True)]
+    shown = [
+        dialogue.show_reply(Reply("想", "答\ufffd", False, "one"), whole)[-1]["content"] for whole in (False, True)
+    ]
     assert shown == ["答", "答\ufffd"]
-    assert [part["metadata"] for part in web.show_reply(Reply("想", "", False, "unclosed"), False)] == [
+    assert [part["metadata"] for part in dialogue.show_reply(Reply("想", "", False, "unclosed"), False)] == [
         {"title": "思考"}
     ]
 
@@ -295,12 +356,39 @@ def test_memory_that_does_not_suffice_is_said(conversation):
         raise RuntimeError("CUDA out of memory")
 
     conversation.model.register_forward_hook(fail)
-    page = web.Page(conversation, data.to_messages, "错误：显存不足。")
-    assert list(page.answer("头痛？", [], True, 9, "")) == [[web.hint("错误：显存不足。")]]
+    assert list(hold(conversation, "错误：显存不足。").answer("头痛？", [], True, 9, "", "")) == [
+        [dialogue.hint("错误：显存不足。")]
+    ]
+
+
+def test_a_temperature_that_is_set_is_sampled_with(conversation):
+    """Nearly greedy, the likeliest token comes more often. Empty is what the model's settings say."""
+    first = {}
+    conversation.model.generation_config.temperature = 0.6
+    for temperature in ("0.1", "0.6", "2", " "):
+        shown = [[*hold(conversation).answer("头痛？", [], True, 1, temperature, str(seed))][-1] for seed in range(12)]
+        first[temperature] = [repr(messages) for messages in shown]
+    assert first[" "] == first["0.6"] != first["2"]
+    assert len({*first["0.1"]}) < len({*first["2"]})
+    for text in ("0", "-1", "9", "nan", "热"):
+        [[said]] = hold(conversation).answer("头痛？", [], True, 1, text, "")
+        assert said["content"] == f"“设置”里的温度：要一个 0.1 到 2 的数，不是 {text!r}"
+
+
+def test_megabytes_are_refused_before_they_are_cut_into_tokens(conversation):
+    started = time.perf_counter()
+    most = conversation.model.config.max_position_embeddings
+    refused(
+        f"这个问题连同之前的对话有 ~ 个字，模型最多读 {most} 个 token；请缩短。",
+        conversation.check_lengths,
+        [data.to_messages("头痛" * 2_000_000)],
+        ["这个问题"],
+    )
+    assert time.perf_counter() - started < 1
 
 
 def test_what_may_reach_beyond_the_context_is_said_on_the_page(conversation, tokenizer):
     recite(conversation.model, tokenizer, ["答"])
     conversation.model.config.max_position_embeddings = 2000
-    [*_, last] = web.Page(conversation, data.to_messages, "").answer("头痛？", [], True, 1990, "")
+    [*_, last] = hold(conversation).answer("头痛？", [], True, 1990, "", "")
     assert last[0]["content"] == "答" and "超过模型的上下文 2000 个 token" in last[1]["content"]

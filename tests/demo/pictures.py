@@ -1,9 +1,9 @@
 """Make the pictures of the READMEs, in readme_images/.
 
     python tests/demo/pictures.py                # losses.png and memory.png, from curves.json and memory.json
-    python tests/demo/demo.py && python tests/demo/pictures.py --screens    # the other three, of that demo
+    python tests/demo/demo.py && python tests/demo/pictures.py --screens    # the others, of that demo
 
-The screens need pexpect, playwright and a Chromium (its path, where playwright has none: --chromium PATH).
+The screens need pexpect, gradio, playwright and a Chromium (its path, where playwright has none: --chromium PATH).
 """
 
 import argparse
@@ -31,7 +31,7 @@ IMAGES = ROOT / "readme_images"
 DEMO = Path("output/demo")
 CHAT = "python inference.py --chat --model_path full"
 QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
-PORT = 5092  # of the dashboard
+PORT, WEB_PORT = 5092, 5093  # of the dashboard, of the page
 CHAT_PAGE = """\
 <body style="margin: 0"><pre style="display: inline-block; padding: 16px 20px; border-radius: 8px; background: #0c0c0c;
 color: #d9d9d9; font: 16px/1.5 'Noto Sans Mono CJK SC', monospace">{code}</pre></body>"""
@@ -190,15 +190,15 @@ def photograph(chromium: str | None) -> None:
             page.wait_for_timeout(7000)  # the charts draw themselves
             page.screenshot(path=IMAGES / "dashboard.png")
             photograph_comparison(browser)
+            photograph_web(browser, "web.png")
+            photograph_web(browser, "web_two.png", other="base")
             browser.close()
     finally:
         server.terminate()
 
 
 def photograph_comparison(browser) -> None:
-    """The page of the demo's replies, down to the first question, with one thinking open; in 64 colours."""
-    import PIL.Image
-
+    """The page of the demo's replies, down to the first question, with one thinking open."""
     page = browser.new_page(viewport={"width": 1000, "height": 900}, locale="zh-CN")
     page.goto((DEMO / "replies.scores.html").resolve().as_uri())
     page.locator("#case-1 .reply summary").first.click()
@@ -206,14 +206,45 @@ def photograph_comparison(browser) -> None:
     case = page.locator("#case-1").bounding_box()
     area = {"x": 0, "y": 0, "width": 1000, "height": case["y"] + case["height"] + 12}
     page.screenshot(path=IMAGES / "compare.png", full_page=True, clip=area)
-    with PIL.Image.open(IMAGES / "compare.png") as picture:
+    make_small(IMAGES / "compare.png")
+
+
+def make_small(path: Path) -> None:
+    """In 64 colours."""
+    import PIL.Image
+
+    with PIL.Image.open(path) as picture:
         small = picture.convert("RGB").quantize(64)
-    small.save(IMAGES / "compare.png", optimize=True)
+    small.save(path, optimize=True)
+
+
+def photograph_web(browser, name: str, other: str | None = None) -> None:
+    """The page of the demo's model while it thinks, or, beside another one, when both have answered."""
+    flags = ["--model_path", "full", "--port", str(WEB_PORT), *(("--compare_with", other) if other else ())]
+    command = [sys.executable, ROOT / "inference.py", "--web", "--max_new_tokens", "120", *flags]
+    server = subprocess.Popen(command, cwd=DEMO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        page = browser.new_page(viewport={"width": 1000, "height": 560}, locale="zh-CN")
+        open_when_ready(page, f"http://127.0.0.1:{WEB_PORT}")
+        page.get_by_role("textbox", name="问题").fill(QUESTION)
+        page.get_by_role("textbox", name="问题").press("Enter")
+        if other:
+            page.get_by_test_id("stop-button").wait_for()
+            page.get_by_test_id("submit-button").wait_for(timeout=60_000)
+            page.wait_for_timeout(1000)  # what unfolds does so slowly
+        else:
+            page.get_by_text("要点是").wait_for()
+        page.screenshot(path=IMAGES / name)
+        page.close()
+    finally:
+        server.terminate()
+        server.wait()
+    make_small(IMAGES / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--screens", action="store_true", help="the three screens instead of the two figures")
+    parser.add_argument("--screens", action="store_true", help="the screens instead of the two figures")
     parser.add_argument("--chromium", help="path of a Chromium or Chrome")
     args = parser.parse_args()
     if args.screens:

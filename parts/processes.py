@@ -1,0 +1,131 @@
+"""The processes of one training, on one machine or on several: that all come and agree, in which order they fetch
+files, and what is said when one is gone. Knows what torchrun and accelerate tell a process, not what is trained."""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from parts.terminal import first_line
+
+MEETING = 300  # seconds in which all processes have to come
+SHOWN_LATE = 30  # seconds after which a network's file system shows a new file
+LOST = ("gloo", "connection closed by peer", "connection reset by peer")  # in what torch says where one is gone
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def count() -> int:
+    """How many there are; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
+
+
+@functools.cache  # kept as long as the process: others may still read what the first one holds for all
+def open_store():
+    """What torch has all processes share before they are a group: keys and values."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+    return store
+
+
+def meet(facts: dict[str, object]) -> None:
+    """Wait until all processes are here, and have the same `facts`, {name: value as JSON has it}. Raises ValueError,
+    the same in all of them. Before they are a group: that could not be made of a GPU and a CPU, and would be waited for
+    much longer."""
+    if count() == 1:
+        return
+    from torch.distributed import DistError
+
+    # A restart by torchrun finds what was said before.
+    key = "facts of {} at " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    rank, all_facts = int(os.environ["RANK"]), []
+    try:
+        store = open_store()
+        store.set(key.format(rank), json.dumps(facts, default=str))
+        for each in range(count()):
+            all_facts.append(json.loads(store.get(key.format(each))))
+    except DistError as error:
+        raise ValueError(
+            f"等了 {MEETING} 秒，{count()} 个进程没有到齐（{first_line(error)[:120]}）；"
+            "请检查每台机器上的命令，和它们之间的网络"
+        ) from None
+    if why := describe_difference(all_facts):
+        raise ValueError(why)
+
+
+def describe_difference(all_facts: list[dict | None]) -> str | None:
+    """In what a process differs from the first one, in a sentence; None where all agree, or say nothing."""
+    first = all_facts[0]
+    for rank, facts in enumerate(all_facts):
+        if changed := [name for name in facts or () if facts[name] != first.get(name)]:
+            name = changed[0]
+            values = "，".join(f"进程 {i} 是 {str(of.get(name))[:80]}" for i, of in ((0, first), (rank, facts)))
+            return f"各个进程的 {name} 不同：{values}；请让每台机器上的命令、文件和软件都一样"
+    return None
+
+
+def agree(args, facts: dict | None) -> None:
+    """Raises SystemExit, which the first process explains, where processes have other `facts`; None: none to tell."""
+    from accelerate.utils import gather_object
+
+    if args.world_size > 1 and (why := describe_difference(gather_object([facts]))):
+        raise SystemExit(1 if args.process_index else f"错误：{why}。")
+
+
+@contextlib.contextmanager
+def in_turns(args):
+    """The first process, then the first one of each other machine, then all others: files are fetched and written once
+    for each machine, and by one at a time where machines share them."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    turn = (args.process_index > 0) + (args.local_process_index > 0)
+    for _ in range(turn):
+        state.wait_for_everyone()
+    yield
+    for _ in range(turn, 2):
+        state.wait_for_everyone()
+
+
+def require_shared(args, file: Path) -> None:
+    """Raises SystemExit where another machine does not see this file as the first process wrote it: what is in its
+    folder is written by that one, and read by all."""
+    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    text = broadcast_object_list([None if args.process_index else file.read_text(encoding="utf-8")])[0]
+    end, seen = time.monotonic() + SHOWN_LATE, False
+    while not (seen := file.is_file() and file.read_text(encoding="utf-8") == text) and time.monotonic() < end:
+        time.sleep(0.5)
+    if not all(found := gather_object([seen])):
+        said = (
+            f"错误：进程 {found.index(False)} 的机器看不到进程 0 写在 {file.parent} 里的文件；"
+            "几台机器要有一个共享的文件夹，请用 --output_dir 写它的路径。"
+        )
+        raise SystemExit(1 if args.process_index else said)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it says that another process does not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or any(words in str(error).lower() for words in LOST)
+
+
+@contextlib.contextmanager
+def explain_loss(args, message: str):
+    """Turn what torch raises where another process has ended into `message`, said by the first one that notices."""
+    try:
+        yield
+    except RuntimeError as error:
+        if args.world_size == 1 or not is_lost(error):
+            raise
+        try:
+            first = open_store().add("lost", 1) == 1
+        except RuntimeError:  # the store was that process's, or torchrun's, which ends
+            first = args.local_process_index == 0
+        raise SystemExit(message if first else 1) from None
