@@ -85,9 +85,10 @@ def estimate(
     top = kept + max(loss + tail, flowing + layer * last_recomputed)
     top += output_gradient + whole_gradients + (0 if whole_step else gradients)
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
-    if args.fsdp:  # the output layer's gradient stays whole to the end, where it is sent, after that of the embedding
-        ends = output_gradient if tied else 3 * output_gradient
-        bottom = gradients + output_gradient + max(ends, layer + flowing + whole_gradients)
+    if (
+        args.fsdp
+    ):  # the output layer's gradient stays whole to the end, beside an embedding's of its own; then it is sent
+        bottom = gradients + output_gradient + max(output_gradient * (2 - tied), layer + flowing + whole_gradients)
     return {
         "权重": model.get_memory_footprint() / cards + whole,
         "优化器": state_bytes(trained, optimizer) / cards,

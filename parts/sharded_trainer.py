@@ -90,7 +90,7 @@ class ShardedTrainer(PackedTrainer):
     def whole_model(self, base_path: str):
         """Read from the output folder, by one process, if its card has room for all of it."""
         args, size = self.args, self.model.get_memory_footprint()
-        if size * ROOM > memory.free_here(args.device):
+        if size * (ROOM + 1 / args.world_size) > memory.free_here(args.device):  # beside this process's part
             print(f"示例回复：整个模型（{size / 1e9:.1f} GB）放不进一张卡，不生成；模型已经保存，可以分开来问。")
             return None
         if args.trains_adapter:

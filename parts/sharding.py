@@ -15,8 +15,9 @@ ADAPTER = ".default."  # in the name of an adapter's weight; peft's files leave 
 
 
 def shard(model, device: torch.device, world_size: int) -> None:
-    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`. The model lies in the
-    CPU's memory: one layer at a time is moved and cut, so that no device ever holds all of it.
+    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight with
+    few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut, so that no
+    device ever holds all of it.
 
     A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays whole from
     the forward pass to the end of the backward one: the loss is made outside of the model, and takes the output layer's
@@ -26,21 +27,10 @@ def shard(model, device: torch.device, world_size: int) -> None:
     mesh = init_device_mesh(device.type, (world_size,))
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     assert layers, model._no_split_modules
-    require_rows(model, world_size)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     for module in layers if embedding.weight is output.weight else (*layers, embedding):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-
-
-def require_rows(model, world_size: int) -> None:
-    """Raises SystemExit where a process would get nothing of a trained weight: its optimizer would lose count."""
-    rows = min(p.shape[0] for p in model.parameters() if p.requires_grad)
-    if -(-rows // world_size) * (world_size - 1) >= rows:
-        raise SystemExit(
-            f"错误：--fsdp 把每个权重按行分给 {world_size} 张卡，而最小的只有 {rows} 行（LoRA 的行数是 --lora_rank），"
-            "有的卡会分不到；请减少卡数，或增大 --lora_rank。"
-        )
 
 
 def reshard(model) -> None:
@@ -58,7 +48,7 @@ def local(p: torch.Tensor) -> torch.Tensor:
 
 def rows_of(p: DTensor, whole):
     """Those of `whole`, a tensor or a slice of a file of the shape of `p`, that this process has of `p`."""
-    first = p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
+    first = min(p.shape[0], p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size()))
     return whole[first : first + len(local(p))]
 
 

@@ -1,15 +1,18 @@
 """A model that is cut among processes (--fsdp): the gradients, the curve and the checkpoints of one process."""
 
+import json
 import os
 import re
 import shutil
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from helpers import (
+    QWEN,
     SMALL,
     At,
     Started,
@@ -30,11 +33,14 @@ from torch.distributed.tensor import DTensor
 import train
 import train_lora
 from parts import arguments as flags_of
-from parts import checkpoints, memory, models, optimizers, sharding
+from parts import checkpoints, memory, memory_plan, models, optimizers, sharding
 from parts.encoding import IGNORE_INDEX
+from parts.loss import LinearCrossEntropy
+from parts.sharded_trainer import ShardedTrainer
 
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
 STEPS |= {"report_to": "none", "disable_tqdm": "true", "eval_samples": 0, "lora_dropout": 0}
+STEPS |= {"lora_rank": 1}  # of half of the adapter's weights the second process has nothing
 HERE = "tests/test_fsdp.py"
 LORA = "train_lora.py"
 CPU = torch.device("cpu")
@@ -150,6 +156,37 @@ def ruin(model_path: str) -> None:
     trainer.check_weights()
 
 
+def account(layers: int, tokens: int, every: int, tied: str) -> None:
+    """Prints the estimate for one of four cards, and the peak by torch's own account of the real operations, on tensors
+    without storage."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    layers, tokens, every, shape = int(layers), int(tokens), int(every), QWEN | {"tie_word_embeddings": tied == "True"}
+    # It adds the two gradients of a tied embedding out of place, which torch does to such tensors alone.
+    shape |= {"vocab_size": 32768} if tied == "True" else {}
+    args = card_arguments()
+    args.fsdp, args.world_size = True, 4
+    model = on_meta(layers=layers, shape=shape)
+    estimate = memory.estimate(model, args, False, tokens, every, False, "kahan", tokens)
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    mesh, kept = sharding.init_device_mesh("cpu", (4,)), []
+    with FakeTensorMode(), mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh):
+        model = build_model(layers=layers, shape=shape)
+        sharding.shard(model, CPU, 4)
+        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model)
+        ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
+        model.get_decoder().register_forward_hook(lambda _, args, output: kept.append(output.last_hidden_state[0]))
+        (tracker := MemTracker()).track_external(model)
+        with tracker:
+            asked = {"lengths": (tokens // 4,) * 4, "use_cache": False, "logits_to_keep": ids[0, :0]}
+            model(input_ids=ids, position_ids=positions, **asked)
+            LinearCrossEntropy.apply(kept.pop(), model.lm_head.weight, ids[0])[0].backward()
+            [snapshot] = tracker.get_tracker_snapshot("peak").values()
+    print(json.dumps([sum(estimate.values()) - memory.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
+
+
 def stop(script: str, *flags) -> None:
     """A training with these flags, whose last process is asked to stop in step 6."""
     sys.argv = [script, *flags]
@@ -192,7 +229,7 @@ def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, t
     sharded = as_flags(script, tiny_model, True, batch_tokens=130, checkpoint_every=1, rehearse="true")
     [said, silent] = together(script, *sharded, "--output_dir", "two", cwd=workspace)
     assert said.count("训练完成") == 1 and said.count("【问题】") == 3 and "每张卡的内存计划" in said
-    assert "预演：最大的一步" in said and not silent
+    assert "预演：最大的一步" in said and "评估不生成样例" in said and not silent
     follows("two", "one")
     names = {path: sorted(os.listdir(f"{path}/checkpoint-12")) for path in ("one", "two")}
     assert names["two"] == sorted({*names["one"], "rng_state_0.pth", "rng_state_1.pth"} - {"rng_state.pth"})
@@ -270,10 +307,23 @@ def test_only_the_first_process_says_what_is_refused(folder):
     assert said.splitlines()[-1].endswith("没有看到过它在分片的权重上算对") and not silent
 
 
-def test_a_weight_with_too_few_rows_is_refused():
-    with pytest.raises(SystemExit, match="错误：--fsdp 把每个权重按行分给 3 张卡，而最小的只有 4 行"):
-        sharding.require_rows(torch.nn.Linear(8, 4), 3)
-    sharding.require_rows(torch.nn.Linear(8, 4), 4)
+def test_no_card_is_asked_to_hold_all(tiny_model, monkeypatch, capsys):
+    """The model is read into the CPU's memory, and asked at the end only where it fits."""
+    card = torch.device("meta")  # stands for a GPU
+    model = models.load_weights(str(tiny_model), card, on_cpu=True)
+    assert model.device == CPU and models.load_weights(str(tiny_model), card).device == card
+    trainer = object.__new__(ShardedTrainer)
+    trainer.model, trainer.args = model, arguments(tiny_model, output_dir=str(tiny_model))
+    assert trainer.whole_model("").device == CPU
+    monkeypatch.setattr(memory, "free_here", lambda device: 1.5 * model.get_memory_footprint())
+    assert trainer.whole_model("") is None and "放不进一张卡，不生成" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)
+def test_the_plan_of_one_card_is_never_below_the_peak(folder, case):
+    output = run_script(HERE, *case, cwd=folder, call="account").stdout
+    estimate, found = json.loads(output.splitlines()[-1])
+    assert found <= estimate <= 1.2 * found
 
 
 @pytest.mark.parametrize("lora", [False, True])
