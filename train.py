@@ -198,8 +198,6 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             if not args.fsdp:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]
                 trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
-            elif args.eval_strategy != "no":
-                print("样例：模型分在几张卡上时，评估不生成样例，训练完才有。")
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
