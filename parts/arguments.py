@@ -108,7 +108,7 @@ class Arguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
-        processes.meet(self.facts())
+        processes.meet(self.facts(), self.ddp_timeout)
         sharded, self.fsdp = self.fsdp, None  # Trainer's own way would have accelerate cut the model, on GPUs only
         super().__post_init__()
         self.fsdp, self.fsdp_config = sharded, {}

@@ -31,17 +31,25 @@ def open_store():
     return store
 
 
-def meet(facts: dict[str, object]) -> None:
+def restarts() -> int:
+    """How often torchrun has started these processes again, after one had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def key_of(what: str) -> str:
+    """In that store, in which a restart finds what was said before."""
+    return f"{what}, start {restarts()}"
+
+
+def meet(facts: dict[str, object], timeout: float) -> None:
     """Wait until all processes are here, and have the same `facts`, {name: value as JSON has it}. Raises ValueError,
     the same in all of them. Before they are a group: that could not be made of a GPU and a CPU, and would be waited for
-    much longer."""
+    much longer. After a restart they are one, of this `timeout` in seconds."""
     if count() == 1:
         return
-    from torch.distributed import DistError
+    from torch.distributed import DistError, PrefixStore, init_process_group
 
-    # A restart by torchrun finds what was said before.
-    key = "facts of {} at " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    rank, all_facts = int(os.environ["RANK"]), []
+    key, rank, all_facts = key_of("facts of {}"), int(os.environ["RANK"]), []
     try:
         store = open_store()
         store.set(key.format(rank), json.dumps(facts, default=str))
@@ -54,6 +62,9 @@ def meet(facts: dict[str, object]) -> None:
         ) from None
     if why := describe_difference(all_facts):
         raise ValueError(why)
+    if restarts():  # made as usual, it would take the addresses of processes that are gone from the store, and wait
+        own = PrefixStore(key_of("group"), store)
+        init_process_group(store=own, rank=rank, world_size=count(), timeout=timedelta(seconds=timeout))
 
 
 def describe_difference(all_facts: list[dict | None]) -> str | None:
@@ -125,7 +136,7 @@ def explain_loss(args, message: str):
         if args.world_size == 1 or not is_lost(error):
             raise
         try:
-            first = open_store().add("lost", 1) == 1
+            first = open_store().add(key_of("lost"), 1) == 1
         except RuntimeError:  # the store was that process's, or torchrun's, which ends
             first = args.local_process_index == 0
         raise SystemExit(message if first else 1) from None

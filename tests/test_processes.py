@@ -22,7 +22,7 @@ from parts import checkpoints, processes, run_settings
 
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
 STEPS |= {"report_to": "none", "disable_tqdm": "true"}
-TORCHRUN = ("torchrun", "--nproc_per_node=2")
+TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node=2")
 ACCELERATE = ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
 ACCELERATE += ("--dynamo_backend=no", "--main_process_port=29532")
 
@@ -39,9 +39,9 @@ def launch(launcher: tuple, script: str, flags: list[str]) -> subprocess.Popen:
 
 
 def launch_machines(port: int, script: str, flags: list[str]) -> list[subprocess.Popen]:
-    """A process each on two machines that see each other at an address only."""
-    place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}")
-    return [launch(("torchrun", f"--node_rank={rank}", *place), script, flags) for rank in range(2)]
+    """A process each on two machines that see each other at an address only, by one command."""
+    place = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+    return [launch(("torchrun", *place), script, flags) for _ in range(2)]
 
 
 def ended(started: list[subprocess.Popen]) -> list[str]:
@@ -77,32 +77,37 @@ def workers_of(process: subprocess.Popen, rank: int) -> psutil.Process:
     return found
 
 
+def strike(process: subprocess.Popen, number: int) -> str:
+    """What the processes say when the second one gets this signal, once there is a new checkpoint."""
+    before = newest_step("resumed")
+    while newest_step("resumed") == before and process.poll() is None:
+        time.sleep(0.02)
+    workers_of(process, rank=1).send_signal(number)
+    started = time.monotonic()
+    output = process.communicate(timeout=200)[0]
+    assert time.monotonic() - started < 60, output
+    return output
+
+
 def newest_step(folder: str) -> int:
     """Of the last whole checkpoint."""
     return max([checkpoints.step_of(path) for path in checkpoints.find_whole(folder)], default=0)
 
 
 def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
-    """On two machines. On one, a signal reaches the second one only; then it is killed; the same command continues to
-    the same weights."""
+    """On two machines. On one, a signal reaches the second one only, and the same command continues; then that one is
+    killed, and torchrun starts the command again; to the same weights."""
     two = flags(tiny_model, per_device_train_batch_size=2)
     follow_one(workspace, "train.py", flags(tiny_model), lambda more: launch_machines(29541, "train.py", [*two, *more]))
-    for number, port, said in ((signal.SIGTERM, 29542, "已中断：第"), (signal.SIGKILL, 29543, "另一个进程已经结束")):
-        before = newest_step("resumed")
-        process = launch((*TORCHRUN, f"--master_port={port}"), "train.py", [*two, "--output_dir", "resumed"])
-        while newest_step("resumed") == before and process.poll() is None:
-            time.sleep(0.02)
-        workers_of(process, rank=1).send_signal(number)
-        started = time.monotonic()
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode != 0 and output.count(said) == 1, output
-        assert time.monotonic() - started < 30 and "[rank0]" not in output  # no traceback of a training
+    two += ["--output_dir", "resumed"]
+    output = strike(process := launch(TORCHRUN, "train.py", two), signal.SIGTERM)
+    assert process.returncode != 0 and output.count("已中断：第") == 1, output
     stopped = newest_step("resumed")
-    assert 0 < stopped < STEPS["max_steps"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(f"resumed/checkpoint-{stopped}"))
-    process = launch((*TORCHRUN, "--master_port=29544"), "train.py", [*two, "--output_dir", "resumed"])
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and f"resumed from step {stopped}" in output.splitlines(), output
+    output = strike(process := launch((*TORCHRUN, "--max_restarts=1"), "train.py", two), signal.SIGKILL)
+    assert process.returncode == 0 and "[rank0]" not in output, output  # no traceback of a training
+    resumed = [int(line.split()[-1]) for line in output.splitlines() if line.startswith("resumed from step")]
+    assert output.count("错误：另一个进程已经结束或没有回应，训练停止；") == 1 and resumed == [stopped, 8]
     assert same(weights("resumed"), weights("two"))
 
 
@@ -142,7 +147,7 @@ def forked(act, *all_arguments) -> list[str]:
 
 def meet(*all_facts: dict) -> list[str]:
     """What each of two processes is told when those that have facts come."""
-    return forked(lambda _, facts: processes.meet(facts), *((facts,) for facts in all_facts))
+    return forked(lambda _, facts: processes.meet(facts, 60), *((facts,) for facts in all_facts))
 
 
 def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkeypatch):
