@@ -95,22 +95,27 @@ def prepare_files(args: TrainArguments) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
-    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
+    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding, zero
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
     from parts.sharded_trainer import ShardedTrainer
+    from parts.zero_trainer import ZeroTrainer
 
+    trainer_class, outline = ShardedTrainer if args.sharded else PackedTrainer, model
     if args.fsdp:
         sharding.shard(model, args.device, args.world_size)
+    if args.deepspeed:
+        outline = zero.outline(model)
+        trainer_class = partial(ZeroTrainer, config=zero.shard(model, args.device, args.world_size, args.max_grad_norm))
     proof.require(model, args.load_in_4bit)
-    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model, bool(args.sharded)) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
+    plans = memory_plan.choose(args, outline, lengths, fast.fused, memory.free(args, outline), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
         print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
-    trainer = (ShardedTrainer if args.fsdp else PackedTrainer)(
+    trainer = trainer_class(
         model=model,
         args=args,
         kernels=fast,
@@ -179,12 +184,12 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
+            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=bool(args.sharded))
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            asked = [] if args.fsdp else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
+            asked = [] if args.sharded else rows[: args.eval_samples]  # one process alone cannot ask a part of a model
             trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
