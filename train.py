@@ -96,22 +96,27 @@ def prepare_files(args: TrainArguments) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
-    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
+    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding, zero
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
     from parts.sharded_trainer import ShardedTrainer
+    from parts.zero_trainer import ZeroTrainer
 
+    trainer_class, outline = ShardedTrainer if args.sharded else PackedTrainer, model
     if args.fsdp:
         sharding.shard(model, args.device, args.world_size)
+    if args.deepspeed:
+        outline = zero.outline(model)
+        trainer_class = partial(ZeroTrainer, config=zero.shard(model, args.device, args.world_size, args.max_grad_norm))
     proof.require(model, args.load_in_4bit)
-    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model, bool(args.sharded)) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
+    plans = memory_plan.choose(args, outline, lengths, fast.fused, memory.free(args, outline), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
         print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
-    trainer = (ShardedTrainer if args.fsdp else PackedTrainer)(
+    trainer = trainer_class(
         model=model,
         args=args,
         kernels=fast,
@@ -130,7 +135,7 @@ def describe_step(args: TrainArguments) -> str:
     each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
     step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
     other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
-    return f"{step}{other}。{'分片时评估不生成样例，训练完才有。' * args.fsdp}"
+    return f"{step}{other}。{'分片时评估不生成样例，训练完才有。' if args.sharded else ''}"
 
 
 def save(trainer, tokenizer, settings: dict) -> None:
@@ -190,12 +195,12 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
+            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=bool(args.sharded))
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            if not args.fsdp:  # one process alone cannot ask a part of a model
+            if not args.sharded:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]
                 trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 

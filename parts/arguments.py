@@ -54,7 +54,10 @@ class Arguments(TrainingArguments):
     )
     optimizer: str | None = field(
         default=None,
-        metadata={"help": "of bfloat16 weights; optim: what --optim says; default: planned", "choices": OPTIMIZERS},
+        metadata={
+            "help": "of bfloat16 weights; optim: what --optim says; default: planned",
+            "choices": [name for name in OPTIMIZERS if name != "cpu"],
+        },
     )
     fast_kernels: bool = field(default=True, metadata={"help": "packed attention and fused layers where they run"})
     check: bool = field(default=False, metadata={"help": "only look whether training runs here, and how fast"})
@@ -67,6 +70,14 @@ class Arguments(TrainingArguments):
         default=None,
         metadata={
             "help": "each GPU keeps a part of the model only (FSDP2, with torchrun): for models that fit no card",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    deepspeed: str | None = field(  # True or False once it is read
+        default=None,
+        metadata={
+            "help": "as --fsdp, by DeepSpeed (ZeRO-3), the optimizer in the CPU's memory: slower, for fewer GPUs",
             "nargs": "?",
             "const": True,
         },
@@ -87,7 +98,8 @@ class Arguments(TrainingArguments):
 
     def __post_init__(self):
         self.check_numbers()
-        self.fsdp = flags.asks_to_shard(self.fsdp)
+        self.fsdp = flags.asks_to_shard("fsdp", self.fsdp)
+        self.deepspeed = flags.asks_to_shard("deepspeed", self.deepspeed)
         flags.refuse(self)
         if self.optimizer is None and flags.is_given(self, "optim"):
             self.optimizer = "optim"
@@ -109,9 +121,10 @@ class Arguments(TrainingArguments):
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
         processes.meet(self.facts(), self.ddp_timeout)
-        sharded, self.fsdp = self.fsdp, None  # Trainer's own way would have accelerate cut the model, on GPUs only
+        # Trainer's own ways would have accelerate cut the model: FSDP on GPUs only, DeepSpeed with its checkpoints
+        asked, self.fsdp, self.deepspeed = (self.fsdp, self.deepspeed), None, None
         super().__post_init__()
-        self.fsdp, self.fsdp_config = sharded, {}
+        (self.fsdp, self.deepspeed), self.fsdp_config = asked, {}
         if why := card.no_kernels(self.device) or card.too_small(self.device, self.memory_gb):
             raise ValueError(why)
         libraries.try_out(self)
@@ -119,6 +132,11 @@ class Arguments(TrainingArguments):
         if self.offload_activations and self.device.type == "cpu":
             raise ValueError("--offload_activations 要 GPU")
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    @property
+    def sharded(self) -> str | None:
+        """The flag by which each process holds a part of the model only."""
+        return "fsdp" if self.fsdp else "deepspeed" if self.deepspeed else None
 
     def facts(self) -> dict[str, object]:
         """What all processes have to have in common, as far as it is known before they are a group."""

@@ -70,12 +70,12 @@ def find_model(args):
         tokenizer = models.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
         architecture.require(path, name, tokenizer)
-        return models.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
+        return models.load_weights(path, args.device, args.load_in_4bit, args.sharded), tokenizer
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
     models.save_random(name, str(folder), args.device, **SMALL if small else {})
-    return models.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
+    return models.load_weights(str(folder), args.device, args.load_in_4bit, args.sharded), None
 
 
 def draw(args, length: int, rows: int) -> datasets.Dataset:
@@ -96,5 +96,5 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
         found["8 位优化器 torchao"] = proof.try_step("8bit", args.device)
     found |= proof.require(trainer.model, args.load_in_4bit)
     model = trainer.release()
-    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else decoding.try_graph(model)
+    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.sharded else decoding.try_graph(model)
     return found

@@ -7,6 +7,8 @@ import os
 
 from transformers import SchedulerType
 
+from parts.terminal import shorten
+
 METRICS = ("eval_loss", "eval_token_loss")
 WHY = {  # why these are refused
     "评估按 token 数分批，只算损失，用不到它": (
@@ -21,7 +23,7 @@ WHY = {  # why these are refused
     "训练只写在 --output_dir；训练完再上传：python inference.py --push_to modelscope:owner/name": (
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
-    "多张卡用 torchrun，每张都放整个模型；放不下请加 --fsdp true，或用 train_lora.py": "deepspeed parallelism_config",
+    "多张卡用 torchrun，每张都放整个模型；放不下请加 --fsdp true，或用 train_lora.py": "parallelism_config",
     "怎样分片已经定好（FSDP2，逐层），只写 --fsdp true": "fsdp_config",
     "收到 SIGTERM 时本来就会保存检查点": "enable_jit_checkpoint",
     "一次算多少已经按显存规划好，要改用 --batch_tokens": "auto_find_batch_size",
@@ -34,7 +36,7 @@ WHY = {  # why these are refused
     "训练不算 logits，它没有可看的": "debug",
 }
 REFUSED = {name: why for why, names in WHY.items() for name in names.split()}
-SHARDED_WHY = {  # and why these are, beside --fsdp
+SHARDED_WHY = {  # and why these are, beside --fsdp and --deepspeed
     "4 位的权重不能分片": "load_in_4bit",
     "分片时没有试过编译": "torch_compile torch_compile_backend torch_compile_mode",
     "分片的模型用自己的损失": "full_logits label_smoothing_factor",
@@ -68,34 +70,42 @@ def recomputes(args) -> bool | None:
     return args.gradient_checkpointing if asked is None else asked
 
 
-def asks_to_shard(value) -> bool:
-    """What --fsdp says. Raises ValueError for the names of FSDP1 that transformers still knows."""
+def asks_to_shard(name: str, value) -> bool:
+    """What --fsdp or --deepspeed says. Raises ValueError for a configuration, and for the names of FSDP1 that
+    transformers still knows."""
     if str(value).lower() in ("true", "1", "yes"):
         return True
     if value is None or str(value).lower() in ("", "false", "0", "no", "[]"):
         return False
-    raise ValueError(f"--fsdp {value}：只能是 true 或 false")
+    raise ValueError(f"--{name} {shorten(str(value), 80)}：只能是 true 或 false")
 
 
 def refuse_sharded(args, given: set[str]) -> None:
-    """Raises ValueError for what does not go with --fsdp."""
+    """Raises ValueError for what does not go with --fsdp or --deepspeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and "LOCAL_RANK" in os.environ:
+        raise ValueError("--deepspeed true 就够了；请去掉 accelerate launch 的 DeepSpeed 设置（--use_deepspeed）")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and "LOCAL_RANK" in os.environ:
         raise ValueError("--fsdp true 就够了；请去掉 accelerate launch 的 FSDP 设置（--use_fsdp 或配置文件）")
-    if not args.fsdp:
+    if not (flag := args.sharded):
         return
+    if args.fsdp and args.deepspeed:
+        raise ValueError("--deepspeed 不能和 --fsdp 一起用：两者都把模型分给几张卡，请只写一个")
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        raise ValueError("--fsdp：模型分给几张卡，要用 torchrun 启动：torchrun --nproc_per_node 2 train.py --fsdp true")
+        command = f"torchrun --nproc_per_node 2 train.py --{flag} true"
+        raise ValueError(f"--{flag}：模型分给几张卡，要用 torchrun 启动：{command}")
     for name in sorted(name for name in given & SHARDED_REFUSED.keys() if getattr(args, name)):
-        raise ValueError(f"--{name} 不能和 --fsdp 一起用：{SHARDED_REFUSED[name]}")
+        raise ValueError(f"--{name} 不能和 --{flag} 一起用：{SHARDED_REFUSED[name]}")
     if getattr(args, "load_in_4bit", False):
-        raise ValueError(f"--load_in_4bit 不能和 --fsdp 一起用：{SHARDED_REFUSED['load_in_4bit']}")
+        raise ValueError(f"--load_in_4bit 不能和 --{flag} 一起用：{SHARDED_REFUSED['load_in_4bit']}")
+    for name in sorted(given & {"optimizer", "optim", "optim_args", "optim_target_modules"} if args.deepspeed else ()):
+        raise ValueError(f"--{name} 不能和 --deepspeed 一起用：它的优化器在 CPU 的内存里，是 float32 的 AdamW")
     if str(args.optimizer).endswith("in_backward"):
-        raise ValueError(f"--optimizer {args.optimizer} 不能和 --fsdp 一起用：分片的梯度要等各张卡加起来才能更新")
+        raise ValueError(f"--optimizer {args.optimizer} 不能和 --{flag} 一起用：分片的梯度要等各张卡加起来才能更新")
     if args.optimizer == "8bit":
-        raise ValueError("--optimizer 8bit 不能和 --fsdp 一起用：没有看到过它在分片的权重上算对")
+        raise ValueError(f"--optimizer 8bit 不能和 --{flag} 一起用：没有看到过它在分片的权重上算对")
     optim = getattr(args.optim, "value", args.optim)
     if optim not in SHARDED_OPTIM:
-        raise ValueError(f"--optim {optim} 不能和 --fsdp 一起用：只有 {'、'.join(SHARDED_OPTIM)}")
+        raise ValueError(f"--optim {optim} 不能和 --{flag} 一起用：只有 {'、'.join(SHARDED_OPTIM)}")
 
 
 def refuse(args) -> None:

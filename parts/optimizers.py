@@ -7,6 +7,7 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
     "kahan": (6, "AdamW，Kahan 求和"),
     "8bit": (2.04, "8 位 AdamW，随机舍入"),
     "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
+    "cpu": (16, "AdamW，float32，在 CPU 的内存里"),  # weight, gradient and two states: --deepspeed alone
     "optim": (None, "由 --optim 指定，默认 AdamW"),  # of AdamW two states, each as large as the weight
 }
 
@@ -25,7 +26,7 @@ def pick(name: str, triton: bool, **common):
     learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter, for later steps;
     stochastic rounding rounds up as often as the lost part is large, so that on average nothing is lost.
     """
-    if name == "optim":
+    if name in ("optim", "cpu"):
         return None
     if name == "kahan":
         import optimi

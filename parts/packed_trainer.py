@@ -154,6 +154,11 @@ class PackedTrainer(SafeTrainer):
         """Around all passes but the last: several GPUs add up their gradients once, after that one."""
         return self.accelerator.no_sync(model)
 
+    def drop_gradients(self) -> None:
+        """Forget passes of which no step is to come."""
+        self.last_hidden = None
+        self.model.zero_grad(set_to_none=True)
+
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.in_backward and not self.step_hooks:

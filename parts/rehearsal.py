@@ -11,7 +11,7 @@ import accelerate
 import numpy
 import torch
 
-from parts import memory, memory_plan, proof, sharding
+from parts import memory, memory_plan, proof
 from parts.encoding import IGNORE_INDEX
 from parts.packing import lengths_of
 from parts.terminal import is_out_of_memory
@@ -41,7 +41,7 @@ def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
             continue
         trainer.follow(plan)
         kind = "显存" if memory.is_own(args.device) else "内存"
-        print(memory_plan.describe(plan, f"每张卡的{kind}" if args.fsdp else kind))
+        print(memory_plan.describe(plan, f"每张卡的{kind}" if args.sharded else kind))
         if not args.rehearse:
             return None
         found = rehearse(trainer)
@@ -70,14 +70,12 @@ def rehearse(trainer) -> Rehearsed | None:
         with same_random_states(trainer.args.device):
             found = measure(trainer)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or trainer.args.fsdp:  # the others wait for this one's part of the model
+        if not is_out_of_memory(error) or trainer.args.sharded:  # the others wait for this one's part of the model
             raise
     finally:  # an error that was caught is gone by now, and with it the graph that its traceback held
         for hook in hooks:
             hook.remove()
-        trainer.last_hidden = None
-        sharding.reshard(trainer.model)
-        trainer.model.zero_grad(set_to_none=True)
+        trainer.drop_gradients()
         trainer.model.eval()
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -92,15 +90,15 @@ def measure(trainer) -> Rehearsed:
     batch = trainer.data_collator([data[i] for i in longest])
     tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    copies = (args.world_size > 1 and not args.fsdp) * sum(p.nbytes for p in trained)  # DistributedDataParallel's
+    copies = (args.world_size > 1 and not args.sharded) * sum(p.nbytes for p in trained)  # DistributedDataParallel's
     placeholder = torch.empty(int(trainer.plan.parts["优化器"] + copies), dtype=torch.uint8, device=args.device)
     for _ in range(2):  # the first one loads kernels
         seconds = -now(args.device)
         trainer.take_passes(trainer.model, trainer._prepare_inputs(batch), supervised)
         seconds += now(args.device)
         if args.gradient_accumulation_steps == 1:
-            trainer.model.zero_grad(set_to_none=True)
-    trainer.model.zero_grad(set_to_none=True)
+            trainer.drop_gradients()
+    trainer.drop_gradients()
     eval_speed = measure_evaluation(trainer) if trainer.eval_dataset and args.eval_strategy != "no" else math.inf
     del placeholder
     return Rehearsed(memory.peak(args.device), tokens, tokens / seconds, eval_speed)

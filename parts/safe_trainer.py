@@ -54,8 +54,11 @@ class SafeTrainer(transformers.Trainer):
         if self.limit and self.limit > 0:
             count = min(count, max(self.limit, 1 + args.load_best_model_at_end) + 1)
         count = 1 if args.save_strategy == "no" else count  # one, at a signal
-        weights = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        weights = self.trained_bytes()
         checkpoints.check_space(args.output_dir, count, weights + self.state_bytes, weights)
+
+    def trained_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 
     def finish_checkpoint(self) -> None:
         """Wait for the manifest of the last checkpoint."""

@@ -74,22 +74,46 @@ class ShardedTrainer(PackedTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        sharding.reshard(self.model)
+        self.reshard()
         return metrics
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
+    def drop_gradients(self) -> None:
+        self.reshard()
+        super().drop_gradients()
 
-    def check_weights(self) -> None:
-        sums = [sharding.local(p).sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
-        total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
-        self.check_finite({"weights": total.item()})
+    # ---- parts --------------------------------------------------------------------------------------------------
+
+    def reshard(self) -> None:
+        sharding.reshard(self.model)
+
+    def local(self, p) -> torch.Tensor:
+        return sharding.local(p)
 
     def gather(self) -> dict[str, torch.Tensor] | None:
         return sharding.gather(self.model, self.is_world_process_zero())
 
+    def load(self, folder: str) -> None:
+        sharding.load(self.model, folder)
+
+    def gather_states(self) -> dict | None:
+        return sharding.gather_states(self.optimizer, self.is_world_process_zero())
+
+    def load_states(self, file: str) -> None:
+        sharding.load_states(self.optimizer, file)
+
+    def whole_bytes(self) -> int:
+        return self.model.get_memory_footprint()
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def check_weights(self) -> None:
+        sums = [self.local(p).sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
+        total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
+        self.check_finite({"weights": total.item()})
+
     def whole_model(self, base_path: str):
         """Read from the output folder, by one process, if its card has room for all of it."""
-        args, size = self.args, self.model.get_memory_footprint()
+        args, size = self.args, self.whole_bytes()
         if size * (ROOM + 1 / args.world_size) > memory.free_here(args.device):  # beside this process's part
             print(f"示例回复：整个模型（{size / 1e9:.1f} GB）放不进一张卡，不生成；模型已经保存，可以分开来问。")
             return None
@@ -103,19 +127,19 @@ class ShardedTrainer(PackedTrainer):
             self._save(output_dir, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = sharding.gather_states(self.optimizer, self.is_world_process_zero())
+        states = self.gather_states()
         if self.args.should_save:
             torch.save(states, os.path.join(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        sharding.load(self.model, resume_from_checkpoint)
+        self.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        sharding.load(self.model, self.state.best_model_checkpoint)
+        self.load(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
             return
-        sharding.load_states(self.optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))
+        self.load_states(os.path.join(checkpoint, OPTIMIZER_NAME))
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))

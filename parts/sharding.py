@@ -72,17 +72,23 @@ def gather(model, first: bool) -> dict[str, torch.Tensor] | None:
     return found if first else None
 
 
-def load(model, folder: str | Path) -> None:
-    """Put the trained weights of a saved model or adapter into the parts: each process reads its own rows."""
+def saved_weights(model, folder: str | Path):
+    """(name, slice of a file) of each trained weight of a saved model or adapter."""
     adapter = Path(folder, "adapter_model.safetensors")
     files = [adapter] if adapter.is_file() else [Path(folder, name) for name in checkpoints.weight_files(Path(folder))]
-    missing = {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}
+    missing = {name.replace(ADAPTER, "."): name for name, p in model.named_parameters() if p.requires_grad}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in missing.keys() & set(weights.keys()):
-                p = missing.pop(name)
-                local(p).copy_(rows_of(p, weights.get_slice(name)))
+                yield missing.pop(name), weights.get_slice(name)
     assert not missing, (folder, sorted(missing))
+
+
+def load(model, folder: str | Path) -> None:
+    """Put the trained weights of a saved model or adapter into the parts: each process reads its own rows."""
+    weights = dict(model.named_parameters())
+    for name, saved in saved_weights(model, folder):
+        local(weights[name]).copy_(rows_of(weights[name], saved))
 
 
 def gather_states(optimizer, first: bool) -> dict | None:

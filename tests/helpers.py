@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import csv
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -334,15 +335,19 @@ class Server:
 
     def fork(self, request: dict) -> int:
         """The process id of the child that does what `request` says."""
+        return self.ask(request)
+
+    def load(self, *modules: str) -> None:
+        """Let the children find these imported, as far as they are installed."""
+        self.ask({"modules": [name for name in modules if importlib.util.find_spec(name.partition(".")[0])]})
+
+    def ask(self, request: dict):
         if self.process is None:
             code = f"import sys; sys.path[:0] = {sys.path!r}; import helpers; helpers.serve()"
             env = os.environ | {"PYTHONUTF8": "1", "TOKENIZERS_PARALLELISM": "false"}
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-        return self.ask(request)
-
-    def ask(self, request: dict):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -372,6 +377,10 @@ def serve() -> None:
         if "wait" in request:
             pid, status = os.waitpid(request["wait"], os.WNOHANG)
             answer = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        elif "modules" in request:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
+                answer = [importlib.import_module(name).__name__ for name in request["modules"]]
+            gc.freeze()
         else:
             answer = os.fork()
             if not answer:

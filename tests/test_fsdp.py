@@ -1,112 +1,27 @@
 """A model that is cut among processes (--fsdp): the gradients, the curve and the checkpoints of one process."""
 
 import json
-import os
 import re
-import shutil
-import socket
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
+import sharded_runs
 import torch
-from helpers import (
-    QWEN,
-    SMALL,
-    At,
-    Started,
-    arguments,
-    build_model,
-    card_arguments,
-    examples,
-    history,
-    on_meta,
-    run_script,
-    same,
-    terminate,
-    weights,
-)
+from helpers import QWEN, SMALL, arguments, build_model, card_arguments, on_meta, run_script, same, weights
 from safetensors.torch import load_file, save_file
+from sharded_runs import CPU, LORA, as_flags, has_curve_of_one, has_gradients_of_one, together
 from torch.distributed.tensor import DTensor
 
 import train
 import train_lora
-from parts import arguments as flags_of
-from parts import checkpoints, memory, memory_plan, models, optimizers, sharding
-from parts.encoding import IGNORE_INDEX
+from parts import memory, memory_plan, models, optimizers, sharding
 from parts.loss import LinearCrossEntropy
 from parts.sharded_trainer import ShardedTrainer
 
-STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
-STEPS |= {"report_to": "none", "disable_tqdm": "true", "eval_samples": 0, "lora_dropout": 0}
-STEPS |= {"lora_rank": 1}  # of half of the adapter's weights the second process has nothing
 HERE = "tests/test_fsdp.py"
-LORA = "train_lora.py"
-CPU = torch.device("cpu")
-
-
-def as_flags(script: str, model, sharded: bool = False, **changes) -> list[str]:
-    values = STEPS | {"model_name": model} | changes
-    values |= {"fsdp": "true", "per_device_train_batch_size": 2} if sharded else {}
-    values = {name: value for name, value in values.items() if script == LORA or not name.startswith("lora")}
-    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
-
-
-def together(script: str, *flags, cwd, status: int = 0, **more) -> list[str]:
-    """What each of two processes says that are started as torchrun starts them, but forked; both end with `status`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    both = [Started(script, flags, cwd, env, **more) for env in ranks]
-    ends = [process.wait(60) for process in both]
-    assert ends == [status] * 2, "\n".join(process.stdout for process in both)
-    return [process.stdout for process in both]
-
-
-def follows(folder: str, other: str) -> None:
-    """Both runs have the same curve, and nearly the same weights at the end."""
-    logs, others = history(folder), history(other)
-    assert [set(log) for log in logs] == [set(log) for log in others] and len(logs) > 3
-    for log, expected in zip(logs, others):
-        for name, most in {"loss": 1e-3, "grad_norm": 1e-3, "eval_loss": 1e-4, "eval_clean_think_loss": 1e-4}.items():
-            assert log.get(name, 0) == pytest.approx(expected.get(name, 0), rel=most), name
-    found, wanted = weights(folder), weights(other)
-    assert found.keys() == wanted.keys()
-    assert all(found[name].allclose(wanted[name], atol=2e-5) for name in wanted)
 
 
 # ---- what the forked processes do ---------------------------------------------------------------------------------
-
-
-def make_trainer(model_path, **changes):
-    """A trainer of `examples`, of a part of the model where there are several processes."""
-    import datasets
-
-    args = arguments(model_path, fsdp="WORLD_SIZE" in os.environ, output_dir="trainer", **changes)
-    model = models.load_weights(str(model_path), args.device, on_cpu=args.fsdp)
-    dataset = datasets.Dataset.from_list(examples())
-    return train.build_trainer(args, model, None, dataset, dataset)
-
-
-def measure(model_path: str, file: str) -> None:
-    """Into `file`: the gradients of one step over all examples, and the losses of three evaluations."""
-    trainer = make_trainer(model_path, batch_tokens=60)  # two passes of the first process, one of the second
-    args, total = trainer.args, sum(label != IGNORE_INDEX for row in examples() for label in row["labels"][1:])
-    batch = trainer.data_collator(examples()[args.process_index :: args.world_size])
-    trainer.take_passes(trainer.model, batch, torch.tensor(total))
-    found = {name: p.grad for name, p in trainer.model.named_parameters()}
-    if args.fsdp:
-        held, of = (sum(each(p).numel() for p in trainer.model.parameters()) for each in (sharding.local, lambda p: p))
-        assert held == of / 2, (held, of)
-        found = {name: grad.full_tensor() for name, grad in found.items()}
-    for rows in (1, 2, 3):  # fewer than processes, as many, and more
-        metrics = trainer.evaluate(trainer.train_dataset.select(range(rows)))
-        found[f"evaluation of {rows}"] = torch.tensor([metrics["eval_loss"], metrics["eval_token_loss"]])
-    if not args.process_index:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, file)
 
 
 def step(name: str, file: str) -> None:
@@ -147,15 +62,6 @@ def take_steps(model, name: str, states: str | None, steps: int = 2):
     return optimizer
 
 
-def ruin(model_path: str) -> None:
-    """A weight of the second process's part is no number."""
-    trainer = make_trainer(model_path)
-    trainer.create_optimizer_and_scheduler(4)
-    if trainer.args.process_index:
-        sharding.local(next(trainer.model.parameters()))[0] = float("nan")
-    trainer.check_weights()
-
-
 def account(layers: int, tokens: int, every: int, tied: str) -> None:
     """Prints the estimate for one of four cards, and the peak by torch's own account of the real operations, on tensors
     without storage."""
@@ -167,7 +73,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     # It adds the two gradients of a tied embedding out of place, which torch does to such tensors alone.
     shape |= {"vocab_size": 32768} if tied == "True" else {}
     args = card_arguments()
-    args.fsdp, args.world_size = True, 4
+    args.sharded, args.world_size = "fsdp", 4
     model = on_meta(layers=layers, shape=shape)
     estimate = memory.estimate(model, args, False, tokens, every, False, "kahan", tokens)
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
@@ -187,69 +93,17 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     print(json.dumps([sum(estimate.values()) - memory.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
 
 
-def stop(script: str, *flags) -> None:
-    """A training with these flags, whose last process is asked to stop in step 6."""
-    sys.argv = [script, *flags]
-    lora = script == LORA
-    args = flags_of.parse_flags(train_lora.LoraArguments if lora else train.TrainArguments, "")
-    asked = [At(6, terminate)] if args.process_index == args.world_size - 1 else []
-    train.train(args, train_lora.add_adapter if lora else None, asked)
-
-
 # ---- tests --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_and_evaluations_are_those_of_one_process(folder, tiny_model, tied):
-    """The gathered output layer's too, where it is the embedding and where it is not."""
-    if not tied:
-        model = models.load_weights(str(tiny_model), CPU)
-        model.config.tie_word_embeddings = False
-        untied = type(model)(model.config)
-        untied.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            untied.lm_head.weight.mul_(-2)
-        shutil.copytree(tiny_model, "untied")
-        untied.save_pretrained("untied")
-        assert "lm_head.weight" in weights("untied")
-        tiny_model = "untied"
-    measure(str(tiny_model), "one")
-    together(HERE, tiny_model, "two", cwd=folder, call="measure")
-    one, two = load_file("one"), load_file("two")
-    assert one.keys() == two.keys() and ("lm_head.weight" in one) == (not tied)
-    for name, found in two.items():
-        assert (found - one[name]).norm() < 1e-5 * one[name].norm(), name
+    has_gradients_of_one("fsdp", folder, tiny_model, tied)
 
 
 @pytest.mark.parametrize("script", ["train.py", LORA])
 def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, tiny_model, script):
-    """Stopped, it goes on to the same weights, and so do one process from the checkpoints of two, and two from one's,
-    to nearly the same. A rehearsal, passes and recomputed layers on the way."""
-    assert run_script(script, *as_flags(script, tiny_model), "--output_dir", "one", cwd=workspace).returncode == 0
-    sharded = as_flags(script, tiny_model, True, batch_tokens=130, checkpoint_every=1, rehearse="true")
-    [said, silent] = together(script, *sharded, "--output_dir", "two", cwd=workspace)
-    assert said.count("训练完成") == 1 and said.count("【问题】") == 3 and "每张卡的内存计划" in said
-    assert "预演：最大的一步" in said and "评估不生成样例" in said and not silent
-    follows("two", "one")
-    names = {path: sorted(os.listdir(f"{path}/checkpoint-12")) for path in ("one", "two")}
-    assert names["two"] == sorted({*names["one"], "rng_state_0.pth", "rng_state_1.pth"} - {"rng_state.pth"})
-    config = "adapter_config.json" if script == LORA else "config.json"
-    assert Path("two", config).read_text() == Path("one", config).read_text()
-
-    together(HERE, script, *sharded, "--output_dir", "stopped", cwd=workspace, call="stop", status=143)
-    assert [checkpoints.step_of(path) for path in checkpoints.find_whole("stopped")] == [4, 6]
-    one = run_script(HERE, script, *as_flags(script, tiny_model), "--output_dir", "alone", cwd=workspace, call="stop")
-    assert one.returncode == 143, one.stdout
-    for source, copy in (("stopped", "parted"), ("alone", "joined")):
-        shutil.copytree(source, copy)
-    [said, _] = together(script, *sharded, "--output_dir", "stopped", cwd=workspace)
-    assert "resumed from step 6" in said and same(weights("stopped"), weights("two"))
-    [said, _] = together(script, *sharded, "--output_dir", "joined", cwd=workspace)
-    assert "resumed from step 6" in said
-    one = run_script(script, *as_flags(script, tiny_model), "--output_dir", "parted", cwd=workspace)
-    assert one.returncode == 0 and "resumed from step 6" in one.stdout, one.stdout
-    follows("joined", "one")
-    follows("parted", "one")
+    has_curve_of_one("fsdp", workspace, tiny_model, script)
 
 
 def test_a_cut_model_ends_with_its_best_weights(workspace, tiny_model):
@@ -257,7 +111,7 @@ def test_a_cut_model_ends_with_its_best_weights(workspace, tiny_model):
     ruinous = {"max_steps": 4, "eval_steps": 1, "learning_rate": 3, "lr_scheduler_type": "constant_with_warmup"}
     ruinous |= {"warmup_steps": 10, "early_stopping_patience": 9}
     [said, _] = together(
-        "train.py", *as_flags("train.py", tiny_model, True, **ruinous, output_dir="run"), cwd=workspace
+        "train.py", *as_flags("train.py", tiny_model, "fsdp", **ruinous, output_dir="run"), cwd=workspace
     )
     best = int(re.search(r"保存的权重：.*（第 (\d+) 步）", said).group(1))
     assert best < 4 and same(weights("run"), weights(f"run/checkpoint-{best}"))
@@ -276,7 +130,7 @@ def test_an_optimizer_of_parts_takes_the_steps_of_whole_weights(folder, name):
 
 
 def test_a_weight_that_is_no_number_in_one_part_stops_all(folder, tiny_model):
-    [said, silent] = together(HERE, tiny_model, cwd=folder, call="ruin", status=1)
+    [said, silent] = together(sharded_runs.HERE, tiny_model, "fsdp", cwd=folder, call="ruin", status=1)
     assert "错误：到第 0 步 weights 成了 nan" in said and "错误" not in silent
 
 
@@ -332,7 +186,7 @@ def test_the_plan_is_that_of_one_card(lora):
     args = card_arguments(lora, memory_gb=140)
     model = train_lora.add_adapter(on_meta(), args) if lora else on_meta()
     one = memory.estimate(model, args, True, 2048, 1, False, "kahan", 8192)
-    args.fsdp, args.world_size = True, 4
+    args.sharded, args.world_size = "fsdp", 4
     four = memory.estimate(model, args, True, 2048, 1, False, "kahan", 8192)
     assert four["优化器"] == one["优化器"] / 4
     assert one["权重"] / 4 < four["权重"] < one["权重"] / 4 + 1.2e9

@@ -208,5 +208,5 @@ def test_how_many_examples_a_step_of_several_processes_has_is_said(each, more):
     args = SimpleNamespace(
         train_batch_size=each, gradient_accumulation_steps=1, world_size=2, examples_per_step=2 * each
     )
-    args.fsdp = False
+    args.sharded = None
     assert train.describe_step(args) == f"每步 {2 * each} 条样本：2 个进程，各 {each} 条，累积 1 次{more}。"

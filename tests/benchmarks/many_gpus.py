@@ -78,7 +78,8 @@ def row(name: str, lora: bool, machines: int, cards: int, fsdp: bool, examples: 
     from parts import memory_plan
 
     args = memory_budget.card_arguments(train_lora.LoraArguments if lora else train.TrainArguments)
-    args.world_size, args.fsdp, args.per_device_train_batch_size = machines * cards, fsdp, examples
+    args.sharded = "fsdp" if fsdp else None
+    args.world_size, args.per_device_train_batch_size = machines * cards, examples
     model = build(name, lora, args)
     plan, *_ = memory_plan.choose(args, model, [WORST] * examples, True, CARD - 0.5e9)
     what = f"{machines} x {cards}{' --fsdp' if fsdp else ''}" if machines * cards > 1 else "1"
