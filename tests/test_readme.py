@@ -93,8 +93,10 @@ def accept(script: str, flags: list[str], help_flags) -> None:
     """Raises SystemExit, ValueError or AssertionError unless `script` takes `flags`."""
     if script in TRAINING:
         values = training_parser(script).parse_args(flags)
-        assert values.fsdp in (None, "true")  # which wants several processes, as tests/test_fsdp.py has them
-        TRAINING[script](**vars(values) | {"report_to": "none", "fsdp": None})
+        # Which want several processes, as test_fsdp.py and test_deepspeed.py have them
+        alone = {"fsdp": None, "deepspeed": None}
+        assert {getattr(values, name) for name in alone} <= {None, True, "true"}
+        TRAINING[script](**vars(values) | {"report_to": "none"} | alone)
     elif script in OTHERS:
         found = {word for word in flags if word.startswith("--")}
         assert found <= help_flags(script) | {"--help"}, (script, found)
