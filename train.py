@@ -96,18 +96,10 @@ def prepare_files(args: TrainArguments) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
-    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding, zero
-    from parts.packed_trainer import PackedTrainer
+    from parts import kernels, memory, memory_plan, packing, placement, proof, rehearsal
     from parts.safe_trainer import BestCheckpoint
-    from parts.sharded_trainer import ShardedTrainer
-    from parts.zero_trainer import ZeroTrainer
 
-    trainer_class, outline = ShardedTrainer if args.sharded else PackedTrainer, model
-    if args.fsdp:
-        sharding.shard(model, args.device, args.world_size)
-    if args.deepspeed:
-        outline = zero.outline(model)
-        trainer_class = partial(ZeroTrainer, config=zero.shard(model, args.device, args.world_size, args.max_grad_norm))
+    trainer_class, outline = placement.place(model, args)
     proof.require(model, args.load_in_4bit)
     fast = kernels.choose(model, bool(args.sharded)) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)

@@ -18,20 +18,8 @@ from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
 
 gc.enable()
 
-from parts import card, flags, libraries, processes  # noqa: E402
-from parts.memory import DRIVER_BYTES  # noqa: E402
+from parts import card, flags, libraries, processes, sharded_flags  # noqa: E402
 from parts.optimizers import OPTIMIZERS  # noqa: E402
-
-ABOVE_0 = (  # flags of the scripts are among them
-    "max_length sample_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
-    "max_steps lora_rank lora_alpha memory_gb batch_tokens adam_epsilon logging_steps eval_steps save_steps "
-    "save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb"
-).split()
-BELOW_1 = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
-NOT_BELOW_0 = (
-    "early_stopping_patience seed data_seed checkpoint_every weight_decay max_grad_norm warmup_steps eval_delay "
-    "neftune_noise_alpha dataloader_num_workers eval_samples"
-).split()
 
 
 @dataclass
@@ -97,9 +85,9 @@ class Arguments(TrainingArguments):
     load_in_4bit = False
 
     def __post_init__(self):
-        self.check_numbers()
-        self.fsdp = flags.asks_to_shard("fsdp", self.fsdp)
-        self.deepspeed = flags.asks_to_shard("deepspeed", self.deepspeed)
+        flags.check_numbers(self)
+        self.fsdp = sharded_flags.asks("fsdp", self.fsdp)
+        self.deepspeed = sharded_flags.asks("deepspeed", self.deepspeed)
         flags.refuse(self)
         if self.optimizer is None and flags.is_given(self, "optim"):
             self.optimizer = "optim"
@@ -155,30 +143,6 @@ class Arguments(TrainingArguments):
         """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut a packed
         batch to pieces."""
         return min(super().n_gpu, 1)
-
-    def check_numbers(self):
-        """Raises ValueError for numbers and folders with which training would fail late, or do nothing."""
-        for name in (*ABOVE_0, *NOT_BELOW_0, *BELOW_1):
-            value = getattr(self, name, None)
-            if value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
-                continue
-            if name.endswith("seed") and value >= 2**32:
-                raise ValueError(f"--{name} {value}：要一个小于 {2**32} 的整数")
-            if name in BELOW_1 and not 0 <= value < 1:
-                raise ValueError(f"--{name} {value}：要一个从 0 到 1（不含 1）的数")
-            if not 0 <= value < float("inf") or value == 0 and name in ABOVE_0:
-                kind = "整数" if isinstance(value, int) else "数"
-                raise ValueError(
-                    f"--{name} {value}：要一个{'大于 0 的数' if name in ABOVE_0 else f'不小于 0 的{kind}'}"
-                )
-        if self.memory_gb and self.memory_gb * 1e9 <= DRIVER_BYTES:
-            raise ValueError(f"--memory_gb {self.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
-        if not self.output_dir:
-            raise ValueError("--output_dir 是空的")
-        checkpoint = self.resume_from_checkpoint
-        if checkpoint and not Path(checkpoint).is_dir():
-            how = "不写这个参数，就会从最近的完整检查点继续"
-            raise ValueError(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

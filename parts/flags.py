@@ -1,13 +1,15 @@
-"""transformers' flags that would do nothing here, or not what they say: each is refused by its name. Knows what the
-Trainer of parts/ reads, no recipe."""
+"""Flags that would do nothing here, or not what they say, and numbers that no training can use: each is refused by its
+name. Knows what the Trainer of parts/ reads, no recipe."""
 
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 from transformers import SchedulerType
 
-from parts.terminal import shorten
+from parts import sharded_flags
+from parts.memory import DRIVER_BYTES
 
 METRICS = ("eval_loss", "eval_token_loss")
 WHY = {  # why these are refused
@@ -36,22 +38,42 @@ WHY = {  # why these are refused
     "训练不算 logits，它没有可看的": "debug",
 }
 REFUSED = {name: why for why, names in WHY.items() for name in names.split()}
-SHARDED_WHY = {  # and why these are, beside --fsdp and --deepspeed
-    "4 位的权重不能分片": "load_in_4bit",
-    "分片时没有试过编译": "torch_compile torch_compile_backend torch_compile_mode",
-    "分片的模型用自己的损失": "full_logits label_smoothing_factor",
-    "分片时没有试过": "neftune_noise_alpha use_liger_kernel",
-    "分片的权重按自己的精度算": "bf16 fp16",
-    "分片时没有 DistributedDataParallel": (
-        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph"
-    ),
-    "分片时评估不生成样例，训练完才有": "eval_samples",
-}
-SHARDED_REFUSED = {name: why for why, names in SHARDED_WHY.items() for name in names.split()}
-SHARDED_OPTIM = ("adamw_torch", "adamw_torch_fused")  # seen to give one process's weights
+ABOVE_0 = (  # flags of the scripts are among them
+    "max_length sample_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
+    "max_steps lora_rank lora_alpha memory_gb batch_tokens adam_epsilon logging_steps eval_steps save_steps "
+    "save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb"
+).split()
+BELOW_1 = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
+NOT_BELOW_0 = (
+    "early_stopping_patience seed data_seed checkpoint_every weight_decay max_grad_norm warmup_steps eval_delay "
+    "neftune_noise_alpha dataloader_num_workers eval_samples"
+).split()
 TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 NO_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 NO_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def check_numbers(args) -> None:
+    """Raises ValueError for numbers and folders with which training would fail late, or do nothing."""
+    for name in (*ABOVE_0, *NOT_BELOW_0, *BELOW_1):
+        value = getattr(args, name, None)
+        if value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
+            continue
+        if name.endswith("seed") and value >= 2**32:
+            raise ValueError(f"--{name} {value}：要一个小于 {2**32} 的整数")
+        if name in BELOW_1 and not 0 <= value < 1:
+            raise ValueError(f"--{name} {value}：要一个从 0 到 1（不含 1）的数")
+        if not 0 <= value < float("inf") or value == 0 and name in ABOVE_0:
+            kind = "整数" if isinstance(value, int) else "数"
+            raise ValueError(f"--{name} {value}：要一个{'大于 0 的数' if name in ABOVE_0 else f'不小于 0 的{kind}'}")
+    if args.memory_gb and args.memory_gb * 1e9 <= DRIVER_BYTES:
+        raise ValueError(f"--memory_gb {args.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
+    if not args.output_dir:
+        raise ValueError("--output_dir 是空的")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint and not Path(checkpoint).is_dir():
+        how = "不写这个参数，就会从最近的完整检查点继续"
+        raise ValueError(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
 
 
 def is_given(args, name: str) -> bool:
@@ -70,51 +92,13 @@ def recomputes(args) -> bool | None:
     return args.gradient_checkpointing if asked is None else asked
 
 
-def asks_to_shard(name: str, value) -> bool:
-    """What --fsdp or --deepspeed says. Raises ValueError for a configuration, and for the names of FSDP1 that
-    transformers still knows."""
-    if str(value).lower() in ("true", "1", "yes"):
-        return True
-    if value is None or str(value).lower() in ("", "false", "0", "no", "[]"):
-        return False
-    raise ValueError(f"--{name} {shorten(str(value), 80)}：只能是 true 或 false")
-
-
-def refuse_sharded(args, given: set[str]) -> None:
-    """Raises ValueError for what does not go with --fsdp or --deepspeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and "LOCAL_RANK" in os.environ:
-        raise ValueError("--deepspeed true 就够了；请去掉 accelerate launch 的 DeepSpeed 设置（--use_deepspeed）")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and "LOCAL_RANK" in os.environ:
-        raise ValueError("--fsdp true 就够了；请去掉 accelerate launch 的 FSDP 设置（--use_fsdp 或配置文件）")
-    if not (flag := args.sharded):
-        return
-    if args.fsdp and args.deepspeed:
-        raise ValueError("--deepspeed 不能和 --fsdp 一起用：两者都把模型分给几张卡，请只写一个")
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        command = f"torchrun --nproc_per_node 2 train.py --{flag} true"
-        raise ValueError(f"--{flag}：模型分给几张卡，要用 torchrun 启动：{command}")
-    for name in sorted(name for name in given & SHARDED_REFUSED.keys() if getattr(args, name)):
-        raise ValueError(f"--{name} 不能和 --{flag} 一起用：{SHARDED_REFUSED[name]}")
-    if getattr(args, "load_in_4bit", False):
-        raise ValueError(f"--load_in_4bit 不能和 --{flag} 一起用：{SHARDED_REFUSED['load_in_4bit']}")
-    for name in sorted(given & {"optimizer", "optim", "optim_args", "optim_target_modules"} if args.deepspeed else ()):
-        raise ValueError(f"--{name} 不能和 --deepspeed 一起用：它的优化器在 CPU 的内存里，是 float32 的 AdamW")
-    if str(args.optimizer).endswith("in_backward"):
-        raise ValueError(f"--optimizer {args.optimizer} 不能和 --{flag} 一起用：分片的梯度要等各张卡加起来才能更新")
-    if args.optimizer == "8bit":
-        raise ValueError(f"--optimizer 8bit 不能和 --{flag} 一起用：没有看到过它在分片的权重上算对")
-    optim = getattr(args.optim, "value", args.optim)
-    if optim not in SHARDED_OPTIM:
-        raise ValueError(f"--optim {optim} 不能和 --{flag} 一起用：只有 {'、'.join(SHARDED_OPTIM)}")
-
-
 def refuse(args) -> None:
     """Raises ValueError for a flag that would do nothing, or not what it says; never with its value, which may be a
     secret. Before transformers has filled in what was left open."""
     given = {name for name in vars(args) if is_given(args, name)}
     for name in sorted(given & REFUSED.keys()):
         raise ValueError(f"--{name}：{REFUSED[name]}")
-    refuse_sharded(args, given)
+    sharded_flags.refuse(args, given)
     kept_best = args.load_best_model_at_end and args.eval_strategy != "no"
     patience = "early_stopping_patience" in given and args.early_stopping_patience
     optim = sorted(given & {"optim", "optim_args", "optim_target_modules"})
