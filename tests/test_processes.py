@@ -55,7 +55,7 @@ def curve(folder: str) -> list[tuple[float, float]]:
     return pairs + [(log["eval_loss"], log["eval_token_loss"]) for log in logs if "eval_loss" in log]
 
 
-def follow_one(workspace, script: str, one: list[str], two) -> None:
+def follow_one(workspace, script: str, one: list[str], two, samples: bool = True) -> None:
     """One process with these flags, and what `two(flags)` starts, have the same curve, and one voice."""
     result = run_script(script, *one, "--output_dir", "one", cwd=workspace)
     assert result.returncode == 0, result.stdout
@@ -63,7 +63,8 @@ def follow_one(workspace, script: str, one: list[str], two) -> None:
     assert {process.returncode for process in started} == {0}, outputs
     output = "".join(outputs)
     assert output.count("训练完成") == 1 and output.count("【问题】") == 3
-    assert "样例" in result.stdout and "样例" in output  # what the first process alone asks, while the second one waits
+    # What the first process alone asks, while the second one waits
+    assert not samples or "样例" in result.stdout and "样例" in output
     found, expected = curve("two"), curve("one")
     assert len(found) == len(expected) > 2
     for pair, other in zip(found, expected):
@@ -109,6 +110,15 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
     resumed = [int(line.split()[-1]) for line in output.splitlines() if line.startswith("resumed from step")]
     assert output.count("错误：另一个进程已经结束或没有回应，训练停止；") == 1 and resumed == [stopped, 8]
     assert same(weights("resumed"), weights("two"))
+
+
+@pytest.mark.four
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_four_processes_follow_the_curve_of_one(workspace, tiny_model, sharded):
+    four = flags(tiny_model, per_device_train_batch_size=1, eval_samples=0, fsdp=sharded)
+    launcher = (*TORCHRUN[:-1], "--nproc_per_node=4")
+    one = flags(tiny_model, eval_samples=0)
+    follow_one(workspace, "train.py", one, lambda more: [launch(launcher, "train.py", [*four, *more])], samples=False)
 
 
 def test_accelerate_launches_lora_too(workspace, tiny_model):
@@ -165,6 +175,21 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkey
     assert forked(look, ("one",), ("one",)) == ["", ""]
     said, quiet = forked(look, ("one",), ("two",))
     assert said.startswith("错误：进程 1 的机器看不到进程 0 写在 out 里的文件；") and quiet == "1"
+
+
+def test_files_are_fetched_by_one_at_a_time(folder):
+    """The first one of another machine comes after the first of all: they may share the folder."""
+
+    def fetch(rank: int, seconds: float) -> None:
+        accelerate.PartialState._reset_state()  # of the tests before
+        accelerate.PartialState(cpu=True)
+        with processes.in_turns(SimpleNamespace(process_index=rank, local_process_index=0)):
+            assert sorted(os.listdir()) == ["0"] * rank
+            time.sleep(seconds)
+            Path(str(rank)).touch()
+        assert sorted(os.listdir()) == ["0", "1"]
+
+    assert forked(fetch, (0.3,), (0.1,)) == ["", ""]
 
 
 def test_processes_that_agree_go_on():
