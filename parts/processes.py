@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from parts.terminal import first_line
+from parts.terminal import first_line, is_out_of_memory
 
 MEETING = 300  # seconds in which all processes have to come
 SHOWN_LATE = 30  # seconds after which a network's file system shows a new file
@@ -121,10 +121,11 @@ def require_shared(args, file: Path) -> None:
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether it says that another process does not answer."""
+    """Whether it says that another process does not answer. NCCL's errors may also tell of this one's memory."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or any(words in str(error).lower() for words in LOST)
+    said = isinstance(error, DistError) or any(words in str(error).lower() for words in LOST)
+    return said and not is_out_of_memory(error)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import accelerate
 import psutil
 import pytest
+import torch
 from helpers import ROOT, history, refused, run_script, same, weights
 
 import train
@@ -235,3 +236,17 @@ def test_how_many_examples_a_step_of_several_processes_has_is_said(each, more):
     )
     args.sharded = None
     assert train.describe_step(args) == f"每步 {2 * each} 条样本：2 个进程，各 {each} 条，累积 1 次{more}。"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error: out of memory"), False),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), True),
+        (RuntimeError("shape mismatch"), False),
+    ],
+    ids=str,
+)
+def test_what_says_that_a_process_is_gone(error, lost):
+    assert processes.is_lost(error) == lost
