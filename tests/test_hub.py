@@ -511,9 +511,8 @@ def test_scripts_load_no_code(script):
             assert not names & unsafe, ast.unparse(node)
         if isinstance(node, ast.Call):
             called, flags = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-            assert called.split(".")[-1] not in unsafe and called not in ("torch.load", "eval", "exec"), ast.unparse(
-                node
-            )
+            assert called.split(".")[-1] not in unsafe and called not in ("eval", "exec"), ast.unparse(node)
+            assert called != "torch.load" or flags.get("weights_only") == "True", ast.unparse(node)
             assert flags.get("trust_remote_code", "False") == "False", ast.unparse(node)
             assert flags.get("weights_only", "True") == "True", ast.unparse(node)
             if re.search(r"\.Auto\w+\.from_pretrained$", called):
