@@ -158,9 +158,8 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
-    with output_folder.hold(args):
-        oom, lost = terminal.explain_out_of_memory(OUT_OF_MEMORY), processes.explain_loss(args, LOST)
-        with oom, lost, memory_plan.limited(args.device):
+    with processes.explain_loss(args, LOST), output_folder.hold(args):
+        with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
             # The data and the base model, fetched once for each machine where they are missing
             with processes.in_turns(args):
                 prepare_files(args)

@@ -108,7 +108,9 @@ class Arguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
-        processes.meet(self.facts(), self.ddp_timeout)
+        device = torch.device("cpu") if self.use_cpu else torch.accelerator.current_accelerator()
+        backend = self.ddp_backend or torch.distributed.get_default_backend_for_device(device)
+        processes.meet(self.facts(device), self.ddp_timeout, backend)
         # Trainer's own ways would have accelerate cut the model: FSDP on GPUs only, DeepSpeed with its checkpoints
         asked, self.fsdp, self.deepspeed = (self.fsdp, self.deepspeed), None, None
         super().__post_init__()
@@ -126,12 +128,11 @@ class Arguments(TrainingArguments):
         """The flag by which each process holds a part of the model only."""
         return "fsdp" if self.fsdp else "deepspeed" if self.deepspeed else None
 
-    def facts(self) -> dict[str, object]:
+    def facts(self, device: torch.device) -> dict[str, object]:
         """What all processes have to have in common, as far as it is known before they are a group."""
         own = ("local_rank", "use_cpu", "disable_tqdm")  # are a machine's or a terminal's
-        device = "CPU" if self.use_cpu else torch.accelerator.current_accelerator().type
         given = {f"--{each.name}": getattr(self, each.name) for each in fields(self) if each.name not in own}
-        return {"设备": device} | libraries.versions() | given
+        return {"设备": device.type} | libraries.versions() | libraries.optional_versions() | given
 
     @property
     def examples_per_step(self) -> int:
@@ -169,6 +170,6 @@ def parse_flags(arguments_class: type[Arguments], description: str) -> Arguments
         libraries.find_packages(args)
         return args
     except ValueError as error:
-        if os.environ.get("RANK", "0") != "0":  # the first process says it
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # said once on each machine: it may be that one's alone
             raise SystemExit(2) from None
         parser.error(str(error))

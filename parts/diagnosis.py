@@ -1,9 +1,7 @@
 """One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a person who
 rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
 
-import contextlib
 import copy
-import importlib.metadata
 import platform
 import tempfile
 from pathlib import Path
@@ -27,7 +25,8 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     """
     print(f"显卡：{card.describe(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    versions = libraries.versions() | optional_versions()
+    optional = {name: version for name, version in libraries.optional_versions().items() if version}
+    versions = libraries.versions() | optional
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
@@ -51,15 +50,6 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
         raise SystemExit(1)
 
 
-def optional_versions() -> dict[str, str]:
-    """Of those libraries that only some cards need, where they are installed."""
-    found = {}
-    for name in ("liger-kernel", "torch-optimi", "triton", "torchao", "bitsandbytes"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def find_model(args):
     """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
@@ -71,6 +61,8 @@ def find_model(args):
         encoding.require_thinking(tokenizer, name)
         architecture.require(path, name, tokenizer)
         return models.load_weights(path, args.device, args.load_in_4bit, args.sharded), tokenizer
+    if args.sharded:
+        raise SystemExit(f"错误：--check 加 --{args.sharded} 时要有模型，{name} 还没有下载；请先下载，或不加它。")
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # it imports transformers
 
 SETTINGS = "设置"  # title of what holds Settings
 TEMPERATURES = (0.1, 2)  # lower is greedy, and thinks in circles; higher is noise
-THOUGHT, HINT = "思考", "提示"  # titles of what folds
+THOUGHT, HINT, WAITING = "思考", "提示", "等待"  # titles of what folds
 
 
 def text_of(message: dict) -> str:
@@ -49,6 +49,15 @@ def first_turns(messages: list[dict], turns: int) -> list[dict]:
     return messages[: starts[turns]] if turns < len(starts) else messages
 
 
+def keep_up(messages: list[dict], other: list[dict]) -> list[dict]:
+    """What is shown of another model, with the same questions as `messages`, the first one's: none that a person went
+    back from, and those too that were stopped before it heard of them; without what it waited for."""
+    asked = [message for message in messages if message["role"] == "user"]
+    kept = first_turns(other, len(asked))
+    kept = [message for message in kept if (message.get("metadata") or {}).get("title") != WAITING]
+    return kept + asked[count_turns(kept) :]
+
+
 def show_reply(reply: Reply, whole: bool) -> list[dict]:
     """The messages of a reply: the thinking, which folds, and the answer. While it is written, half a character may
     stand at its end."""
@@ -59,9 +68,9 @@ def show_reply(reply: Reply, whole: bool) -> list[dict]:
     return shown + [{"role": "assistant", "content": answer}] * bool(answer)
 
 
-def hint(text: str) -> dict:
+def hint(text: str, title: str = HINT) -> dict:
     """A message that is not the model's, and is not read back to it."""
-    return {"role": "assistant", "content": text, "metadata": {"title": HINT}}
+    return {"role": "assistant", "content": text, "metadata": {"title": title}}
 
 
 class Model(NamedTuple):
@@ -144,10 +153,9 @@ class Dialogue:
         Settings, then what is shown of each other model. They answer one after another, each from its own history, and
         what all of it comes to is yielded beside the reply."""
         settings, others = Settings(*more[: len(Settings._fields)]), more[len(Settings._fields) :]
-        turns = count_turns(messages)  # fewer than the others' where the person went back
-        histories = [messages, *(first_turns(other, turns) for other in others)]
+        histories = [messages, *(keep_up(messages, other) for other in others)]
         user = {"role": "user", "content": question}
-        shown = [[], *([hint(f"等 {model.name} 答完。")] for model in self.models[:-1])]
+        shown = [[], *([hint(f"等 {model.name} 答完。", WAITING)] for model in self.models[:-1])]
         for place, (model, history) in enumerate(zip(self.models, histories)):
             for shown[place] in self.reply(model, question, history, settings):
                 beside = [[*old, user, *new] for old, new in zip(histories[1:], shown[1:])]

@@ -1,6 +1,7 @@
 """Whether the libraries take what the flags ask of them: trackers, optimizer, scheduler, compiler, loader, and the
 packages that only some flags need. What is tried is the real thing, on a model of one tiny layer."""
 
+import contextlib
 import copy
 import importlib.metadata
 import importlib.util
@@ -20,6 +21,15 @@ def versions() -> dict[str, str]:
     """Of those that decide a training."""
     names = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def optional_versions() -> dict[str, str | None]:
+    """Of those that only some cards or flags need; None where one is not installed."""
+    found = dict.fromkeys(("liger-kernel", "torch-optimi", "triton", "torchao", "bitsandbytes", "deepspeed"))
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def try_out(args) -> None:

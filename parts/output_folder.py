@@ -52,7 +52,8 @@ def check(args) -> None:
     ours = finished.exists() or (folder / RUN_FILE).exists()
     if not ours and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
         raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
-    if finished.exists() and not args.overwrite_output_dir:
+    # Where torchrun starts the command again, it may be this command's own.
+    if finished.exists() and (not args.overwrite_output_dir or processes.restarted()):
         raise SystemExit(
             f"错误：{folder} 里已有训练完的模型。"
             "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"

@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from parts.terminal import first_line, is_out_of_memory
 
@@ -31,40 +33,67 @@ def open_store():
     return store
 
 
-def restarts() -> int:
-    """How often torchrun has started these processes again, after one had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+class Start(NamedTuple):
+    """One start of all processes together."""
+
+    name: str  # of its keys in that store, where a restart by torchrun finds what was said before
+    again: bool  # they were started before, with the same store
 
 
-def key_of(what: str) -> str:
-    """In that store, in which a restart finds what was said before."""
-    return f"{what}, start {restarts()}"
+started: Start | None = None  # this one, once all have met
 
 
-def meet(facts: dict[str, object], timeout: float) -> None:
+def assemble(store, facts: str) -> tuple[Start, list[dict]]:
+    """This start, and the facts of all. The first process gives it a name, and waits until all have told theirs under
+    it; each other one tells its own until it is among those that were heard, as the name that it finds may be an
+    earlier one's. torchrun's count of restarts would not do: each machine has its own."""
+    rank, mine, end = int(os.environ["RANK"]), uuid.uuid4().hex, time.monotonic() + MEETING
+    if rank == 0:
+        again = store.add("starts", 1) > 1
+        store.set("start", mine)
+        heard = [[mine, facts], *(json.loads(store.get(f"{mine} {each}")) for each in range(1, count()))]
+        store.set(f"{mine} heard", json.dumps([again, heard]))
+        return Start(mine, again), [json.loads(of) for _, of in heard]
+    while time.monotonic() < end:
+        name = store.get("start").decode()
+        store.set(f"{name} {rank}", json.dumps([mine, facts]))
+        if store.check([f"{name} heard"]):
+            again, heard = json.loads(store.get(f"{name} heard"))
+            if heard[rank][0] == mine:
+                return Start(name, again), [json.loads(of) for _, of in heard]
+        time.sleep(0.1)
+    raise TimeoutError("first process did not answer")
+
+
+def meet(facts: dict[str, object], timeout: float, backend: str) -> None:
     """Wait until all processes are here, and have the same `facts`, {name: value as JSON has it}. Raises ValueError,
     the same in all of them. Before they are a group: that could not be made of a GPU and a CPU, and would be waited for
-    much longer. After a restart they are one, of this `timeout` in seconds."""
+    much longer. After a restart they are one, of this `backend` and `timeout` in seconds: made as usual, it would take
+    the addresses of processes that are gone from the store, and wait."""
+    global started
     if count() == 1:
         return
     from torch.distributed import DistError, PrefixStore, init_process_group
 
-    key, rank, all_facts = key_of("facts of {}"), int(os.environ["RANK"]), []
     try:
-        store = open_store()
-        store.set(key.format(rank), json.dumps(facts, default=str))
-        for each in range(count()):
-            all_facts.append(json.loads(store.get(key.format(each))))
-    except DistError as error:
+        started, all_facts = assemble(store := open_store(), json.dumps(facts, default=str))
+    except (DistError, TimeoutError) as error:
         raise ValueError(
             f"等了 {MEETING} 秒，{count()} 个进程没有到齐（{first_line(error)[:120]}）；"
             "请检查每台机器上的命令，和它们之间的网络"
         ) from None
     if why := describe_difference(all_facts):
         raise ValueError(why)
-    if restarts():  # made as usual, it would take the addresses of processes that are gone from the store, and wait
-        own = PrefixStore(key_of("group"), store)
-        init_process_group(store=own, rank=rank, world_size=count(), timeout=timedelta(seconds=timeout))
+    if started.again:
+        own, seconds = PrefixStore(f"{started.name} group", store), timedelta(seconds=timeout)
+        own.set_timeout(seconds)
+        rank = int(os.environ["RANK"])
+        init_process_group(backend, store=own, rank=rank, world_size=count(), timeout=seconds)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes before."""
+    return bool(started and started.again)
 
 
 def describe_difference(all_facts: list[dict | None]) -> str | None:
@@ -128,16 +157,25 @@ def is_lost(error: RuntimeError) -> bool:
     return said and not is_out_of_memory(error)
 
 
+def is_first_to_leave() -> bool:
+    """Whether no other process has ended with an error of its own, or has said so of another."""
+    try:
+        return open_store().add(f"{started.name if started else ''} lost", 1) == 1
+    except RuntimeError:  # the store was that process's, or torchrun's, which ends
+        return os.environ.get("LOCAL_RANK") == "0"
+
+
 @contextlib.contextmanager
 def explain_loss(args, message: str):
-    """Turn what torch raises where another process has ended into `message`, said by the first one that notices."""
+    """Turn what torch raises where another process has ended into `message`, said by the first one that notices, if
+    that other one has not said why it ended."""
     try:
         yield
+    except SystemExit as ended:
+        if args.world_size > 1 and ended.code:
+            is_first_to_leave()
+        raise
     except RuntimeError as error:
         if args.world_size == 1 or not is_lost(error):
             raise
-        try:
-            first = open_store().add(key_of("lost"), 1) == 1
-        except RuntimeError:  # the store was that process's, or torchrun's, which ends
-            first = args.local_process_index == 0
-        raise SystemExit(message if first else 1) from None
+        raise SystemExit(message if is_first_to_leave() else 1) from None

@@ -33,7 +33,7 @@ def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
     args = trainer.args
     while plans:
         plan = plans[0]
-        if why := missing_optimizer(plan, args.device):
+        if why := next(filter(None, accelerate.utils.gather_object([missing_optimizer(plan, args.device)])), None):
             plans = [other for other in plans if not other.optimizer.startswith("8bit")]
             if not plans:
                 raise SystemExit(f"错误：放得下的方案都要 8 位优化器（{plan.optimizer}），它在这里用不了：{why}。")
@@ -105,13 +105,17 @@ def measure(trainer) -> Rehearsed:
 
 
 def measure_evaluation(trainer) -> float:
-    """Tokens/s of the largest evaluation batch."""
+    """Tokens/s of the largest evaluation batch; infinite where this process has none."""
     args, data = trainer.args, trainer.eval_dataset
     trainer.model.eval()
-    rows = trainer.evaluation_batches(data)[-1]
+    batches = trainer.evaluation_batches(data)
+    if not batches:
+        return math.inf
+    rows = next((rows for rows in reversed(batches) if rows), [])  # of a sharded model the last ones may be empty
     seconds = -now(args.device)
     trainer.evaluate_rows(data, rows)
-    return sum(len(data[i]["input_ids"]) for i in rows) / (seconds + now(args.device))
+    seconds += now(args.device)
+    return sum(len(data[i]["input_ids"]) for i in rows) / seconds if rows else math.inf
 
 
 def now(device: torch.device) -> float:

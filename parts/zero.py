@@ -14,6 +14,7 @@ import torch
 from parts import sharding
 
 CPU_BYTES = 18  # of the CPU's memory for each trained weight: float32 weight, gradient and two states, summed gradient
+SAVED_BYTES = 12  # and, in the first process, while a checkpoint is written: weight and states, gathered
 STATES = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the float32 weight in a checkpoint, where the model's is of fewer bits
 
@@ -63,6 +64,7 @@ def shard(model, device: torch.device, world_size: int, max_grad_norm: float) ->
     and cut. The configuration for the engine. Raises SystemExit where the CPU's memory does not hold the optimizer."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = CPU_BYTES * trained / world_size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed += SAVED_BYTES * trained * (os.environ.get("GROUP_RANK", "0") == "0")
     if needed > (free := psutil.virtual_memory().available):
         raise SystemExit(
             f"错误：--deepspeed 把优化器放在 CPU 的内存里，这台机器上要 {needed / 1e9:.1f} GB，空闲的只有 "

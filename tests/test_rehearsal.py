@@ -1,8 +1,10 @@
 """The worst step is tried before anything is written; it leaves no trace, and a plan that is too large gives way."""
 
+import math
 import random
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -166,3 +168,18 @@ def test_plans_whose_optimizer_does_not_run_here_are_left_out(workspace, tiny_mo
     assert capsys.readouterr().out.count(f"不用 8 位优化器：{proof.COMPILER}。") == 1
     message = f"放得下的方案都要 8 位优化器（8bit），它在这里用不了：{proof.COMPILER}。"
     refused(message, rehearsal.settle, trainer, eight)
+
+
+@pytest.mark.parametrize(("batches", "timed"), [([[0], [1], []], [1]), ([[]], []), ([], None)])
+def test_an_evaluation_of_which_a_process_has_no_row_gives_no_speed(batches, timed):
+    """Of a sharded model each takes one pass nevertheless."""
+    passes, rows = [], [{"input_ids": [1, 2]}] * 2
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device=torch.device("cpu")),
+        eval_dataset=rows,
+        model=torch.nn.Identity(),
+        evaluation_batches=lambda data: batches,
+        evaluate_rows=lambda data, rows: passes.append(rows),
+    )
+    assert (rehearsal.measure_evaluation(trainer) == math.inf) == (not timed)
+    assert passes == ([timed] if batches else [])

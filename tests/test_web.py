@@ -341,6 +341,18 @@ def test_history_has_the_answers_alone():
     assert dialogue.read_history(messages) == [["甲", "答"], ["丁", "答"]]
 
 
+def test_models_side_by_side_have_the_same_questions():
+    """Also where a person went back, or stopped before another model heard of the question."""
+    asked = [{"role": "user", "content": text} for text in "甲乙丙"]
+    said = [{"role": "assistant", "content": text, "metadata": None} for text in "一二三"]
+    waited = dialogue.hint("等 一号 答完。", dialogue.WAITING)
+    first = [asked[0], said[0], asked[1]]
+    assert dialogue.keep_up(first, [asked[0], said[1]]) == [asked[0], said[1], asked[1]]
+    assert dialogue.keep_up(first, [asked[0], said[1], asked[1], waited]) == [asked[0], said[1], asked[1]]
+    assert dialogue.keep_up(first[:2], [asked[0], said[1], asked[1], said[2]]) == [asked[0], said[1]]
+    assert dialogue.keep_up([], [asked[0], said[1]]) == []
+
+
 def test_half_a_character_is_not_shown():
     shown = [
         dialogue.show_reply(Reply("想", "答\ufffd", False, "one"), whole)[-1]["content"] for whole in (False, True)
