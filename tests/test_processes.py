@@ -179,6 +179,17 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkey
     assert said.startswith("错误：进程 1 的机器看不到进程 0 写在 out 里的文件；") and quiet == "1"
 
 
+def test_machines_with_other_files_are_refused():
+    def compare(rank: int, digest: str) -> None:
+        accelerate.PartialState._reset_state()  # of the tests before
+        accelerate.PartialState(cpu=True)
+        processes.agree(SimpleNamespace(process_index=rank, world_size=2), {"train.jsonl (sha256)": digest})
+
+    assert forked(compare, ("a1",), ("a1",)) == ["", ""]
+    said, quiet = forked(compare, ("a1",), ("b2",))
+    assert said.startswith("错误：各个进程的 train.jsonl (sha256) 不同：进程 0 是 a1，进程 1 是 b2；") and quiet == "1"
+
+
 def test_files_are_fetched_by_one_at_a_time(folder):
     """The first one of another machine comes after the first of all: they may share the folder."""
 
