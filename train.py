@@ -6,7 +6,6 @@
     python train.py --learning_rate 5e-5 --output_dir output/lr5e-5       # any flag of transformers' Trainer
     torchrun --nproc_per_node 2 train.py --per_device_train_batch_size 2  # two GPUs, still 4 examples a step
     torchrun --nproc_per_node 8 train.py --model_name Qwen/Qwen3-8B --fsdp true       # a model that fits no card
-    torchrun --nproc_per_node 2 train.py --fsdp true --per_device_train_batch_size 2  # for a model that fits neither
 
 The best weights end up in the output folder itself; `python inference.py` finds them there. This file is the recipe;
 what makes it fast, small and safe is in parts/, one noun a file. Those that need the heavy libraries are imported once

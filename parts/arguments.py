@@ -22,6 +22,11 @@ from parts import card, flags, libraries, processes, sharded_flags  # noqa: E402
 from parts.optimizers import OPTIMIZERS  # noqa: E402
 
 
+def switch(help: str):
+    """A field whose flag is True where it stands without a value."""
+    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
+
+
 @dataclass
 class Arguments(TrainingArguments):
     """transformers.TrainingArguments and the flags of the parts. What the user wished: nothing is written into it once
@@ -54,21 +59,12 @@ class Arguments(TrainingArguments):
     )
     full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
 
-    fsdp: str | None = field(  # True or False once it is read
-        default=None,
-        metadata={
-            "help": "each GPU keeps a part of the model only (FSDP2, with torchrun): for models that fit no card",
-            "nargs": "?",
-            "const": True,
-        },
+    # True or False once they are read
+    fsdp: str | None = switch(
+        "each GPU keeps a part of the model only (FSDP2, with torchrun): for models that fit no card"
     )
-    deepspeed: str | None = field(  # True or False once it is read
-        default=None,
-        metadata={
-            "help": "as --fsdp, by DeepSpeed (ZeRO-3), the optimizer in the CPU's memory: slower, for fewer GPUs",
-            "nargs": "?",
-            "const": True,
-        },
+    deepspeed: str | None = switch(
+        "as --fsdp, by DeepSpeed (ZeRO-3), the optimizer in the CPU's memory: slower, for fewer GPUs"
     )
     gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
     save_strategy: str | None = None  # as eval_strategy, and
@@ -108,9 +104,10 @@ class Arguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
-        device = torch.device("cpu") if self.use_cpu else torch.accelerator.current_accelerator()
-        backend = self.ddp_backend or torch.distributed.get_default_backend_for_device(device)
-        processes.meet(self.facts(device), self.ddp_timeout, backend)
+        if processes.count() > 1:
+            device = torch.device("cpu") if self.use_cpu else torch.accelerator.current_accelerator()
+            backend = self.ddp_backend or torch.distributed.get_default_backend_for_device(device)
+            processes.meet(self.facts(device), self.ddp_timeout, backend)
         # Trainer's own ways would have accelerate cut the model: FSDP on GPUs only, DeepSpeed with its checkpoints
         asked, self.fsdp, self.deepspeed = (self.fsdp, self.deepspeed), None, None
         super().__post_init__()

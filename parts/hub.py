@@ -16,7 +16,8 @@ from parts.row_files import SUFFIXES
 from parts.split import part_of
 from parts.terminal import first_line, shorten
 
-NAME = re.compile(r"(?:(hf|ms)://(?=.))?([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?")  # owner/name; a path after hf://, ms://
+OWNED = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
+NAME = re.compile(rf"(?:(hf|ms)://(?=.))?({OWNED})(?:/(.+))?")  # a path after hf://, ms://
 # Names that the client would write outside its folder, on one system or another.
 LEAVES_FOLDER = re.compile(r"[/\\].*|[A-Za-z]:.*|(.*[/\\])?\.\.([/\\].*)?", re.DOTALL)
 HUBS = {"hf": huggingface, "ms": modelscope}

@@ -46,14 +46,18 @@ def is_whole_step(args, tokens: int, worst: int) -> bool:
     return tokens >= worst and args.gradient_accumulation_steps == 1
 
 
+def inner_weights(model) -> list:
+    """The weights that are neither the embedding nor the output layer: nearly all are the layers'."""
+    outer = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    return [p for p in model.parameters() if not any(p is each for each in outer)]
+
+
 def whole_bytes(model) -> tuple[float, float]:
     """(weights, gradients) of a sharded model that are whole at once on one card: the output layer, and of the layers
     one as it is computed and one on its way in two buffers; the gradients of one, and as much again to be sent."""
-    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    inner = [p for p in model.parameters() if p is not embedding and p is not output]
-    layers = model.config.num_hidden_layers
-    gradients = 2 * sum(p.nbytes for p in inner if p.requires_grad) / layers
-    return output.nbytes + 3 * sum(p.nbytes for p in inner) / layers, gradients
+    weights, layers = inner_weights(model), model.config.num_hidden_layers
+    gradients = 2 * sum(p.nbytes for p in weights if p.requires_grad) / layers
+    return model.get_output_embeddings().weight.nbytes + 3 * sum(p.nbytes for p in weights) / layers, gradients
 
 
 def estimate(

@@ -71,8 +71,6 @@ def meet(facts: dict[str, object], timeout: float, backend: str) -> None:
     much longer. After a restart they are one, of this `backend` and `timeout` in seconds: made as usual, it would take
     the addresses of processes that are gone from the store, and wait."""
     global started
-    if count() == 1:
-        return
     from torch.distributed import DistError, PrefixStore, init_process_group
 
     try:

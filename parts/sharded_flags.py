@@ -45,8 +45,6 @@ def refuse(args, given: set[str]) -> None:
         raise ValueError(f"--{flag}：模型分给几张卡，要用 torchrun 启动：{command}")
     for name in sorted(name for name in given & REFUSED.keys() if getattr(args, name)):
         raise ValueError(f"--{name} 不能和 --{flag} 一起用：{REFUSED[name]}")
-    if getattr(args, "load_in_4bit", False):
-        raise ValueError(f"--load_in_4bit 不能和 --{flag} 一起用：{REFUSED['load_in_4bit']}")
     for name in sorted(given & {"optimizer", "optim", "optim_args", "optim_target_modules"} if args.deepspeed else ()):
         raise ValueError(f"--{name} 不能和 --deepspeed 一起用：它的优化器在 CPU 的内存里，是 float32 的 AdamW")
     if str(args.optimizer).endswith("in_backward"):

@@ -57,6 +57,10 @@ def distribute(p: DTensor, rows: torch.Tensor) -> DTensor:
     return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def trained_of(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def collect(value, first: bool):
     """A DTensor whole and in the CPU's memory, where this is the `first` process; all call this together. Anything else
     as it is."""
@@ -68,15 +72,15 @@ def collect(value, first: bool):
 
 def gather(model, first: bool) -> dict[str, torch.Tensor] | None:
     """{name: trained weight} in the CPU's memory of the `first` process, one weight after another; None elsewhere."""
-    found = {name: collect(p, first) for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: collect(p, first) for name, p in trained_of(model).items()}
     return found if first else None
 
 
 def saved_weights(model, folder: str | Path):
-    """(name, slice of a file) of each trained weight of a saved model or adapter."""
+    """(trained weight, slice of a file that has it) of a saved model or adapter."""
     adapter = Path(folder, "adapter_model.safetensors")
     files = [adapter] if adapter.is_file() else [Path(folder, name) for name in checkpoints.weight_files(Path(folder))]
-    missing = {name.replace(ADAPTER, "."): name for name, p in model.named_parameters() if p.requires_grad}
+    missing = {name.replace(ADAPTER, "."): p for name, p in trained_of(model).items()}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in missing.keys() & set(weights.keys()):
@@ -86,9 +90,8 @@ def saved_weights(model, folder: str | Path):
 
 def load(model, folder: str | Path) -> None:
     """Put the trained weights of a saved model or adapter into the parts: each process reads its own rows."""
-    weights = dict(model.named_parameters())
-    for name, saved in saved_weights(model, folder):
-        local(weights[name]).copy_(rows_of(weights[name], saved))
+    for p, saved in saved_weights(model, folder):
+        local(p).copy_(rows_of(p, saved))
 
 
 def gather_states(optimizer, first: bool) -> dict | None:

@@ -16,7 +16,7 @@ from parts import hub, modelscope
 from parts.checkpoints import ADAPTER_CONFIG, FINISHED_MARK, RUN_FILE, weight_files
 from parts.terminal import first_line
 
-FORM = re.compile(r"modelscope:([\w-][\w.-]*/[\w-][\w.-]*)")
+FORM = re.compile(rf"modelscope:({hub.OWNED})")
 CARD = "README.md"
 # Beside the weights; what of it is there. run.json and trainer_state.json name folders of this machine.
 BESIDE = (

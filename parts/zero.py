@@ -11,7 +11,7 @@ import warnings
 import psutil
 import torch
 
-from parts import sharding
+from parts import memory, sharding
 
 CPU_BYTES = 18  # of the CPU's memory for each trained weight: float32 weight, gradient and two states, summed gradient
 SAVED_BYTES = 12  # and, in the first process, while a checkpoint is written: weight and states, gathered
@@ -36,9 +36,8 @@ def start(device: torch.device):
 def configure(model, max_grad_norm: float, pin: bool) -> dict:
     """What is whole at once on a card is what sharding.shard keeps whole: the output layer, one decoder layer as it is
     computed and one on its way, and as much of gradients. Of a model that is not cut yet."""
-    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    inner = sum(p.numel() for p in model.parameters() if p is not embedding and p is not output)
-    layer = max(1, inner // model.config.num_hidden_layers)
+    output = model.get_output_embeddings().weight
+    layer = max(1, sum(p.numel() for p in memory.inner_weights(model)) // model.config.num_hidden_layers)
     return {
         "train_micro_batch_size_per_gpu": 1,  # not looked at: a step ends where it is told
         "gradient_accumulation_steps": 1,
@@ -87,10 +86,6 @@ def size(p) -> int:
     return p.ds_numel * p.itemsize
 
 
-def trained_of(model) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def local(p) -> torch.Tensor:
     """This process's numbers of a weight, without those that make all parts equally long."""
     part = p.ds_tensor.numel()
@@ -109,7 +104,7 @@ def gather(model, first: bool) -> dict[str, torch.Tensor] | None:
     import deepspeed
 
     found = {}
-    for name, p in trained_of(model).items():
+    for name, p in sharding.trained_of(model).items():
         with deepspeed.zero.GatheredParameters([p]):
             found[name] = p.detach().to("cpu", copy=True) if first else None
     return found if first else None
@@ -120,8 +115,7 @@ def load(model, folder, begun: bool) -> None:
     optimizer."""
     from deepspeed.utils import safe_set_local_fp32_param
 
-    for name, whole in sharding.saved_weights(model, folder):
-        p = dict(model.named_parameters())[name]
+    for p, whole in sharding.saved_weights(model, folder):
         p.ds_tensor.copy_(mine := cut(p, whole[:]))
         if begun:
             safe_set_local_fp32_param(p, mine.float())

@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 
-from parts import zero
+from parts import sharding, zero
 from parts.sharded_trainer import ShardedTrainer, Whole
 
 
@@ -34,10 +34,10 @@ class ZeroTrainer(ShardedTrainer):
     def follow(self, plan) -> None:
         super().follow(plan)
         each = 2 * 4 + 4 * (plan.optimizer == "cpu")
-        self.state_bytes = each * sum(p.ds_numel for p in zero.trained_of(self.model).values())
+        self.state_bytes = each * sum(p.ds_numel for p in sharding.trained_of(self.model).values())
 
     def trained_bytes(self) -> int:
-        return sum(map(zero.size, zero.trained_of(self.model).values()))
+        return sum(map(zero.size, sharding.trained_of(self.model).values()))
 
     def whole_bytes(self) -> int:
         return sum(map(zero.size, self.model.parameters()))

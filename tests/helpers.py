@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,15 @@ def prepared(tmp_path_factory):
         patch.chdir(folder := tmp_path_factory.mktemp("prepared"))
         data.prepare(str(SAMPLES))
         yield folder
+
+
+# ---- several processes --------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 # ---- trainings ----------------------------------------------------------------------------------------------------

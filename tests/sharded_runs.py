@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import At, Started, arguments, examples, history, run_script, same, terminate, weights
+from helpers import At, Started, arguments, examples, free_port, history, run_script, same, terminate, weights
 from safetensors.torch import load_file, save_file
 
 import train
@@ -34,10 +33,7 @@ def as_flags(script: str, model, sharded: str = "", **changes) -> list[str]:
 
 def together(script: str, *flags, cwd, status: int = 0, **more) -> list[str]:
     """What each of two processes says that are started as torchrun starts them, but forked; both end with `status`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     both = [Started(script, flags, cwd, env, **more) for env in ranks]
     ends = [process.wait(60) for process in both]

@@ -4,11 +4,9 @@ at which all stop, and one sentence where they disagree or one is gone."""
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sysconfig
 import time
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ import accelerate
 import psutil
 import pytest
 import torch
-from helpers import ROOT, history, refused, run_script, same, weights
+from helpers import ROOT, free_port, history, refused, run_script, same, weights
 
 import train
 from parts import checkpoints, processes, run_settings
@@ -132,9 +130,7 @@ def test_accelerate_launches_lora_too(workspace, tiny_model):
 
 def forked(act, *all_arguments) -> list[str]:
     """What each of so many processes hears from `act(rank, …)`: its ValueError or SystemExit, or nothing."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     fork = multiprocessing.get_context("fork")
     heard, all_heard = fork.Queue(), fork.Barrier(len(all_arguments))
 
@@ -157,6 +153,12 @@ def forked(act, *all_arguments) -> list[str]:
     return [found[rank] for rank in sorted(found)]
 
 
+def join() -> None:
+    """Make a group, in one of these processes."""
+    accelerate.PartialState._reset_state()  # of the tests before
+    accelerate.PartialState(cpu=True)
+
+
 def meet(*all_facts: dict) -> list[str]:
     """What each of two processes is told when those that have facts come."""
     return forked(lambda _, facts: processes.meet(facts, 60, "gloo"), *((facts,) for facts in all_facts))
@@ -170,8 +172,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkey
 
     def look(rank: int, place: str) -> None:
         os.chdir(place)
-        accelerate.PartialState._reset_state()  # of the tests before
-        accelerate.PartialState(cpu=True)
+        join()
         processes.require_shared(SimpleNamespace(process_index=rank, world_size=2), Path("out/owner"))
 
     assert forked(look, ("one",), ("one",)) == ["", ""]
@@ -181,8 +182,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused(folder, monkey
 
 def test_machines_with_other_files_are_refused():
     def compare(rank: int, digest: str) -> None:
-        accelerate.PartialState._reset_state()  # of the tests before
-        accelerate.PartialState(cpu=True)
+        join()
         processes.agree(SimpleNamespace(process_index=rank, world_size=2), {"train.jsonl (sha256)": digest})
 
     assert forked(compare, ("a1",), ("a1",)) == ["", ""]
@@ -194,8 +194,7 @@ def test_files_are_fetched_by_one_at_a_time(folder):
     """The first one of another machine comes after the first of all: they may share the folder."""
 
     def fetch(rank: int, seconds: float) -> None:
-        accelerate.PartialState._reset_state()  # of the tests before
-        accelerate.PartialState(cpu=True)
+        join()
         with processes.in_turns(SimpleNamespace(process_index=rank, local_process_index=0)):
             assert sorted(os.listdir()) == ["0"] * rank
             time.sleep(seconds)
@@ -215,11 +214,8 @@ def test_processes_that_agree_go_on():
 )
 def test_processes_that_disagree_all_hear_why(name, one, two):
     [said, other] = meet({"same": 1, name: one}, {"same": 1, name: two})
-    assert (
-        said
-        == other
-        == f"各个进程的 {name} 不同：进程 0 是 {one}，进程 1 是 {two}；请让每台机器上的命令、文件和软件都一样"
-    )
+    expected = f"各个进程的 {name} 不同：进程 0 是 {one}，进程 1 是 {two}；请让每台机器上的命令、文件和软件都一样"
+    assert said == other == expected
 
 
 def test_a_process_that_never_comes_is_not_waited_for_long(monkeypatch):

@@ -2,14 +2,13 @@
 
 import shutil
 import signal
-import socket
 import sys
 import time
 
 import pytest
 import requests
 import torch
-from helpers import Started, recite, refused
+from helpers import Started, free_port, recite, refused
 
 import data
 import inference
@@ -23,12 +22,6 @@ THINKING, ANSWER = "要点是多休息、多喝水。", "多休息，**多喝水
 REPLY = f"<think>\n{THINKING}\n</think>\n\n{ANSWER}"
 LONG = "<think>\n" + "想一想。" * 500
 TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

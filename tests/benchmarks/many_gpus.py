@@ -33,14 +33,10 @@ def build(name: str, lora: bool, args):
     import transformers
 
     import train_lora
-    from parts import models, packing
+    from parts import models
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(models.shape_of(name, attention_bias=False))
-    torch.set_default_dtype(before)
-    packing.use(model)
+        model = transformers.AutoModelForCausalLM.from_config(models.shape_of(name), dtype=torch.bfloat16)
     with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
         return train_lora.add_adapter(model, args) if lora else model
 
