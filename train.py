@@ -17,16 +17,10 @@ import shlex
 from dataclasses import dataclass, field
 from functools import partial
 
-try:
-    import data
-    from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-    from parts import encoding, hub, libraries, system_prompt, terminal
-    from parts.arguments import Arguments, parse_flags
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
+import data
+from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
+from parts import encoding, hub, libraries, system_prompt, terminal
+from parts.arguments import Arguments, parse_flags
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2
@@ -38,9 +32,8 @@ KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
 MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
-SAMPLE_TOKENS = 1024  # at most, for each of these replies
-EVAL_SAMPLES = 4  # validation questions answered at each evaluation, where time allows
-EVAL_SAMPLE_TOKENS = 512  # at most, for each of those
+SAMPLE_TOKENS = 1024  # at most, for each reply
+EVAL_SAMPLES = 0  # validation questions answered at each evaluation
 # One public run of the published recipe, and its eval_loss: (step, loss)
 PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
 PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
@@ -190,10 +183,10 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
-            rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
+            rows = data.read_examples(args.val_file)
             if not args.sharded:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]
-                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
+                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, args.sample_tokens))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
@@ -210,7 +203,9 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             with terminal.explain_out_of_memory(no_memory):
                 asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
                 model = trainer.whole_model(model_path)
-                tracking.finish(args, samples.show(model, tokenizer, *asked) if model else [])
+                texts = samples.answer(model, tokenizer, *asked) if model else []
+                print("", *texts, sep="\n\n")
+                tracking.finish(args, texts)
     return trainer
 
 

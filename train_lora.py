@@ -11,16 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-try:
-    from data import LORA_OUTPUT_DIR
-    from parts.arguments import parse_flags
-    from parts.terminal import run_main
-    from train import TrainArguments, check, report, train
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
+from data import LORA_OUTPUT_DIR
+from parts.arguments import parse_flags
+from parts.terminal import run_main
+from train import TrainArguments, check, report, train
 
 LEARNING_RATE = 2e-4  # where TRL and Unsloth start LoRA; published: 1e-4, as full training (tests/benchmarks/README.md)
 LORA_RANK = 8
