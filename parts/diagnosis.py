@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from parts import architecture, card, decoding, encoding, hub, libraries, models, proof
+from parts import architecture, decoding, encoding, environment, hub, models, proof
 from parts.proof import Verdict, missing
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
@@ -23,10 +23,9 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     The functions are the script's: (args, model, tokenizer, training set, validation set) -> trainer;
     (file, tokenizer, max_length) -> data set; (model, args) -> model with an adapter, or None.
     """
-    print(f"显卡：{card.describe(args.device)}")
+    print(f"显卡：{environment.describe_card(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    optional = {name: version for name, version in libraries.optional_versions().items() if version}
-    versions = libraries.versions() | optional
+    versions = environment.versions() | environment.optional_versions()
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)

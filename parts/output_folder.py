@@ -110,7 +110,7 @@ def find_run(args, model_path: str, system_prompt: str) -> Run:
                 "请用 --output_dir 换一个文件夹重新训练。"
             )
         if old:
-            new = settings | {"optimizer": args.optimizer or kept["optimizer"]}
+            new = run_settings.complete(settings, old, args) | {"optimizer": args.optimizer or kept["optimizer"]}
             run_settings.refuse_changes(Path(checkpoint).parent, old, new)
         if args.memory_gb:
             kept["batch_tokens"] = None  # planned anew
