@@ -109,7 +109,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=[*([BestCheckpoint()] if args.load_best_model_at_end else []), *callbacks],
+        callbacks=[BestCheckpoint(), *callbacks],
     )
     rehearsal.settle(trainer, plans)
     return trainer

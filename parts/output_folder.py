@@ -135,7 +135,7 @@ def choose_checkpoint(args) -> str | None:
         )
     folders = [Path(wanted)] if wanted else own
     for checkpoint in reversed(folders):
-        fault = find_fault(checkpoint, args)
+        fault = find_fault(checkpoint)
         if wanted and fault:
             raise SystemExit(
                 f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；"
@@ -149,10 +149,10 @@ def choose_checkpoint(args) -> str | None:
     return None
 
 
-def find_fault(checkpoint: Path, args) -> str | None:
+def find_fault(checkpoint: Path) -> str | None:
     """Why training cannot continue from `checkpoint` to the same weights, or None."""
     damage = checkpoints.find_damage(checkpoint, hashes=True)
-    if damage or not args.load_best_model_at_end:
+    if damage:
         return damage
     state = json.loads((checkpoint / FINISHED_MARK).read_text(encoding="utf-8"))
     best = Path(state["best_model_checkpoint"] or checkpoint)

@@ -34,8 +34,6 @@ class PackedTrainer(SafeTrainer):
         self.kernels, self.clean, self.max_grad_norm = kernels, clean, self.args.max_grad_norm
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
-        if self.args.fast_kernels:
-            self.args.use_liger_kernel = False  # kernels.choose has applied what agrees here
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
         # A notebook's table stays.
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
@@ -84,8 +82,8 @@ class PackedTrainer(SafeTrainer):
         total, losses, _ = self.supervised_losses(model, inputs)
         if num_items_in_batch is None:
             return total / len(losses)
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total * scale / num_items_in_batch
+        # num_items_in_batch is that of all devices, whose gradients are averaged.
+        return total * self.accelerator.num_processes / num_items_in_batch
 
     def eval_tokens(self) -> int:
         """At most in one evaluation batch."""

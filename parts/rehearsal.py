@@ -99,7 +99,7 @@ def measure(trainer) -> Rehearsed:
         if args.gradient_accumulation_steps == 1:
             trainer.drop_gradients()
     trainer.drop_gradients()
-    eval_speed = measure_evaluation(trainer) if trainer.eval_dataset and args.eval_strategy != "no" else math.inf
+    eval_speed = measure_evaluation(trainer)
     del placeholder
     return Rehearsed(memory.peak(args.device), tokens, tokens / seconds, eval_speed)
 
@@ -147,8 +147,7 @@ def seconds_of_run(found: Rehearsed, trainer) -> float:
     tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
     seconds = tokens / found.train_speed / args.world_size
     if math.isfinite(found.eval_speed):
-        count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations
-        count *= steps if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
+        count = steps / args.eval_steps
         tokens = sum(lengths_of(trainer.eval_dataset))
         tokens += sum(lengths_of(trainer.clean.changed)) if trainer.clean else 0
         seconds += count * tokens / found.eval_speed / args.world_size

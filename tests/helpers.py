@@ -128,9 +128,9 @@ def arguments(model: str | Path, lora: bool = False, **changes):
     import train_lora
 
     values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "report_to": "none"}
-    values |= {"sample_tokens": 4, "eval_samples": 0}
-    cls = train_lora.LoraArguments if lora else train.TrainArguments
-    return cls(model_name=str(model), **values | {"disable_tqdm": True} | changes)
+    values |= {"sample_tokens": 4}
+    make = train_lora.arguments if lora else train.arguments
+    return make(model_name=str(model), **values | {"disable_tqdm": True} | changes)
 
 
 def run(model: str | Path, lora: bool = False, callbacks=(), **changes):
@@ -165,8 +165,8 @@ def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jso
     import train_lora
     from parts import models
 
-    cls = train_lora.LoraArguments if lora else train.TrainArguments
-    args = cls(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
+    make = train_lora.arguments if lora else train.arguments
+    args = make(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
     model = models.load_weights(str(model_path), args.device, args.load_in_4bit)
     model = model.to(dtype) if dtype else model
     model = train_lora.add_adapter(model, args) if lora else model
@@ -263,7 +263,7 @@ def card_arguments(lora=False, **changes):
     import train
     import train_lora
 
-    return memory_budget.card_arguments(train_lora.LoraArguments if lora else train.TrainArguments, **changes)
+    return memory_budget.card_arguments(train_lora.arguments if lora else train.arguments, **changes)
 
 
 def load_attentive(tiny_model, device: str = "cpu"):
@@ -374,7 +374,7 @@ def import_all() -> None:
 
     import inference_lora  # noqa: F401
     import train_lora  # noqa: F401
-    from parts import conversation, packed_trainer, tracking  # noqa: F401
+    from parts import arguments, conversation, packed_trainer, tracking  # noqa: F401
 
     gc.freeze()
 

@@ -73,7 +73,7 @@ def row(name: str, lora: bool, machines: int, cards: int, fsdp: bool, examples: 
     import train_lora
     from parts import memory_plan
 
-    args = memory_budget.card_arguments(train_lora.LoraArguments if lora else train.TrainArguments)
+    args = memory_budget.card_arguments(train_lora.arguments if lora else train.arguments)
     args.sharded = "fsdp" if fsdp else None
     args.world_size, args.per_device_train_batch_size = machines * cards, examples
     model = build(name, lora, args)
