@@ -18,13 +18,8 @@ from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
 
 gc.enable()
 
-from parts import card, flags, libraries, processes, sharded_flags  # noqa: E402
+from parts import card, flags, libraries, processes  # noqa: E402
 from parts.optimizers import OPTIMIZERS  # noqa: E402
-
-
-def switch(help: str):
-    """A field whose flag is True where it stands without a value."""
-    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
 @dataclass
@@ -49,7 +44,7 @@ class Arguments(TrainingArguments):
         default=None,
         metadata={
             "help": "of bfloat16 weights; optim: what --optim says; default: planned",
-            "choices": [name for name in OPTIMIZERS if name != "cpu"],
+            "choices": list(OPTIMIZERS),
         },
     )
     fast_kernels: bool = field(default=True, metadata={"help": "packed attention and fused layers where they run"})
@@ -59,12 +54,9 @@ class Arguments(TrainingArguments):
     )
     full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
 
-    # True or False once they are read
-    fsdp: str | None = switch(
-        "each GPU keeps a part of the model only (FSDP2, with torchrun): for models that fit no card"
-    )
-    deepspeed: str | None = switch(
-        "as --fsdp, by DeepSpeed (ZeRO-3), the optimizer in the CPU's memory: slower, for fewer GPUs"
+    fsdp: bool = field(
+        default=False,
+        metadata={"help": "each GPU keeps a part of the model only (FSDP2, with torchrun): for what fits no card"},
     )
     gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
     save_strategy: str | None = None  # as eval_strategy, and
@@ -82,8 +74,7 @@ class Arguments(TrainingArguments):
 
     def __post_init__(self):
         flags.check_numbers(self)
-        self.fsdp = sharded_flags.asks("fsdp", self.fsdp)
-        self.deepspeed = sharded_flags.asks("deepspeed", self.deepspeed)
+        processes.refuse(self)
         flags.refuse(self)
         if self.optimizer is None and flags.is_given(self, "optim"):
             self.optimizer = "optim"
@@ -104,14 +95,11 @@ class Arguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
-        if processes.count() > 1:
-            device = torch.device("cpu") if self.use_cpu else torch.accelerator.current_accelerator()
-            backend = self.ddp_backend or torch.distributed.get_default_backend_for_device(device)
-            processes.meet(self.facts(device), self.ddp_timeout, backend)
-        # Trainer's own ways would have accelerate cut the model: FSDP on GPUs only, DeepSpeed with its checkpoints
-        asked, self.fsdp, self.deepspeed = (self.fsdp, self.deepspeed), None, None
+        # Trainer's own way would have accelerate cut the model, on GPUs only.
+        asked, self.fsdp = self.fsdp, None
         super().__post_init__()
-        (self.fsdp, self.deepspeed), self.fsdp_config = asked, {}
+        self.fsdp, self.fsdp_config = asked, {}
+        processes.agree(self, self.facts())
         if why := card.no_kernels(self.device) or card.too_small(self.device, self.memory_gb):
             raise ValueError(why)
         libraries.try_out(self)
@@ -120,16 +108,11 @@ class Arguments(TrainingArguments):
             raise ValueError("--offload_activations 要 GPU")
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
-    @property
-    def sharded(self) -> str | None:
-        """The flag by which each process holds a part of the model only."""
-        return "fsdp" if self.fsdp else "deepspeed" if self.deepspeed else None
-
-    def facts(self, device: torch.device) -> dict[str, object]:
-        """What all processes have to have in common, as far as it is known before they are a group."""
+    def facts(self) -> dict[str, object]:
+        """What all processes have to have in common."""
         own = ("local_rank", "use_cpu", "disable_tqdm")  # are a machine's or a terminal's
         given = {f"--{each.name}": getattr(self, each.name) for each in fields(self) if each.name not in own}
-        return {"设备": device.type} | libraries.versions() | libraries.optional_versions() | given
+        return {"设备": self.device.type} | libraries.versions() | libraries.optional_versions() | given
 
     @property
     def examples_per_step(self) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from transformers import SchedulerType
 
-from parts import sharded_flags
 from parts.memory import DRIVER_BYTES
 
 METRICS = ("eval_loss", "eval_token_loss")
@@ -26,6 +25,7 @@ WHY = {  # why these are refused
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
     "多张卡用 torchrun，每张都放整个模型；放不下请加 --fsdp true，或用 train_lora.py": "parallelism_config",
+    "DeepSpeed 已经去掉；模型一张卡放不下，请加 --fsdp true，或用 train_lora.py": "deepspeed",
     "怎样分片已经定好（FSDP2，逐层），只写 --fsdp true": "fsdp_config",
     "收到 SIGTERM 时本来就会保存检查点": "enable_jit_checkpoint",
     "一次算多少已经按显存规划好，要改用 --batch_tokens": "auto_find_batch_size",
@@ -98,7 +98,6 @@ def refuse(args) -> None:
     given = {name for name in vars(args) if is_given(args, name)}
     for name in sorted(given & REFUSED.keys()):
         raise ValueError(f"--{name}：{REFUSED[name]}")
-    sharded_flags.refuse(args, given)
     kept_best = args.load_best_model_at_end and args.eval_strategy != "no"
     patience = "early_stopping_patience" in given and args.early_stopping_patience
     optim = sorted(given & {"optim", "optim_args", "optim_target_modules"})

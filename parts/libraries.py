@@ -6,14 +6,12 @@ import copy
 import importlib.metadata
 import importlib.util
 
-import packaging.version
 import torch
 import transformers
 
 from parts.flags import is_given
 from parts.terminal import first_line, shorten
 
-DEEPSPEED = "0.19.8"  # the first one that was tried; before 0.18.3 no gradients came of loss.backward()
 PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow"}  # where the tracker's name is not the package's
 
 
@@ -25,7 +23,7 @@ def versions() -> dict[str, str]:
 
 def optional_versions() -> dict[str, str | None]:
     """Of those that only some cards or flags need; None where one is not installed."""
-    found = dict.fromkeys(("liger-kernel", "torch-optimi", "triton", "torchao", "bitsandbytes", "deepspeed"))
+    found = dict.fromkeys(("liger-kernel", "torch-optimi", "triton", "torchao", "bitsandbytes"))
     for name in found:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -55,10 +53,6 @@ def try_out(args) -> None:
 def find_packages(args) -> None:
     """Raises ValueError where one is not installed that was asked for: of a command only, as plans for another machine
     can be made without them."""
-    if args.deepspeed and not has_deepspeed():
-        raise ValueError(
-            f"--deepspeed 要用 deepspeed {DEEPSPEED} 或更新的；请先运行 pip install deepspeed=={DEEPSPEED}"
-        )
     wanted = {
         "--load_in_4bit": ["bitsandbytes"] * args.load_in_4bit,
         f"--optimizer {args.optimizer}": ["torchao"] * str(args.optimizer).startswith("8bit"),
@@ -68,14 +62,6 @@ def find_packages(args) -> None:
     for flag, packages in wanted.items():
         if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
             raise ValueError(f"{flag} 要用 {'、'.join(missing)}；请先运行 pip install {' '.join(missing)}")
-
-
-def has_deepspeed() -> bool:
-    try:
-        found = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return packaging.version.parse(found) >= packaging.version.parse(DEEPSPEED)
 
 
 def best_is_bfloat16(args) -> bool:

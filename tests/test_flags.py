@@ -59,7 +59,7 @@ SETS = {  # seen in what the Trainer makes of it
     "dataloader_num_workers": (1, lambda trainer: trainer.get_train_dataloader().num_workers == 1),
 }
 ELSEWHERE = {
-    "several processes or machines": "fsdp deepspeed average_tokens_across_devices ddp_find_unused_parameters "
+    "several processes or machines": "fsdp average_tokens_across_devices ddp_find_unused_parameters "
     "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank "
     "log_on_each_node log_level_replica",
     "a GPU": "fp16 tf32 use_liger_kernel liger_kernel_config torch_empty_cache_steps dataloader_pin_memory",

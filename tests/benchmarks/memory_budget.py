@@ -70,7 +70,7 @@ def card_arguments(cls, **flags) -> SimpleNamespace:
 
     real = cls(report_to="none", **flags)
     here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
-    here |= {name: getattr(real, name) for name in ("trains_adapter", "lora_dropout", "sharded")}
+    here |= {name: getattr(real, name) for name in ("trains_adapter", "lora_dropout")}
     return SimpleNamespace(**vars(real) | here)
 
 
