@@ -119,6 +119,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def as_flags(values: dict) -> list[str]:
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
 def together(script: str, *flags, cwds, own=((), ()), machines: int = 1, status: int = 0, **more) -> list[str]:
     """What each of two processes says that are started as torchrun starts them, but forked, in these folders; both end
     with `status`. `own`: flags of each. On two machines each is the first one of its own."""

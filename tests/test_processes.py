@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, free_port, history, refused, run_script, same, together, weights
+from helpers import ROOT, as_flags, free_port, history, refused, run_script, same, together, weights
 
 import train
 from parts import checkpoints, processes, run_settings, terminal
@@ -25,9 +25,8 @@ ACCELERATE = ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num
 ACCELERATE += ("--dynamo_backend=no", "--main_process_port")
 
 
-def flags(model: Path, **changes) -> list[str]:
-    values = STEPS | {"model_name": model} | changes
-    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+def flags(model: Path, output_dir: str, **changes) -> list[str]:
+    return as_flags(STEPS | {"model_name": model, "output_dir": output_dir} | changes)
 
 
 def launch(launcher: tuple, flags: list[str]) -> subprocess.Popen:
@@ -56,10 +55,10 @@ def strike(launched: subprocess.Popen, number: int) -> str:
 def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
     """On two machines. On one, a signal reaches the second one only, or it is killed; the same command continues, to
     the same weights, whoever launches it."""
-    one = run_script("train.py", *flags(tiny_model, output_dir="one"), cwd=workspace)
+    one = run_script("train.py", *flags(tiny_model, "one"), cwd=workspace)
     assert one.returncode == 0, one.stdout
     rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
-    two = flags(tiny_model, per_device_train_batch_size=2, output_dir="two")
+    two = flags(tiny_model, "two", per_device_train_batch_size=2)
     machines = [launch(("torchrun", *rendezvous), two) for _ in range(2)]
     output = "".join(machine.communicate(timeout=200)[0] for machine in machines)
     assert [machine.returncode for machine in machines] == [0, 0], output
@@ -71,7 +70,7 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
         for name in ("loss", "grad_norm", "eval_loss", "eval_token_loss"):
             assert log.get(name, 0) == pytest.approx(expected.get(name, 0), rel=2e-4), name
 
-    two = flags(tiny_model, per_device_train_batch_size=2, output_dir="resumed")
+    two = flags(tiny_model, "resumed", per_device_train_batch_size=2)
     assert strike(launch(TORCHRUN, two), signal.SIGTERM).count("已中断：第") == 1
     stopped = newest_step("resumed")
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(f"resumed/checkpoint-{stopped}"))
@@ -96,9 +95,7 @@ def hasten(*flags: str) -> None:
     terminal.run_main(train.main)
 
 
-@pytest.mark.parametrize(
-    ("file", "why"), [("val.jsonl", "val.jsonl (sha256) 不同"), ("none", "看不到进程 0 写在 out 里")]
-)
+@pytest.mark.parametrize(("file", "why"), [("val.jsonl", "val.jsonl (sha256) 不同"), ("none", "看不到进程 0 写在 out")])
 def test_machines_with_other_files_or_another_output_folder_are_refused(workspace, tiny_model, file, why):
     folders = [workspace / "one", workspace / "two"]
     for path in folders:
@@ -107,7 +104,7 @@ def test_machines_with_other_files_or_another_output_folder_are_refused(workspac
             (path / name).write_bytes(Path(name).read_bytes())
     with open(folders[1] / file, "a", encoding="utf-8") as other:
         other.write("\n")
-    two = flags(tiny_model, output_dir="out", per_device_train_batch_size=2)
+    two = flags(tiny_model, "out", per_device_train_batch_size=2)
     [said, silent] = together(HERE, *two, cwds=folders, machines=2, call="hasten", status=1)
     assert why in said and said.count("错误：") == 1 and "错误" not in silent
     assert not any(checkpoints.find_whole(path / "out") for path in folders)
