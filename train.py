@@ -89,14 +89,18 @@ def prepare_files(args) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
-    from parts import kernels, memory, memory_plan, packing, placement, proof, rehearsal
+    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
+    from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
 
-    trainer_class, outline = placement.place(model, args)
+    trainer_class = PackedTrainer
+    if args.fsdp:
+        sharding.shard(model, args.device, args.world_size)
+        trainer_class = sharding.ShardedTrainer
     proof.require(model, args.load_in_4bit)
-    fast = kernels.choose(model, bool(args.sharded)) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = memory_plan.choose(args, outline, lengths, fast.fused, memory.free(args, outline), **kept)
+    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
@@ -120,7 +124,7 @@ def describe_step(args) -> str:
     each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
     step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
     other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
-    return f"{step}{other}。{'分片时评估不生成样例，训练完才有。' if args.sharded else ''}"
+    return f"{step}{other}。{'分片时不生成样例。' if args.fsdp else ''}"
 
 
 def save(trainer, tokenizer, settings: dict) -> None:
@@ -152,8 +156,10 @@ def train(args, add_adapter=None, callbacks=()):
     tracking.check(args, PROJECT)
     with processes.explain_loss(args, LOST), output_folder.hold(args):
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
-            # The data and the base model, fetched once for each machine where they are missing
-            with processes.in_turns(args):
+            # The data and the base model, fetched where they are missing: by the first process, then by the first one
+            # of each other machine, which may share its folders
+            state = args.distributed_state
+            with state.main_process_first(), state.local_main_process_first():
                 prepare_files(args)
                 model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
@@ -174,12 +180,12 @@ def train(args, add_adapter=None, callbacks=()):
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=bool(args.sharded))
+            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows, most = data.read_examples(args.val_file), args.sample_tokens
-            if not args.sharded:  # one process alone cannot ask a part of a model
+            if not args.fsdp:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]
                 trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
 
@@ -197,8 +203,8 @@ def train(args, add_adapter=None, callbacks=()):
             no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
             with terminal.explain_out_of_memory(no_memory):
                 asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
-                model = trainer.whole_model(model_path)
-                tracking.finish(args, samples.show(model, tokenizer, *asked) if model else [])
+                # One process alone cannot ask a part of a model.
+                tracking.finish(args, [] if args.fsdp else samples.show(trainer.model, tokenizer, *asked))
     return trainer
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from parts import environment, flags
+from parts import environment, flags, processes
 
 gc.disable()  # it would look through what these imports build again and again: a fifth of a command's start
 import torch  # noqa: E402
@@ -84,6 +84,7 @@ class Arguments(TrainingArguments):
         except ValueError as error:
             flags.refuse(str(error))
         self.fsdp, self.fsdp_config = sharded, {}
+        processes.agree(self, self.facts())
         if why := environment.no_kernels(self.device) or environment.too_small(self.device, self.memory_gb):
             flags.refuse(why)
         if self.offload_activations and self.device.type == "cpu":
@@ -101,6 +102,14 @@ class Arguments(TrainingArguments):
             known = one.name in flags.FLAGS or one.name in ACTS_FROM_PYTHON
             if not known and value != default and (value or default):
                 flags.refuse(f"{one.name}：这里的训练不看这个设置，请去掉")
+
+    def facts(self) -> dict[str, object]:
+        """What all processes have to have in common."""
+        facts = {"设备": self.device.type} | environment.versions() | environment.optional_versions()
+        for one in fields(self):
+            if one.name not in ("local_rank", "use_cpu", "disable_tqdm"):  # are a machine's or a terminal's
+                facts[f"--{one.name}"] = getattr(self, one.name)
+        return facts
 
     @property
     def trains_adapter(self) -> bool:

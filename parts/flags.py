@@ -167,6 +167,27 @@ def check(values: Mapping[str, object]) -> None:
         refuse(f"--max_grad_norm：--optimizer {optimizer} 不裁剪梯度")
     if values.get("offload_activations") and values.get("checkpoint_every") == 0:
         refuse("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
+    check_launch(values)
+
+
+def check_launch(values: Mapping[str, object]) -> None:
+    """Raises SystemExit for a launcher that tells a process too little or would cut the model itself, and for what does
+    not go with --fsdp."""
+    count, launched = int(os.environ.get("WORLD_SIZE") or 1), "LOCAL_RANK" in os.environ
+    if count > 1 and not launched:  # each process would train alone, and all would write into one folder
+        refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
+    cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
+    if launched and "true" in cuts:
+        refuse("请去掉 accelerate launch 的 --use_fsdp、--use_deepspeed；把模型分到几张卡上，只写 --fsdp true")
+    if not values.get("fsdp"):
+        return
+    if count < 2:
+        refuse("--fsdp：模型分给几张卡，要用 torchrun 启动：torchrun --nproc_per_node 2 train.py --fsdp true")
+    for name in ("load_in_4bit", "full_logits", "eval_samples"):
+        if values.get(name):
+            refuse(f"--{name} 不能和 --fsdp 一起用")
+    if str(values.get("optimizer")).startswith("8bit"):
+        refuse(f"--optimizer {values['optimizer']} 不能和 --fsdp 一起用")
 
 
 def require_packages(values: Mapping[str, object]) -> None:

@@ -119,6 +119,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def as_flags(values: dict) -> list[str]:
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def together(script: str, *flags, cwds, own=((), ()), machines: int = 1, status: int = 0, **more) -> list[str]:
+    """What each of two processes says that are started as torchrun starts them, but forked, in these folders; both end
+    with `status`. `own`: flags of each. On two machines each is the first one of its own."""
+    started = []
+    port = str(free_port())
+    for rank in range(2):
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+        world |= {"LOCAL_RANK": str(rank // machines), "LOCAL_WORLD_SIZE": str(2 // machines)}
+        started.append(Started(script, [*flags, *own[rank]], cwds[rank], os.environ | world, **more))
+    ends = [process.wait(100) for process in started]
+    assert ends == [status] * 2, "\n".join(process.stdout for process in started)
+    return [process.stdout for process in started]
+
+
 # ---- trainings ----------------------------------------------------------------------------------------------------
 
 

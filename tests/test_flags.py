@@ -14,7 +14,7 @@ from helpers import ROOT, SCRIPTS, arguments, build_trainer, make_rows, refused,
 import data
 import train
 import train_lora
-from parts import checkpoints, flags, run_settings
+from parts import checkpoints, flags, optimizers, run_settings
 
 ACTS = {  # seen in the weights or the log of three steps: another value, and what it needs beside it
     "per_device_train_batch_size": (2, {}),
@@ -85,7 +85,7 @@ def test_every_flag_of_the_table_is_seen_to_act_somewhere():
     seen = [*ACTS, *SETS, *" ".join(ELSEWHERE.values()).split()]
     assert sorted(seen) == sorted(flags.FLAGS)
     fields = train.arguments(report_to="none").__dataclass_fields__
-    assert set(flags.FLAGS) <= set(fields)
+    assert set(flags.FLAGS) <= set(fields) and flags.OPTIMIZERS == tuple(optimizers.OPTIMIZERS)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_bfloat16_weights_follow_float32_training_with_kahan_sums_and_not_withou
 
 def test_float32_weights_keep_the_optimizer_that_was_asked_for(workspace, tiny_model, tokenizer):
     trainer = build_trainer(tiny_model, tokenizer, dtype=torch.float32)
-    assert trainer.plan.optimizer == "optim" and trainer.optimizer_cls_and_kwargs is None
+    assert trainer.plan.optimizer == "adamw" and trainer.optimizer_cls_and_kwargs is None
 
 
 def test_bfloat16_training_resumes_to_the_same_weights(workspace, tiny_model, tokenizer):
