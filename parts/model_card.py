@@ -145,7 +145,7 @@ def describe(trainer, settings: dict[str, object], origin: dict[str, str | None]
         "保存的权重": describe_saved(args, state),
         **describe_parts(args, state),
         "优化器": args.optim if optimizer == "optim" else optimizer,
-        "梯度裁剪": args.max_grad_norm or "没有",
+        "梯度裁剪": (0 if trainer.step_hooks else args.max_grad_norm) or "没有",
         "精度": str(trainer.model.dtype).removeprefix("torch.") + mixed,
         "库（保存时）": "，".join(f"{name} {version}" for name, version in libraries.versions().items()),
     }

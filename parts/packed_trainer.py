@@ -31,11 +31,9 @@ class PackedTrainer(SafeTrainer):
 
     def __init__(self, *args, kernels: Kernels, clean: CleanText | None = None, **kwargs):
         super().__init__(*args, data_collator=PackedCollator(), **kwargs)
-        self.kernels, self.clean, self.max_grad_norm = kernels, clean, self.args.max_grad_norm
+        self.kernels, self.clean = kernels, clean
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
-        if self.args.fast_kernels:
-            self.args.use_liger_kernel = False  # kernels.choose has applied what agrees here
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
         # A notebook's table stays.
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
@@ -44,12 +42,15 @@ class PackedTrainer(SafeTrainer):
     def follow(self, plan: Plan) -> None:
         """Train by this plan from now on."""
         args, self.plan = self.args, plan
-        self.in_backward = plan.optimizer.endswith("in_backward")
-        args.max_grad_norm = 0 if self.in_backward else self.max_grad_norm  # the norm of all gradients is never known
         self.state_bytes = plan.parts["优化器"]
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         self.optimizer_cls_and_kwargs = optimizers.pick(plan.optimizer, self.kernels.step.runs, **settings)
         memory_plan.apply(plan, self.model)
+        for hook in self.step_hooks:  # of an earlier plan
+            hook.remove()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        in_backward = plan.optimizer.endswith("in_backward")
+        self.step_hooks = optimizers.step_in_backward(trained, lambda: self.optimizer) if in_backward else []
 
     def keep_hidden(self, module, args, output) -> None:
         self.last_hidden = output.last_hidden_state
@@ -84,8 +85,8 @@ class PackedTrainer(SafeTrainer):
         total, losses, _ = self.supervised_losses(model, inputs)
         if num_items_in_batch is None:
             return total / len(losses)
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total * scale / num_items_in_batch
+        # num_items_in_batch is that of all devices, whose gradients are averaged.
+        return total * self.accelerator.num_processes / num_items_in_batch
 
     def eval_tokens(self) -> int:
         """At most in one evaluation batch."""
@@ -159,20 +160,12 @@ class PackedTrainer(SafeTrainer):
         self.last_hidden = None
         self.model.zero_grad(set_to_none=True)
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.in_backward and not self.step_hooks:
-            self.step_hooks = optimizers.step_in_backward(optimizer)
-        return optimizer
-
     def gather(self) -> dict[str, torch.Tensor] | None:
         """The trained weights, where the model does not hold them itself."""
 
     def release(self):
         """The model, ready to be asked. The optimizer's states are dropped: the replies need their memory."""
         self.check_weights()
-        for hook in self.step_hooks:
-            hook.remove()
         for holder in (self, self.callback_handler):
             holder.optimizer = holder.lr_scheduler = None
         self.model_wrapped = self.model  # DistributedDataParallel holds gradients
@@ -181,13 +174,9 @@ class PackedTrainer(SafeTrainer):
         self.model.set_attn_implementation("sdpa")  # which knows padding and the cache
         return self.model.eval()
 
-    def whole_model(self, base_path: str):
-        """What was trained and saved, to be asked by one process, or None where it does not fit."""
-        return self.model
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if self.in_backward:
-            logs.pop("grad_norm", None)  # Trainer's, of no gradients
+        if self.step_hooks:
+            logs.pop("grad_norm", None)  # Trainer's, of the gradients that are left: none
         if "loss" in logs and self.window_start is not None:
             tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
             logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)

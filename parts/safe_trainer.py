@@ -52,11 +52,9 @@ class SafeTrainer(transformers.Trainer):
         """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
         and the newest always), the one that is written before an older one goes, and the final weights."""
         args, state = self.args, self.state
-        steps = state.max_steps / args.num_train_epochs if args.save_strategy == "epoch" else state.save_steps
-        count = math.ceil(state.max_steps / steps)
-        if self.limit and self.limit > 0:
-            count = min(count, max(self.limit, 1 + args.load_best_model_at_end) + 1)
-        count = 1 if args.save_strategy == "no" else count  # one, at a signal
+        count = math.ceil(state.max_steps / state.save_steps)
+        if self.limit:
+            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, and the one that is being written
         weights = self.trained_bytes()
         checkpoints.check_space(args.output_dir, count, weights + self.state_bytes, weights)
 

