@@ -12,6 +12,7 @@ what makes it fast, small and safe is in parts/, one noun a file. Those that nee
 the flags are read.
 """
 
+import dataclasses
 import os
 import shlex
 from functools import partial
@@ -141,7 +142,7 @@ def save(trainer, tokenizer, settings: dict) -> None:
         older_readers.include(args.output_dir)
         if not args.trains_adapter:
             modelfile.write(args.output_dir, tokenizer, model.generation_config)
-        model_card.write(trainer, settings, data.read_origin(args.train_file))
+        model_card.write(trainer, settings, data.read_origin(args.train_file), environment.versions())
 
 
 def train(args, add_adapter=None, callbacks=()):
@@ -218,6 +219,12 @@ def check(args, add_adapter=None) -> None:
         diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
 
 
+def changed_flags(args) -> list[str]:
+    """Names of the flags that are not the recipe's."""
+    recipe = {one.name: one.default for one in dataclasses.fields(args)} | RECIPE
+    return [name for name, value in recipe.items() if getattr(args, name) != value]
+
+
 def report(trainer, script: str) -> None:
     """Last on the screen: how it compares with the public run, where the model is, and how to ask it."""
     from parts import model_card
@@ -225,8 +232,9 @@ def report(trainer, script: str) -> None:
     args, state = trainer.args, trainer.state
     default = args.output_dir in (OUTPUT_DIR, LORA_OUTPUT_DIR)
     where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
-    saved = f"保存的权重：{model_card.describe_saved(args, state)}。模型在 {args.output_dir}"
-    print(f"\n{model_card.against_published(args, state, data.read_origin(args.train_file), PUBLISHED)}")
+    saved = f"保存的权重：{model_card.describe_saved(state)}。模型在 {args.output_dir}"
+    origin = data.read_origin(args.train_file)
+    print(f"\n{model_card.against_published(args, state, origin, PUBLISHED, changed_flags(args))}")
     print(f"训练完成：{state.global_step} 步。{saved}，提问：python {script}{where}")
 
 
