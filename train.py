@@ -206,7 +206,7 @@ def train(args, add_adapter=None, callbacks=()):
                 asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
                 # One process alone cannot ask a part of a model.
                 texts = [] if args.fsdp else samples.answer(trainer.model, tokenizer, *asked)
-                print("", *texts, sep="\n\n")
+                print("\n" + "\n\n".join(texts))
                 tracking.finish(args, texts)
     return trainer
 

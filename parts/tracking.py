@@ -118,9 +118,10 @@ def start(args, project: str, config: dict[str, object], goes_on: bool = False) 
     atexit.register(end, "aborted")  # a run that does not come to its end
     with explain_failed_write(id_file):
         id_file.write_text(run.id)
+    folder = run.dir.relative_to(Path.cwd()) if Path.cwd() in run.dir.parents else run.dir
     how = {
-        "local": f"只记录在本地。查看：swanlab watch {run.dir.parent}；上传：swanlab login 后 swanlab sync {run.dir}",
-        "offline": f"只记录在本地。上传：swanlab login 后 swanlab sync {run.dir}",
+        "local": f"只记录在本地。查看：swanlab watch {folder.parent}；上传：swanlab login 后 swanlab sync {folder}",
+        "offline": f"只记录在本地。上传：swanlab login 后 swanlab sync {folder}",
         "disabled": "不记录。",
     }
     print(f"SwanLab：{problem}{how.get(run.mode) or f'查看：{run.url}'}", flush=True)
