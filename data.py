@@ -25,14 +25,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-try:
-    from parts import cleaning, encoding, near_duplicates, row_files, rows, sources, split, terminal
-    from parts.rows import Placed, Row
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
+from parts import cleaning, encoding, near_duplicates, row_files, rows, sources, split, terminal
+from parts.rows import Placed, Row
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows

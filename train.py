@@ -30,7 +30,7 @@ KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
 MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
-SAMPLE_TOKENS = 1024  # at most, for each of these replies
+SAMPLE_TOKENS = 1024  # at most, for each reply
 # One public run of the published recipe, and its eval_loss: (step, loss)
 PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
 PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
@@ -184,10 +184,10 @@ def train(args, add_adapter=None, callbacks=()):
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
-            rows, most = data.read_examples(args.val_file), args.sample_tokens
+            rows = data.read_examples(args.val_file)
             if not args.fsdp:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]
-                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
+                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, args.sample_tokens))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
@@ -204,7 +204,9 @@ def train(args, add_adapter=None, callbacks=()):
             with terminal.explain_out_of_memory(no_memory):
                 asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
                 # One process alone cannot ask a part of a model.
-                tracking.finish(args, [] if args.fsdp else samples.show(trainer.model, tokenizer, *asked))
+                texts = [] if args.fsdp else samples.answer(trainer.model, tokenizer, *asked)
+                print("", *texts, sep="\n\n")
+                tracking.finish(args, texts)
     return trainer
 
 

@@ -1,19 +1,17 @@
 """The worst step of a training and its largest evaluation, tried before anything is written: does the plan fit here,
 and how fast is it. No optimizer steps: weights, random states and the trainer are afterwards what they were."""
 
-import contextlib
 import math
-import random
 import time
 from typing import NamedTuple
 
 import accelerate
-import numpy
 import torch
 
 from parts import memory, memory_plan, proof
 from parts.encoding import IGNORE_INDEX
 from parts.packing import lengths_of
+from parts.safe_trainer import same_random_states
 from parts.terminal import is_out_of_memory
 
 
@@ -118,21 +116,6 @@ def now(device: torch.device) -> float:
     """Seconds, when the device has done all that it was asked for."""
     torch.get_device_module(device).synchronize()
     return time.perf_counter()
-
-
-@contextlib.contextmanager
-def same_random_states(device: torch.device):
-    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
-    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
-    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
-        if drawn is not None:
-            backend.set_rng_state(drawn)
 
 
 def seconds_of_run(found: Rehearsed, trainer) -> float:

@@ -1,12 +1,15 @@
 """A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are no numbers
 are never written. Knows nothing of what is trained."""
 
+import contextlib
 import copy
 import math
+import random
 import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import torch
 import transformers
 
@@ -172,3 +175,18 @@ class BestCheckpoint(transformers.EarlyStoppingCallback):
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
+
+
+@contextlib.contextmanager
+def same_random_states(device: torch.device):
+    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
+    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
+    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        if drawn is not None:
+            backend.set_rng_state(drawn)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from parts import evaluation, memory_plan, proof, rehearsal
+from parts import evaluation, memory_plan, proof, rehearsal, safe_trainer
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -32,7 +32,7 @@ def test_every_random_state_is_put_back():
         return random.random(), numpy.random.rand(), torch.rand(1).item()
 
     torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
-    with rehearsal.same_random_states(torch.device("cpu")):
+    with safe_trainer.same_random_states(torch.device("cpu")):
         first = draw()
     assert draw() == first
 
