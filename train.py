@@ -20,7 +20,7 @@ from functools import partial
 try:
     import data
     from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-    from parts import encoding, hub, libraries, system_prompt, terminal
+    from parts import encoding, libraries, system_prompt, terminal
     from parts.arguments import Arguments, parse_flags
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
     raise SystemExit(
@@ -162,7 +162,8 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             # The data and the base model, fetched once for each machine where they are missing
             with processes.in_turns(args):
                 prepare_files(args)
-                model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
+                remedy = "用 --model_name 指定本地模型文件夹"
+                model_path = models.find_model(args.model_name, remedy, args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
             architecture.require(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)
