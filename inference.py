@@ -9,8 +9,6 @@
     python inference.py --no_thinking "…"       # answer at once
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
     python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # and held against the untuned one
-    python inference.py --push_to modelscope:owner/name                   # instead of asking: what would be uploaded
-    python inference.py --push_to modelscope:owner/name --yes             # upload it
 
 A file of questions ends with tables of scores, the same as JSON, and a page of HTML with the replies side by side.
 
@@ -35,7 +33,6 @@ try:
         reply_file,
         system_prompt,
         terminal,
-        upload,
         web,
     )
 except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
@@ -73,9 +70,9 @@ def find_local(name: str, revision: str | None = None) -> Path | None:
 def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> tuple[str]:
     """What load_found takes: the folder of a local model, or of one that comes from ModelScope. Raises SystemExit when
     it is to be asked without `thinking` and cannot be."""
-    from parts import hub, models
+    from parts import models
 
-    path = str(find_local(name, revision) or hub.find_model(name, "检查 --model_path", revision))
+    path = str(find_local(name, revision) or models.find_model(name, "检查 --model_path", revision))
     if not thinking:
         models.require_no_thinking(path)
     return (path,)
@@ -168,9 +165,7 @@ def build_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
 def ask(args: argparse.Namespace, kind: candidates.Kind) -> None:
     """What the command line asks for, of a model of this kind."""
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        if args.push_to:
-            upload.run(args.push_to, Path(args.model_path), args.yes)
-        elif args.questions:
+        if args.questions:
             evaluate(args, kind)
         elif args.web:
             serve(args, kind)

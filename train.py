@@ -18,7 +18,7 @@ from functools import partial
 
 import data
 from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-from parts import encoding, environment, flags, hub, system_prompt, terminal
+from parts import encoding, environment, flags, system_prompt, terminal
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2
@@ -161,7 +161,8 @@ def train(args, add_adapter=None, callbacks=()):
             state = args.distributed_state
             with state.main_process_first(), state.local_main_process_first():
                 prepare_files(args)
-                model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
+                remedy = "用 --model_name 指定本地模型文件夹"
+                model_path = models.find_model(args.model_name, remedy, args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
             architecture.require(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)

@@ -55,14 +55,14 @@ def find(name: str, revision: str | None = None, thinking: bool = True) -> tuple
     """(folder of the adapter, its base as it names it, the base's folder) below an output folder of train_lora.py.
     Raises SystemExit for another base than the one it was trained on, and when it is to be asked without `thinking` and
     cannot be."""
-    from parts import hub, models
+    from parts import models
 
     path = str(locate(name))
     base, trained_revision = read_base(path)
     if not thinking:
         models.require_no_thinking(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
-    base_path = hub.find_model(base, remedy, revision or trained_revision)
+    base_path = models.find_model(base, remedy, revision or trained_revision)
     check_base(path, base, base_path)
     return path, base, base_path
 

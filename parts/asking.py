@@ -5,7 +5,7 @@ import argparse
 import importlib.util
 from functools import partial
 
-from parts import address, candidates, endpoint, question_file, reply_file, terminal, upload, web
+from parts import address, candidates, endpoint, question_file, reply_file, terminal, web
 
 SCORING = ("rouge_score", "rjieba", "sacrebleu")  # packages: without them an hour of replies would end in no table
 ACTS_WITH = (  # a flag, and those of which it needs one
@@ -17,7 +17,6 @@ ACTS_WITH = (  # a flag, and those of which it needs one
     ("host", "web"),
     ("port", "web"),
     ("auth", "web"),
-    ("yes", "push_to"),
 )
 
 
@@ -78,13 +77,6 @@ def build_parser(description: str, **defaults) -> argparse.ArgumentParser:
     flag("--judge_model", metavar="NAME", help="which model of that address (default: its only one)")
     flag("--model_path", help="folder or ModelScope id (default: %(default)s)")
     flag("--revision", help="branch, tag or commit of the ModelScope model (default: master)")
-    flag(
-        "--push_to",
-        metavar="modelscope:owner/name",
-        type=upload.repository,
-        help="instead of asking, show what of the trained model in --model_path would be uploaded there",
-    )
-    flag("--yes", action="store_true", help="with --push_to: upload it; a new repository is private")
     flag("--no_thinking", action="store_true", help="answer without thinking first")
     flag("--max_new_tokens", type=partial(terminal.whole_number, 1), help="default: %(default)s")
     flag("--seed", type=partial(terminal.whole_number, 0), help="of the sampling (default: %(default)s)")
@@ -102,9 +94,6 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.questions:
         check_files(args)
-    for name in vars(args).keys() - {"push_to", "yes", "model_path"} if args.push_to else ():
-        if given(parser, args, name):
-            parser.error(f"--push_to 只上传，不提问；请去掉 {name}")
     for name, others in ACTS_WITH:
         if given(parser, args, name) and not any(getattr(args, other) for other in others.split()):
             parser.error(f"--{name} 只和 {' 或 '.join(f'--{other}' for other in others.split())} 一起起作用")
