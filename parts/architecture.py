@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from parts import packing
 from parts.loss import LinearCrossEntropy
-from parts.memory import head_dim
+from parts.models import head_dim
 from parts.proof import attempt, difference
 from parts.terminal import first_line, shorten
 

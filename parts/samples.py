@@ -8,7 +8,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from parts import encoding, overlaps, rehearsal, replies, scores, tracking
+from parts import encoding, rehearsal, replies, scores, tracking
 from parts.decoding import CACHE_STEP
 from parts.encoding import Reply
 from parts.rows import Row
@@ -168,7 +168,7 @@ def measure(row: Row, reply: Reply, thinking: bool) -> dict[str, float]:
         "whole": float(scores.whole(reply, thinking)),
         "leak": float(bool(scores.find_traces(row, reply))),
         "loop": float(scores.in_loop(reply)),
-        "overlap": overlaps.rouge(scores.written(reply, "answer"), row["answer"])[2],
+        "overlap": scores.rouge(scores.written(reply, "answer"), row["answer"])[2],
     }
 
 

@@ -8,7 +8,7 @@ import accelerate
 import torch
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from parts import adapters, memory, models, sharding
+from parts import memory, models, sharding
 from parts.encoding import IGNORE_INDEX
 from parts.packed_trainer import PackedTrainer
 from parts.packing import split_batch, token_batches
@@ -118,7 +118,7 @@ class ShardedTrainer(PackedTrainer):
             print(f"示例回复：整个模型（{size / 1e9:.1f} GB）放不进一张卡，不生成；模型已经保存，可以分开来问。")
             return None
         if args.trains_adapter:
-            return adapters.load(args.output_dir, args.model_name, base_path, args.device)[0]
+            return models.load(models.Trained(args.output_dir, args.model_name, base_path), args.device)[0]
         return models.load_weights(args.output_dir, args.device)
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:

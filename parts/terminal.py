@@ -3,6 +3,7 @@ of several processes only. Knows no model, no data and no flag's name."""
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
 import shutil
@@ -89,6 +90,60 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
             f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
             f"{kept}都还在；请腾出空间，再用同一命令继续。"
         ) from None
+
+
+@contextlib.contextmanager
+def hold(lock: str | Path, message: str):
+    """Keep for this process alone what the file `lock` stands for; who comes second ends with `message`. The system
+    lets go of it when the process ends, however it ends."""
+    import filelock
+
+    try:
+        held = filelock.FileLock(lock).acquire(timeout=0)
+    except filelock.Timeout:
+        raise SystemExit(message) from None
+    with held:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                os.unlink(lock)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line, and answers a wrong one with status 2 and one line, which names the nearest flag."""
+
+    WORDS = (  # what argparse says, and what is said here; the same words in Python 3.11 to 3.15
+        ("argument ([^:]+): not allowed with argument (.+)", r"\1 和 \2 不能一起写"),
+        ("argument ([^:]+): expected one argument", r"\1 后面要有一个值"),
+        ("argument ([^:]+): ", r"\1："),
+    )
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            nearest = difflib.get_close_matches(flag, re.findall(r"--\w+", self.format_usage()), 1)
+            remedy = f"你是不是想写 {nearest[0]}？" if nearest else ""
+            self.error(f"没有参数 {shorten(flag)}；{remedy}全部参数：--help")
+        return values
+
+    def error(self, message: str):
+        for pattern, words in self.WORDS:
+            message = re.sub(f"^{pattern}", words, message)
+        self.exit(2, f"错误：{message}\n")
+
+
+def true_or_false(text: str) -> bool:
+    """Read a switch, for argparse."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"要写 true 或 false，不是 {shorten(text)!r}")
+    return text.lower() == "true"
 
 
 def whole_number(least: int, text: str) -> int:
