@@ -4,7 +4,6 @@
     python inference.py "感冒了要吃抗生素吗？"
     python inference.py --chat                  # a conversation; an empty line ends it
     python inference.py --web                   # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
-    python inference.py --web --compare_with Qwen/Qwen3-1.7B      # and the untuned one beside it
     python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any other model, the untuned one too
     python inference.py --no_thinking "…"       # answer at once
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
@@ -26,11 +25,9 @@ try:
     from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
     from parts import (
         adapters,
-        address,
         asking,
         candidates,
         checkpoints,
-        dialogue,
         endpoint,
         reply_file,
         system_prompt,
@@ -125,13 +122,10 @@ def kind_of(name: str) -> candidates.Kind:
 
 
 def serve(args: argparse.Namespace, kind: candidates.Kind) -> None:
-    """The page, on which the model is asked, beside those that it is compared with. All of them are loaded at once."""
-    asked = [(kind, args.model_path, args.revision), *((kind_of(name), name, None) for name in args.compare_with)]
-    found = [each.find(name, revision, not args.no_thinking) for each, name, revision in asked]
-    models = [dialogue.Model(name, *begin(*each.load(*where), args)) for (each, name, _), where in zip(asked, found)]
-    place = address.Address(args.host, args.port, args.auth)
-    page = web.Page(dialogue.Dialogue(models, OUT_OF_MEMORY))
-    page.serve(place, title=TITLE, notice=NOT_A_DOCTOR, example=QUESTION)
+    """The page on which the model is asked."""
+    conversation, start = begin(*kind.load(*kind.find(args.model_path, args.revision, not args.no_thinking)), args)
+    texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION, "out_of_memory": OUT_OF_MEMORY}
+    web.serve(conversation, start, args.host, args.port, args.auth, **texts)
 
 
 def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
@@ -140,7 +134,7 @@ def evaluate(args: argparse.Namespace, kind: candidates.Kind) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False)
-    judging = endpoint.reach(args.judge, args.judge_model, console) if args.judge else None
+    judging = endpoint.Endpoint(args.judge, args.judge_model) if args.judge else None
     settings = {name: getattr(args, name) for name in reply_file.FLAGS}
     asked = [candidates.candidate(kind, args.model_path, args.revision, args.replies, settings)]
     for name in args.compare_with:

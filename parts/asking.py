@@ -5,14 +5,13 @@ import argparse
 import importlib.util
 from functools import partial
 
-from parts import address, candidates, endpoint, question_file, reply_file, terminal, upload, web
+from parts import candidates, endpoint, question_file, reply_file, terminal, upload, web
 
 SCORING = ("rouge_score", "rjieba", "sacrebleu")  # packages: without them an hour of replies would end in no table
 ACTS_WITH = (  # a flag, and those of which it needs one
     ("replies", "questions"),
-    ("compare_with", "questions web"),
+    ("compare_with", "questions"),
     ("judge", "compare_with"),
-    ("judge", "questions"),
     ("judge_model", "judge"),
     ("host", "web"),
     ("port", "web"),
@@ -35,9 +34,7 @@ def add_ways(parser: argparse.ArgumentParser) -> None:
         help="answer all of a .txt file, a question a line, or a .jsonl file with a field question, and score the "
         "replies; where it has fields answer and think, those are what they are held against",
     )
-    one_of.add_argument(
-        "--web", action="store_true", help="show a page in the browser: a conversation, and the settings of it"
-    )
+    one_of.add_argument("--web", action="store_true", help="show a page in the browser on which the model is asked")
 
 
 def build_parser(description: str, **defaults) -> argparse.ArgumentParser:
@@ -52,7 +49,7 @@ def build_parser(description: str, **defaults) -> argparse.ArgumentParser:
     flag(
         "--auth",
         metavar="USER:PASSWORD",
-        type=address.user_and_password,
+        type=web.user_and_password,
         help="what the page asks for before it shows anything",
     )
     flag(
@@ -65,8 +62,7 @@ def build_parser(description: str, **defaults) -> argparse.ArgumentParser:
         metavar="X",
         action="append",
         default=[],
-        help="also let this model or adapter answer, side by side on the page too; of --questions, also take this file "
-        "of replies (.jsonl); may be repeated",
+        help="also let this model or adapter answer, or take this file of replies (.jsonl); may be repeated",
     )
     flag(
         "--judge",
@@ -109,10 +105,7 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if given(parser, args, name) and not any(getattr(args, other) for other in others.split()):
             parser.error(f"--{name} 只和 {' 或 '.join(f'--{other}' for other in others.split())} 一起起作用")
     if args.web:
-        if earlier := [name for name in args.compare_with if name.endswith(candidates.EARLIER)]:
-            parser.error(f"--compare_with {earlier[0]}：--web 的页面上只能并排几个模型，不能是回复文件")
-        web.require_gradio()
-        address.check(address.Address(args.host, args.port, args.auth))
+        web.check(args.host, args.port, args.auth)
     return args
 
 

@@ -67,7 +67,6 @@ class Conversation:
     """How a model is asked, and the console on which it answers."""
 
     asked = Lock()  # by one at a time: all draw from the same random numbers, and a CUDA graph is captured alone
-    temperature: float | None = None  # instead of the model's own
 
     def __init__(self, model, tokenizer, thinking: bool, max_new_tokens: int, seed: int):
         self.model, self.tokenizer, self.thinking, self.max_new_tokens = model, tokenizer, thinking, max_new_tokens
@@ -78,8 +77,8 @@ class Conversation:
 
     def generate(self, conversations: list[Messages], streamer=None, stop=None) -> list[Reply]:
         """replies.generate as this conversation is held."""
-        most, thinking, temperature = self.max_new_tokens, self.thinking, self.temperature
-        return replies.generate(self.model, self.tokenizer, conversations, most, thinking, streamer, stop, temperature)
+        most, thinking = self.max_new_tokens, self.thinking
+        return replies.generate(self.model, self.tokenizer, conversations, most, thinking, streamer, stop)
 
     def stream(self, messages: Messages, seed: int | None = None, closed: Event | None = None) -> Iterator[Reply]:
         """The reply as far as it is written, again and again, and whole as the last; it ends early where `closed` is

@@ -25,17 +25,15 @@ def generate(
     thinking: bool = True,
     streamer=None,
     stop: Callable[[], bool] | None = None,
-    temperature: float | None = None,
 ) -> list[Reply]:
     """A Reply for each conversation, sampled as one left-padded batch: never greedy, which makes thinking loop. All
-    replies are cut off where `stop()` says so. `temperature`: above 0, instead of the model's own."""
+    replies are cut off where `stop()` says so."""
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
     padding, device = tokenizer.pad_token_id, model.device
     stops = stop_tokens(model, tokenizer)
     began = time.perf_counter()
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
-    sampling |= {"temperature": temperature} if temperature else {}
     with torch.inference_mode():
         output = model.generate(
             input_ids=torch.tensor([[padding] * (longest - len(ids)) + ids for ids in prompts], device=device),
