@@ -60,7 +60,7 @@ def ask(args: argparse.Namespace, conversation) -> None:
     """Hold the conversation on the page, at the terminal, or ask the one question."""
     if args.web:
         texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION, "out_of_memory": OUT_OF_MEMORY}
-        return web.serve(conversation, conversation.to_messages, args.host, args.port, args.auth, **texts)
+        return web.serve(conversation, args.host, args.port, args.auth, **texts)
     conversation.warn(NOT_A_DOCTOR)
     if args.chat:
         return conversation.chat()

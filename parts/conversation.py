@@ -67,12 +67,10 @@ class Conversation:
     """How a model is asked, and the console on which it answers.
 
     `to_messages(question, history=[[question, answer], …])` makes of a question the messages that the model reads.
-    `temperature` holds instead of the model's own. Without `fast_kernels` the model stays as it was loaded and
-    generates with transformers' loop.
+    Without `fast_kernels` the model stays as it was loaded and generates with transformers' loop.
     """
 
     lock = Lock()  # one is asked at a time: all draw from the same random numbers, and a CUDA graph is captured alone
-    temperature: float | None = None
 
     def __init__(
         self,
@@ -101,13 +99,12 @@ class Conversation:
             self.thinking,
             streamer,
             stop,
-            self.temperature,
             self.fast_kernels,
         )
 
-    def stream(self, messages: Messages, seed: int | None = None, closed: Event | None = None) -> Iterator[Reply]:
-        """The reply as far as it is written, again and again, and whole as the last; it ends early where `closed` is
-        set or the iterator is closed. One at a time: others wait. `seed` makes a reply repeatable."""
+    def stream(self, messages: Messages, closed: Event | None = None) -> Iterator[Reply]:
+        """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends early where
+        `closed` is set or the iterator is closed. One is written at a time: others wait."""
         queue, left, outcome = TokenQueue(), Event(), []
 
         def stop() -> bool:
@@ -116,8 +113,6 @@ class Conversation:
         def generate():
             try:
                 with self.lock:
-                    if seed is not None:
-                        transformers.set_seed(seed)
                     outcome.extend(self.generate([messages], queue, stop))
             except Exception as error:  # is raised where the reply is waited for
                 outcome.append(error)

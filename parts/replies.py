@@ -24,13 +24,11 @@ def generate(
     thinking: bool = True,
     streamer=None,
     stop: Callable[[], bool] | None = None,
-    temperature: float | None = None,
     fast_kernels: bool = True,
 ) -> list[Reply]:
     """Return a Reply to each conversation, sampled as one left-padded batch: never greedily, which makes thinking loop.
 
-    All replies are cut off where `stop()` says so. `temperature`, above 0, holds instead of the model's own. Without
-    `fast_kernels` the loop is transformers'.
+    All replies are cut off where `stop()` says so. Without `fast_kernels` the loop is transformers'.
     """
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
     longest = max(map(len, prompts))
@@ -40,8 +38,6 @@ def generate(
     if stop:
         criteria.append(lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool))
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
-    if temperature:
-        sampling["temperature"] = temperature
     began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(

@@ -153,17 +153,6 @@ def whole_number(least: int, text: str) -> int:
     return int(text)
 
 
-def number_between(least: float, most: float, text: str) -> float:
-    """A number from `least` to `most`, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"要一个 {least:g} 到 {most:g} 的数，不是 {shorten(text)!r}")
-    return number
-
-
 def some_text(text: str) -> str:
     """A text that is not empty, for argparse."""
     if not text.strip():
