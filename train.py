@@ -149,7 +149,7 @@ def train(args, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import architecture, memory_plan, models, output_folder, processes, replies, samples, tracking
+    from parts import architecture, memory_plan, models, output_folder, processes, samples, tracking
     from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
@@ -182,7 +182,7 @@ def train(args, add_adapter=None, callbacks=()):
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
             model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
-            replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
+            models.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
             rows = data.read_examples(args.val_file)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from parts import evaluation, memory_plan, proof, rehearsal, safe_trainer
+from parts import memory_plan, proof, rehearsal, safe_trainer
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

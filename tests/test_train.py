@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import ROOT, arguments, losses, make_row, make_rows, opening, refused, run, save, weights
+from helpers import ROOT, arguments, losses, make_row, opening, refused, run, save, weights
 
 import data
 import train
