@@ -93,9 +93,9 @@ def prepare_files(args: TrainArguments) -> None:
         )
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
-    interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
+    interrupted run `kept` a part."""
     from parts import kernels, memory, memory_plan, packing, placement, proof, rehearsal
     from parts.safe_trainer import BestCheckpoint
 
@@ -112,7 +112,6 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         model=model,
         args=args,
         kernels=fast,
-        clean=clean,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -153,7 +152,6 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
     import transformers
 
     from parts import architecture, memory_plan, models, output_folder, processes, replies, samples, tracking
-    from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
@@ -174,7 +172,6 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             tokenizer = system_prompt.with_default(tokenizer, SYSTEM_PROMPT)  # saved with the model
             load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
             train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
-            clean = load_clean(args.val_file, eval_dataset, data.read_examples, load)
             if args.dataloader_drop_last and len(train_dataset) < (batch := args.train_batch_size * args.world_size):
                 raise SystemExit(
                     f"错误：训练集只有 {len(train_dataset)} 条，不满一批（{batch} 条），一步也训练不了；"
@@ -189,7 +186,7 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=bool(args.sharded))
             replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
-            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
+            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
             rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
             if not args.sharded:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]

@@ -4,16 +4,12 @@ what an earlier command downloaded is used again. Knows names and files, not wha
 import os
 import re
 import shlex
-import tempfile
-from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from parts import huggingface, modelscope
 from parts.checkpoints import ADAPTER_CONFIG, weight_files
-from parts.row_files import SUFFIXES
-from parts.split import part_of
 from parts.terminal import first_line, shorten
 
 OWNED = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
@@ -114,30 +110,6 @@ def download(name: str, kind: str, remedy: str, choose, folder: str | None = Non
             f"（{describe_error(error)}）；请检查名称和网络后重试同一命令，"
             f"或用环境变量 {hub.VARIABLE} 换一个镜像，或{remedy}。"
         ) from None
-
-
-def choose_data(dataset: str, names: list[str]) -> list[str]:
-    """The data files among `names`; when there are several formats, those of one."""
-    inside = split(dataset)[2].strip("/")
-    names = [name for name in names if not inside or name == inside or name.startswith(inside + "/")]
-    # Metadata that the hub keeps beside the data has these names.
-    names = [name for name in sorted(names) if not Path(name).name.startswith(("dataset_info", "configuration"))]
-    formats = [[name for name in names if name.lower().endswith(suffix)] for suffix in SUFFIXES]
-    if not any(formats):
-        raise SystemExit(f"错误：数据集 {dataset} 里没有 {'、'.join(SUFFIXES)} 文件；请用 --dataset 换一个。")
-    # Tests alone, or an example, in another format are not the set.
-    return next((found for found in formats if "train" in map(part_of, found)), max(formats, key=bool))
-
-
-def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:
-    """{name: content} of the data files of a data set on a hub, by name.
-
-    Not through the client's cache: there it keeps, and would hand out, files that the hub has renamed or dropped since.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        choose = partial(choose_data, dataset)
-        path, names = download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
-        return {name: (path / name).read_bytes() for name in names}
 
 
 def is_whole(folder: Path) -> bool:

@@ -150,7 +150,6 @@ def seconds_of_run(found: Rehearsed, trainer) -> float:
         count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations
         count *= steps if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
         tokens = sum(lengths_of(trainer.eval_dataset))
-        tokens += sum(lengths_of(trainer.clean.changed)) if trainer.clean else 0
         seconds += count * tokens / found.eval_speed / args.world_size
     return seconds
 

@@ -8,8 +8,7 @@ from parts import checkpoints, models
 from parts.terminal import first_line
 
 # What decides the weights. Logging, samples, patience and what only saves memory may change while continuing; so may
-# --fast_kernels, a way on where one fails: they were seen to agree. And the validation text with cleaned thinking: no
-# loss of it chooses the best checkpoint.
+# --fast_kernels, a way on where one fails: they were seen to agree.
 SETTINGS = (
     "model_name max_length num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args optim_target_modules full_logits "

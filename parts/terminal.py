@@ -3,6 +3,7 @@ of several processes only. Knows no model, no data and no flag's name."""
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
 import shutil
@@ -89,6 +90,35 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
             f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
             f"{kept}都还在；请腾出空间，再用同一命令继续。"
         ) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in Chinese: a wrong flag names the nearest one, and a flag that is gone says what there is instead."""
+
+    def __init__(self, **options):
+        def formatter(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
+
+        super().__init__(formatter_class=formatter, allow_abbrev=False, add_help=False, **options)
+        self.add_argument_group("帮助").add_argument("-h", "--help", action="help", help="显示这些说明")
+        self.gone: dict[str, str] = {}  # {flag: what to do instead}
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.5)
+            hint = f"你是不是想写 {nearest[0]}？" if nearest else ""
+            self.error(f"{name}：{self.gone.get(name) or f'没有这个参数。{hint}全部参数见 --help'}")
+        return values
+
+    def error(self, message: str):
+        """Ends with exit status 2. Of several processes on a machine the first one speaks."""
+        message = re.sub(r"^argument ([^:]+): ", r"\1：", message)
+        message = message.replace("expected one argument", "要写一个值").replace(
+            "：not allowed with argument", "：不能同时写"
+        )
+        self.exit(2, f"错误：{message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def whole_number(least: int, text: str) -> int:

@@ -46,7 +46,7 @@ def follows(folder: str, other: str) -> None:
     logs, others = history(folder), history(other)
     assert [set(log) for log in logs] == [set(log) for log in others] and len(logs) > 3
     for log, expected in zip(logs, others):
-        for name, most in {"loss": 1e-3, "grad_norm": 1e-3, "eval_loss": 1e-4, "eval_clean_think_loss": 1e-4}.items():
+        for name, most in {"loss": 1e-3, "grad_norm": 1e-3, "eval_loss": 1e-4, "eval_think_loss": 1e-4}.items():
             assert log.get(name, 0) == pytest.approx(expected.get(name, 0), rel=most), name
     found, wanted = weights(folder), weights(other)
     assert found.keys() == wanted.keys()
