@@ -86,9 +86,9 @@ def prepare_files(args) -> None:
         )
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
-    interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
+    interrupted run `kept` a part."""
     from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
@@ -109,7 +109,6 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         model=model,
         args=args,
         kernels=fast,
-        clean=clean,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -184,7 +183,7 @@ def train(args, add_adapter=None, callbacks=()):
             model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
             models.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
-            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
+            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
             rows = data.read_examples(args.val_file)
             if not args.fsdp:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]

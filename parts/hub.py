@@ -5,13 +5,9 @@ import glob
 import logging
 import os
 import re
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.row_files import SUFFIXES
-from parts.split import part_of
 from parts.terminal import first_line, shorten
 
 OWNED = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
@@ -207,27 +203,3 @@ def find_cached(name: str, revision: str | None) -> Path | None:
     """The folder of a model that an earlier command began to download, in this revision; it may be incomplete."""
     scheme, repository, _ = split(name)
     return HUBS[scheme]().find(repository, revision)
-
-
-def choose_data(dataset: str, names: list[str]) -> list[str]:
-    """The data files among `names`; when there are several formats, those of one."""
-    inside = split(dataset)[2].strip("/")
-    names = [name for name in names if not inside or name == inside or name.startswith(inside + "/")]
-    # Metadata that the hub keeps beside the data has these names.
-    names = [name for name in sorted(names) if not Path(name).name.startswith(("dataset_info", "configuration"))]
-    formats = [[name for name in names if name.lower().endswith(suffix)] for suffix in SUFFIXES]
-    if not any(formats):
-        raise SystemExit(f"错误：数据集 {dataset} 里没有 {'、'.join(SUFFIXES)} 文件；请用 --dataset 换一个。")
-    # Tests alone, or an example, in another format are not the set.
-    return next((found for found in formats if "train" in map(part_of, found)), max(formats, key=bool))
-
-
-def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:
-    """{name: content} of the data files of a data set on a hub, by name.
-
-    Not through the client's cache: there it keeps, and would hand out, files that the hub has renamed or dropped since.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        choose = partial(choose_data, dataset)
-        path, names = download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
-        return {name: (path / name).read_bytes() for name in names}

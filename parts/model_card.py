@@ -62,14 +62,12 @@ def describe_saved(args, state) -> str:
 
 
 def describe_parts(args, state) -> dict[str, str]:
-    """{what: losses} of the saved weights: thinking and answer apart, and the validation text with cleaned thinking."""
-    losses, rows = saved_losses(args, state), {}
-    for name, text in (("eval", "验证损失"), ("eval_clean", "清理过的验证文本的损失")):
-        if f"{name}_answer_loss" in losses:
-            parts = {"按行平均": "loss", "思考": "think_loss", "回答": "answer_loss"}
-            found = [(part, losses.get(f"{name}_{key}")) for part, key in parts.items()]
-            rows[text] = "，".join(f"{part} {loss:.4f}" for part, loss in found if loss is not None)
-    return rows
+    """{what: losses} of the saved weights, thinking and answer apart; empty where they were not evaluated."""
+    losses, words = saved_losses(args, state), []
+    for part, key in (("按行平均", "eval_loss"), ("思考", "eval_think_loss"), ("回答", "eval_answer_loss")):
+        if key in losses:
+            words.append(f"{part} {losses[key]:.4f}")
+    return {"验证损失": "，".join(words)} if words else {}
 
 
 def against_published(args, state, origin: dict, published: dict) -> str:

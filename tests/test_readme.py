@@ -80,7 +80,7 @@ def help_flags(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit):
             OTHERS[script].main()
-        return set(re.findall(r"^ +(--?\w+)", capsys.readouterr().out.split("options:")[1], re.MULTILINE))
+        return set(re.findall(r"^ +(--?\w+)", capsys.readouterr().out, re.MULTILINE))
 
     return flags
 
