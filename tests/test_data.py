@@ -127,7 +127,7 @@ def test_file_that_the_hub_has_renamed_is_not_read_twice(hub, folder):
     assert "owner/name（new.jsonl）：共 20 行" in download(hub, folder, "--dataset", "owner/name").stdout
 
 
-AGAIN = "请检查名称和网络后重试同一命令，或用环境变量 MODELSCOPE_ENDPOINT 换一个镜像，或用 --dataset 指定本地文件。"
+AGAIN = "请检查名称和网络后重试同一命令，或用环境变量 MODELSCOPE_ENDPOINT 换一个镜像，或用 --dataset 指定本地文件。~"
 LOADING = "无法从 {url} 下载数据集 {name}（~）；" + AGAIN
 NO_FILES = "数据集 {name} 里没有 .jsonl、.parquet、.csv、.tsv、.json 文件；请用 --dataset 换一个。"
 
