@@ -149,7 +149,6 @@ def train(args, add_adapter=None, callbacks=()):
     import transformers
 
     from parts import architecture, memory_plan, models, output_folder, processes, samples, tracking
-    from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
@@ -173,7 +172,6 @@ def train(args, add_adapter=None, callbacks=()):
             tokenizer = system_prompt.with_default(tokenizer, SYSTEM_PROMPT)  # saved with the model
             load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
             train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
-            clean = load_clean(args.val_file, eval_dataset, data.read_examples, load)
             print(encoding.describe_example(tokenizer, train_dataset[0]))
             if args.world_size > 1:
                 print(describe_step(args))

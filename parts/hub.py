@@ -1,5 +1,5 @@
-"""ModelScope, and Hugging Face where hf:// says so, each through its own client: what is asked for is downloaded or
-refused in one sentence. Knows names and files, not what is in them."""
+"""ModelScope, and Hugging Face where hf:// says so, each through its own client: what is asked for is
+downloaded or refused in one sentence. Knows names and files, not what is in them."""
 
 import glob
 import logging
@@ -14,8 +14,9 @@ OWNED = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
 NAME = re.compile(rf"(?:(hf|ms)://(?=.))?({OWNED})(?:/(.+))?")  # a path after hf://, ms://
 # Names that a client would write outside its folder, on one system or another.
 LEAVES_FOLDER = re.compile(r"[/\\].*|[A-Za-z]:.*|(.*[/\\])?\.\.([/\\].*)?", re.DOTALL)
-# Limits of the ModelScope client, which reads them at its import; the environment's go first. A hub that is silent or
-# drips is given up after 50 s for its list of files (3 x 15 s), after 150 s for the files (6 x 20 s), pauses included.
+# Limits of the ModelScope client, which reads them at its import; the environment's go first. A hub that is
+# silent or drips is given up after 50 s for its list of files (3 x 15 s), after 150 s for the files
+# (6 x 20 s), pauses included.
 LIMITS = {
     "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
     "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "5",
@@ -28,8 +29,9 @@ NOT_THERE = "没有这个名称、版本或文件"
 NOT_ALLOWED = "没有这个名称，或没有权限：私有的要先登录，有条款的要先在网页上同意"
 NOT_AS_LISTED = "内容与文件列表不符"
 NOT_REACHED = "连不上，或服务器出错"
-OF_STATUS = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_THERE, 429: NOT_REACHED}  # and from 500 on, NOT_REACHED
-NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")  # one or another is under each client
+# What an answer's status means; from 500 on, NOT_REACHED too.
+OF_STATUS = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_THERE, 429: NOT_REACHED}
+NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")  # one of them is under each client
 
 
 class HubName(NamedTuple):
@@ -48,7 +50,7 @@ class Cause(NamedTuple):
 
 
 class Unreachable(SystemExit):
-    """The hub gave no list of files, and nothing was written: what an earlier command downloaded is as it was."""
+    """The hub gave no list of files, and nothing was written: an earlier command's download is as it was."""
 
 
 class ModelScope:
@@ -59,7 +61,8 @@ class ModelScope:
     def __init__(self):
         for limit, value in LIMITS.items():
             os.environ.setdefault(limit, value)
-        from modelscope_hub import HubApi  # modelscope itself is a shim over it whose import pulls torch in: 3 s
+        # modelscope itself is a shim over this whose import pulls torch in: 3 s.
+        from modelscope_hub import HubApi
 
         self.api = HubApi()
         self.endpoint = self.api.legacy.endpoint
@@ -69,24 +72,23 @@ class ModelScope:
         files = {}
         for file in self.api.list_repo_files(repository, kind, revision=revision):
             if not file.is_dir:
-                # The client takes a size of 0 at its word, but it may also be one that the list does not tell.
+                # The client takes a size of 0 at its word, but a list may also not tell the size.
                 files[file.path] = {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256}
         return files
 
-    def download(self, repository: str, kind: str, revision: str | None, files: dict[str, dict], folder: str | None):
-        """The folder of these files: in the client's cache without a `folder`."""
+    def download(self, repository: str, kind: str, revision: str | None, files: dict, folder: str | None):
+        """Returns the folder of these files: in the client's cache without a `folder`."""
         # A list that the client asked for anew would not be the one that was checked.
-        chosen = list(files.values())
-        return self.api.download_repo(
-            repository, kind, revision=revision, local_dir=folder, file_list=chosen, max_workers=16
-        )
+        options = {"file_list": list(files.values()), "local_dir": folder, "max_workers": 16}
+        return self.api.download_repo(repository, kind, revision=revision, **options)
 
     def find(self, repository: str, revision: str | None) -> Path | None:
         """The folder of a model in the cache, whole or not."""
         from modelscope_hub.errors import CacheNotFound
 
+        options = {"revision": revision or "master", "local_files_only": True}
         try:
-            folder = self.api.download_repo(repository, "model", revision=revision or "master", local_files_only=True)
+            folder = self.api.download_repo(repository, "model", **options)
         except CacheNotFound:
             return None
         # The folders of older clients do not tell the revision.
@@ -94,7 +96,8 @@ class ModelScope:
 
 
 class HuggingFace:
-    """Hugging Face's client, with the same methods. It checks sizes, and content where Xet brings it."""
+    """Hugging Face's client, with the same methods. It checks the size of each file, and its content only
+    where Xet brings it: a mirror's file of the right size with other bytes is not noticed here."""
 
     title, variable = "Hugging Face", "HF_ENDPOINT"
 
@@ -109,11 +112,9 @@ class HuggingFace:
         info = self.api.repo_info(repository, repo_type=kind, revision=revision, timeout=20)
         return dict.fromkeys(file.rfilename for file in info.siblings or [])
 
-    def download(self, repository: str, kind: str, revision: str | None, files: dict[str, None], folder: str | None):
-        chosen = [glob.escape(path) for path in files]
-        return self.api.snapshot_download(
-            repository, repo_type=kind, revision=revision, local_dir=folder, allow_patterns=chosen
-        )
+    def download(self, repository: str, kind: str, revision: str | None, files: dict, folder: str | None):
+        options = {"allow_patterns": [glob.escape(path) for path in files], "local_dir": folder}
+        return self.api.snapshot_download(repository, repo_type=kind, revision=revision, **options)
 
     def find(self, repository: str, revision: str | None) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -126,7 +127,8 @@ HUBS = {"ms": ModelScope, "hf": HuggingFace}
 
 
 def split(name: str) -> HubName | None:
-    """The parts of a name on a hub: owner/name, which is ModelScope's, or with ms:// or hf://, and then with a path."""
+    """The parts of a name on a hub: owner/name, which is ModelScope's, or ms:// or hf:// before it, and then
+    perhaps a path behind it; None for anything else."""
     match = NAME.fullmatch(name)
     if not match or match[3] and not match[1]:
         return None
@@ -143,17 +145,18 @@ def forms(text: str) -> str:
 
 
 def find_cause(error: Exception) -> Cause:
-    """What an error of a client means. Its status, if it has one, tells most; a client's own errors have that of the
-    answer, or one of its network library, as their cause."""
+    """What an error of a client means, going by it and by what caused it: an answer's status tells most, and
+    from which library it comes tells whether the network failed."""
     link = error
     while link:
-        status = getattr(link, "status_code", None) or getattr(getattr(link, "response", None), "status_code", 0)
+        # ModelScope's client has the status on its own errors, Hugging Face's on the answer that it keeps.
+        answer = getattr(link, "response", None)
+        status = getattr(link, "status_code", None) or getattr(answer, "status_code", 0)
         library = type(link).__module__.partition(".")[0]
-        # ModelScope's code for it, and how Hugging Face's sentence begins.
-        other_content = getattr(link, "error_code", "") == "E2020" or str(link).startswith("Consistency check failed")
         if status in OF_STATUS:
             return Cause(OF_STATUS[status], link)
-        if other_content:
+        # ModelScope's code for it, and how Hugging Face's sentence begins.
+        if getattr(link, "error_code", "") == "E2020" or str(link).startswith("Consistency check failed"):
             return Cause(NOT_AS_LISTED, link)
         if status >= 500 or library in NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
             return Cause(NOT_REACHED, link)
@@ -161,45 +164,48 @@ def find_cause(error: Exception) -> Cause:
     return Cause("出错", error)
 
 
-def check_paths(name: str, paths: list[str], revision: str | None) -> None:
-    """Raises SystemExit when there is none, or one would be written outside its folder."""
-    if not paths:
-        raise SystemExit(f"错误：{name} 的文件列表是空的；请换一个。")
-    for path in (revision or "", *paths):
+def refuse_outside(name: str, paths) -> None:
+    """Raises SystemExit when one of these paths, or a revision, would be written outside the client's folder."""
+    for path in paths:
         if LEAVES_FOLDER.fullmatch(path):
-            raise SystemExit(f"错误：{name} 的 {path} 会写到文件夹之外，已拒绝，什么都没有下载；请换一个。")
+            raise SystemExit(f"错误：{name} 的 {path} 会写到文件夹之外，什么都没有下载；请换一个。")
 
 
-def download(name: str, kind: str, remedy: str, choose, folder: str | None = None, revision: str | None = None):
+def download(name: str, kind: str, remedy: str, choose, folder=None, revision: str | None = None):
     """(folder, names) of those files of a repository that `choose` takes from all names.
 
-    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. Raises SystemExit with one
-    sentence, Unreachable when it failed before anything was written.
+    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. `remedy` is what else
+    could be done where it fails. Raises SystemExit with one sentence, Unreachable when nothing was written yet.
     """
+    refuse_outside(name, [revision or ""])
     scheme, repository, _ = split(name)
     hub, files = HUBS[scheme](), None
     for library in ("modelscope_hub", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they tell of every retry
     try:
         files = hub.list_files(repository, kind, revision)
-        check_paths(name, list(files), revision)
+        if not files:
+            raise SystemExit(f"错误：{name} 的文件列表是空的；请换一个。")
+        refuse_outside(name, files)
         names = choose(list(files))
         chosen = {path: files[path] for path in names}
         return Path(hub.download(repository, kind, revision, chosen, folder)), names
     except Exception as error:
-        failures = getattr(error, "failed_files", None) or {"": error}  # ModelScope's, of each file
+        # ModelScope's client tells of each file that failed: the first is enough.
+        failures = getattr(error, "failed_files", None) or {"": error}
         path, error = next(iter(failures.items()))
         cause = find_cause(error)
         said = f"{path} {first_line(cause.error).rpartition('Caused by ')[2]}"
         ending = Unreachable if files is None and cause.kind == NOT_REACHED else SystemExit
+        what = "数据集" if kind == "dataset" else "模型"
         raise ending(
-            f"错误：无法从 {hub.endpoint} 下载{'数据集' if kind == 'dataset' else '模型'} {name}（{cause.kind}）；"
+            f"错误：无法从 {hub.endpoint} 下载{what} {name}（{cause.kind}）；"
             f"请检查名称和网络后重试同一命令，或用环境变量 {hub.variable} 换一个镜像，或{remedy}。"
             f"{hub.title} 的客户端说：{shorten(said, 160)}"
         ) from None
 
 
 def find_cached(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that an earlier command began to download, in this revision; it may be incomplete."""
+    """The folder of a model that an earlier command began to download, whole or not; else None."""
     scheme, repository, _ = split(name)
     return HUBS[scheme]().find(repository, revision)

@@ -29,11 +29,9 @@ LISTING, FILE = (
 )
 LIMITS = {  # of ModelScope's client, so that a test of a fault takes seconds
     "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
-    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "1",
     "MODELSCOPE_REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS": "1",
     "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
     "MODELSCOPE_DOWNLOAD_RETRY_MAX_DELAY_SECONDS": "1",
-    "MODELSCOPE_DOWNLOAD_TIMEOUT": "1",
 }
 COMMIT = "c0" * 20
 NAME = r"([^/]+/[^/]+)"
@@ -41,10 +39,7 @@ MODELSCOPE = re.compile(rf"/api/v1/(models|datasets)/{NAME}/repo(/files|/tree)?"
 HUGGINGFACE = re.compile(
     rf"(?:/api/(models|datasets)|/(datasets))?/{NAME}(?:/(revision|tree|resolve)/[^/]+(?:/(.+))?)?"
 )
-UPLOAD = re.compile(
-    rf"/api/v1/models|/(?:openapi|api)/v1/models/{NAME}|"
-    rf"/api/v1/repos/models/{NAME}/(info/lfs/objects/batch|commit/master)|/blobs/(\w+)"
-)
+UPLOAD = re.compile(rf"/api/v1/models|/api/v1/repos/models/{NAME}/(info/lfs/objects/batch|commit/master)|/blobs/(\w+)")
 
 
 def on(pattern: str, fault: Callable[[Handler], bool | None], times: int = 1000) -> Callable[[Handler], bool | None]:
@@ -92,54 +87,48 @@ class Handler(BaseHTTPRequestHandler):
         if hub.fault and hub.fault(self):
             return
         if hub.inbox and (route := UPLOAD.fullmatch(path)):
-            self.take(hub, *route.groups())
-        elif route := MODELSCOPE.fullmatch(path):
-            kind, name, listing = route.groups()
-            self.modelscope(hub.folders[kind].get(name), listing, query)
+            return self.take(hub, *route.groups())
+        if route := MODELSCOPE.fullmatch(path):
+            kind, name, step = route.groups()
+            file = query.get("FilePath")
         elif route := HUGGINGFACE.fullmatch(path):
             kind, other_kind, name, step, file = route.groups()
-            self.huggingface(hub.folders[kind or other_kind or "models"].get(name), step, file)
+            kind = kind or other_kind or "models"
+        folder = hub.folders[kind].get(name) if route else None
+        if folder is None:
+            status(404, self)
+        elif file:
+            self.file(hub.files(folder).get(file))
         else:
-            self.missing()
+            self.listing(hub.files(folder), step)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def modelscope(self, folder: Path | None, listing: str | None, query: dict[str, str]) -> None:
-        """A file, or the list of files; only that of a data set is asked for page by page."""
-        if folder is None:
-            return self.missing()
-        if not listing:
-            return self.file(folder, query["FilePath"])
-        files = []
-        for name, data in self.server.hub.files(folder).items():
-            files.append({"Path": name, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()})
-        size = int(query.get("PageSize", len(files)))
-        start = (int(query.get("PageNumber", 1)) - 1) * size
-        self.reply({"Code": 200, "Success": True, "Data": {"Files": files[start : start + size]}})
+    def listing(self, files: dict[str, bytes], step: str | None) -> None:
+        """The list of files in ModelScope's form, in Hugging Face's, or what that hub says of a repository."""
+        if step in ("/files", "/tree"):
+            entries = []
+            for path, data in files.items():
+                digest = hashlib.sha256(data).hexdigest()
+                entries.append({"Path": path, "Type": "blob", "Size": len(data), "Sha256": digest})
+            self.reply({"Code": 200, "Success": True, "Data": {"Files": entries}})
+        elif step == "tree":
+            self.reply([{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files.items()])
+        else:
+            self.reply({"id": "own/er", "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]})
 
-    def huggingface(self, folder: Path | None, step: str | None, file: str | None) -> None:
-        """A file, the list of files, or what the hub says of a repository."""
-        if folder is None:
-            return self.missing()
-        if step == "resolve":
-            return self.file(folder, file)
-        files = self.server.hub.files(folder)
-        if step == "tree":
-            return self.reply([{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files.items()])
-        self.reply({"id": "own/er", "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]})
-
-    def take(self, hub: Hub, asked: str | None, name: str | None, step: str | None, blob: str | None) -> None:
-        """One step of an upload: is the repository there, make it, which blobs are missing, a blob, the commit."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    def take(self, hub: Hub, name: str | None, step: str | None, blob: str | None) -> None:
+        """One step of an upload: make a repository unless it is there, which blobs are missing, a blob, the commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if blob:
             hub.blobs[blob] = body
             return self.reply({"Code": 200})
-        data = json.loads(body or "{}")
-        if asked:
-            known = hub.made.get(asked)
-            return self.reply({"Data": known, "data": known}) if known else self.missing()
-        if not step:
-            hub.made[f"{data['Path']}/{data['Name']}"] = data
+        data = json.loads(body)
+        if not name:
+            name = f"{data['Path']}/{data['Name']}"
+            if name in hub.made:
+                return self.reply({"Code": 10010101001, "Message": "the name is taken", "Success": False}, 400)
+            hub.made[name] = data
             return self.reply({"Code": 200, "Success": True, "Data": data})
         if step.startswith("info"):
             wanted = []
@@ -153,22 +142,16 @@ class Handler(BaseHTTPRequestHandler):
             path.write_bytes(hub.blobs[action["sha256"]] if lfs else base64.b64decode(action["content"]))
         self.reply({"Code": 200, "Success": True, "Data": {"oid": COMMIT}})
 
-    def file(self, folder: Path, name: str) -> None:
+    def file(self, data: bytes | None) -> None:
         """A file, or the part of it that Range asks for."""
-        data = self.server.hub.files(folder).get(name)
         if data is None:
-            return self.missing()
+            return status(404, self)
         head = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes", "X-Repo-Commit": COMMIT}
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not part:
             return self.send(200, data, head)
         start, end = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
-        if start > end:
-            return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
         self.send(206, data[start : end + 1], head | {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
-
-    def missing(self) -> None:
-        self.reply({"Code": 10010205001, "Message": "no such thing", "Success": False}, 404)
 
     def reply(self, value: dict | list, status: int = 200) -> None:
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
