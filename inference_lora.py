@@ -10,47 +10,42 @@ import shlex
 import shutil
 from pathlib import Path
 
-try:
-    import inference
-    from data import LORA_OUTPUT_DIR
-    from parts import adapters, asking, checkpoints, modelfile, older_readers, terminal
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
-
-
-def load_adapter(name: str, revision: str | None = None, thinking: bool = True, device=None):
-    """(model with the adapter merged into its weights, tokenizer) from an output folder of train_lora.py, on `device`
-    or where this machine computes. Raises SystemExit for another base than the one it was trained on, and when it is to
-    be asked without `thinking` and cannot be."""
-    return adapters.load(*adapters.find(name, revision, thinking), device)
+import inference
+from data import LORA_OUTPUT_DIR
+from parts import asking, checkpoints, modelfile, older_readers, terminal
 
 
 def refuse_unless_empty(folder: str) -> None:
-    """Raises SystemExit unless `folder` is new or empty and can be written: merging never writes over a model."""
+    """Raise SystemExit unless `folder` is new or empty and can be written: merging never writes over a model."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        free = not any(Path(folder).iterdir())
+        empty = not any(Path(folder).iterdir())
     except OSError:
-        free = False
-    if not folder or not free:
+        empty = False
+    if not folder or not empty:
         raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。")
 
 
-def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
-    """Save the merged model in the dtype of its base, so that inference.py and any other tool can load it, with what
-    its training left; the mark of a finished run comes last."""
+def merge_to(folder: str, name: str, revision: str | None = None) -> None:
+    """Save the adapter `name`, merged into its base, in the dtype of the base, so that inference.py and any other tool
+    can load it, with what its training left; the mark of a finished run comes last."""
+    import torch
     from transformers import AutoConfig
 
-    model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or model.dtype).save_pretrained(folder)
+    from parts import models
+
+    trained = models.find_trained(name, revision)
+    if trained.base_path is None:
+        raise SystemExit(f"错误：{name} 里是完整的模型，不是 LoRA 适配器，不用合并；请直接用 inference.py 提问。")
+    # On the CPU, in float32: in bfloat16 the product of the adapter's matrices would be rounded.
+    model, tokenizer = models.load(trained, torch.device("cpu"))
+    model.to(AutoConfig.from_pretrained(trained.base_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     older_readers.include(folder)
     modelfile.write(folder, tokenizer, model.generation_config)
-    path, run_folder = Path(adapter), adapters.run_folder(adapter)
-    cards = [path / "README.md", path / "loss.png"] if path == run_folder else []  # a checkpoint's is peft's
-    for file in (*cards, run_folder / checkpoints.RUN_FILE, path / checkpoints.FINISHED_MARK):
+    adapter, run_folder = Path(trained.path), models.run_folder(trained.path)
+    cards = [adapter / "README.md", adapter / "loss.png"] if adapter == run_folder else []  # a checkpoint's is peft's
+    for file in (*cards, run_folder / checkpoints.RUN_FILE, adapter / checkpoints.FINISHED_MARK):
         if file.is_file():
             shutil.copy(file, folder)
     print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
@@ -58,21 +53,16 @@ def merge_to(folder: str, model, tokenizer, adapter: str) -> None:
 
 def main() -> None:
     parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
-    parser.add_argument("--merge_to", metavar="DIR", help="write the merged model there instead of asking")
-    args = asking.parse_flags(parser)
+    parser.add_argument_group("合并").add_argument("--merge_to", metavar="DIR", help="把合并后的模型写到这里，不提问")
+    args = asking.parse(parser)
     if args.merge_to is None:
-        return inference.ask(args, inference.ADAPTER)
-    for name in vars(args).keys() - {"merge_to", "model_path", "revision"}:
-        if asking.given(parser, args, name):
+        return inference.run(args)
+    for name in asking.list_given(parser, args):
+        if name not in ("merge_to", "model_path", "revision"):
             parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
     refuse_unless_empty(args.merge_to)
-    import torch
-
     with terminal.explain_out_of_memory(inference.OUT_OF_MEMORY):
-        # Looked for once: a training that goes on may write a better checkpoint meanwhile. Merged on the CPU, in
-        # float32: in bfloat16 the product of the adapter's matrices would be rounded.
-        adapter = str(adapters.locate(args.model_path))
-        merge_to(args.merge_to, *load_adapter(adapter, args.revision, device=torch.device("cpu")), adapter)
+        merge_to(args.merge_to, args.model_path, args.revision)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from functools import partial
 
 import data
 from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-from parts import encoding, environment, flags, hub, system_prompt, terminal
+from parts import encoding, environment, flags, system_prompt, terminal
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2
@@ -87,9 +87,9 @@ def prepare_files(args) -> None:
         )
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
-    interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
+    interrupted run `kept` a part."""
     from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
     from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
@@ -110,7 +110,6 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         model=model,
         args=args,
         kernels=fast,
-        clean=clean,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -150,8 +149,7 @@ def train(args, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import architecture, memory_plan, models, output_folder, processes, replies, samples, tracking
-    from parts.evaluation import load_clean
+    from parts import architecture, memory_plan, models, output_folder, processes, samples, tracking
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
@@ -162,7 +160,8 @@ def train(args, add_adapter=None, callbacks=()):
             state = args.distributed_state
             with state.main_process_first(), state.local_main_process_first():
                 prepare_files(args)
-                model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
+                remedy = "用 --model_name 指定本地模型文件夹"
+                model_path = models.find_model(args.model_name, remedy, args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
             architecture.require(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)
@@ -174,7 +173,6 @@ def train(args, add_adapter=None, callbacks=()):
             tokenizer = system_prompt.with_default(tokenizer, SYSTEM_PROMPT)  # saved with the model
             load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
             train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
-            clean = load_clean(args.val_file, eval_dataset, data.read_examples, load)
             print(encoding.describe_example(tokenizer, train_dataset[0]))
             if args.world_size > 1:
                 print(describe_step(args))
@@ -182,9 +180,9 @@ def train(args, add_adapter=None, callbacks=()):
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
             model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
-            replies.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
+            models.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
-            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
+            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
             rows = data.read_examples(args.val_file)
             if not args.fsdp:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]

@@ -84,7 +84,8 @@ class Arguments(TrainingArguments):
         except ValueError as error:
             flags.refuse(str(error))
         self.fsdp, self.fsdp_config = sharded, {}
-        processes.agree(self, self.facts())
+        if self.world_size > 1:
+            processes.agree(self, self.facts())
         if why := environment.no_kernels(self.device) or environment.too_small(self.device, self.memory_gb):
             flags.refuse(why)
         if self.offload_activations and self.device.type == "cpu":

@@ -1,125 +1,69 @@
-"""The flags of asking a model, and which of them make sense together; all that is wrong with them is said before a
-model is loaded. Knows no model: what holds where nothing is said is handed in."""
+"""The flags of asking a model, and which of them make sense together; what is wrong with them is said before a heavy
+library is imported. Knows no model: what holds where nothing is said is handed in."""
 
 import argparse
-import importlib.util
 from functools import partial
 
-from parts import address, candidates, endpoint, question_file, reply_file, terminal, upload, web
+from parts import endpoint, terminal, web
 
-SCORING = ("rouge_score", "rjieba", "sacrebleu")  # packages: without them an hour of replies would end in no table
-ACTS_WITH = (  # a flag, and those of which it needs one
-    ("replies", "questions"),
-    ("compare_with", "questions web"),
-    ("judge", "compare_with"),
-    ("judge", "questions"),
-    ("judge_model", "judge"),
-    ("host", "web"),
-    ("port", "web"),
-    ("auth", "web"),
-    ("yes", "push_to"),
-)
+NEEDS = {  # a flag, and the one without which it would do nothing
+    "replies": "questions",
+    "compare_with": "questions",
+    "judge": "compare_with",
+    "judge_model": "judge",
+    "host": "web",
+    "port": "web",
+    "auth": "web",
+}
 
 
-def add_ways(parser: argparse.ArgumentParser) -> None:
-    """One question, or many; at the terminal, or on a page."""
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument(
-        "question", nargs="?", type=terminal.some_text, help="the question (default: the published one)"
-    )
-    one_of.add_argument("--chat", action="store_true", help="hold a conversation")
-    one_of.add_argument(
-        "--questions",
-        metavar="FILE",
-        type=question_file.read,
-        help="answer all of a .txt file, a question a line, or a .jsonl file with a field question, and score the "
-        "replies; where it has fields answer and think, those are what they are held against",
-    )
-    one_of.add_argument(
-        "--web", action="store_true", help="show a page in the browser: a conversation, and the settings of it"
-    )
+def build_parser(description: str, **defaults) -> terminal.Parser:
+    """Return the command line of asking; `defaults` are those of the flags that need one."""
+    parser = terminal.Parser(description=description)
+    positive = partial(terminal.whole_number, 1)
 
+    ways = parser.add_argument_group("怎么问，写其中一个").add_mutually_exclusive_group()
+    ways.add_argument("question", nargs="?", type=terminal.some_text, help="一个问题（不写：公开方案的那一个）")
+    ways.add_argument("--chat", action="store_true", help="在终端里多轮对话，空行结束")
+    ways.add_argument("--web", action="store_true", help="浏览器里的一页")
+    ways.add_argument("--questions", metavar="FILE", help="回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的")
 
-def build_parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The command line of asking; `defaults` are those of the flags that need one."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_ways(parser)
-    flag = parser.add_argument
-    flag("--host", help="where the page is; others want --auth (default: %(default)s)")
-    flag("--port", type=partial(terminal.whole_number, 1), help="of the page (default: %(default)s)")
-    flag(
-        "--auth",
-        metavar="USER:PASSWORD",
-        type=address.user_and_password,
-        help="what the page asks for before it shows anything",
-    )
-    flag(
-        "--replies",
-        metavar="FILE",
-        help="where those replies go, as .jsonl; of a file that is there, the missing ones (default: %(default)s)",
-    )
-    flag(
-        "--compare_with",
-        metavar="X",
-        action="append",
-        default=[],
-        help="also let this model or adapter answer, side by side on the page too; of --questions, also take this file "
-        "of replies (.jsonl); may be repeated",
-    )
-    flag(
-        "--judge",
-        metavar="URL",
-        type=endpoint.address,
-        help="also ask the model at this OpenAI-compatible address, http://127.0.0.1:8000/v1, which answer is better; "
-        f"its key, if it wants one, is read from {endpoint.KEY}",
-    )
-    flag("--judge_model", metavar="NAME", help="which model of that address (default: its only one)")
-    flag("--model_path", help="folder or ModelScope id (default: %(default)s)")
-    flag("--revision", help="branch, tag or commit of the ModelScope model (default: master)")
-    flag(
-        "--push_to",
-        metavar="modelscope:owner/name",
-        type=upload.repository,
-        help="instead of asking, show what of the trained model in --model_path would be uploaded there",
-    )
-    flag("--yes", action="store_true", help="with --push_to: upload it; a new repository is private")
-    flag("--no_thinking", action="store_true", help="answer without thinking first")
-    flag("--max_new_tokens", type=partial(terminal.whole_number, 1), help="default: %(default)s")
-    flag("--seed", type=partial(terminal.whole_number, 0), help="of the sampling (default: %(default)s)")
+    flag = parser.add_argument_group("模型和回复").add_argument
+    flag("--model_path", metavar="MODEL", help="模型或适配器的文件夹，或 hub 上的名称（默认 %(default)s）")
+    flag("--revision", help="hub 上模型的分支、标签或提交")
+    flag("--no_thinking", action="store_true", help="不思考，直接回答")
+    flag("--max_new_tokens", metavar="N", type=positive, help="每个回复最多的 token 数（默认 %(default)s）")
+    flag("--seed", metavar="N", type=partial(terminal.whole_number, 0), help="采样的种子（默认 %(default)s）")
+    on = {"type": terminal.true_or_false, "default": True, "metavar": "false"}
+    flag("--fast_kernels", **on, help="false：不用 CUDA graph 和融合算子")
+
+    flag = parser.add_argument_group("和 --questions 一起").add_argument
+    flag("--replies", metavar="FILE", help="回复写在这里；已有的不再问（默认 %(default)s）")
+    flag("--compare_with", metavar="X", action="append", default=[], help="与这个模型、适配器或回复文件比较；可写几次")
+    flag("--judge", metavar="URL", type=endpoint.address, help=f"再由这里的模型评哪个好；密钥读自 {endpoint.KEY}")
+    flag("--judge_model", metavar="NAME", help="评审用哪一个模型（只有一个时不用写）")
+
+    flag = parser.add_argument_group("和 --web 一起").add_argument
+    flag("--host", help="页面的地址；不是本机的要有 --auth（默认 %(default)s）")
+    flag("--port", metavar="N", type=positive, help="页面的端口（默认 %(default)s）")
+    flag("--auth", metavar="USER:PASSWORD", type=web.user_and_password, help="打开页面要的用户名和密码")
     parser.set_defaults(**defaults)
     return parser
 
 
-def given(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
-    """Whether a flag says anything but its default."""
-    return getattr(args, name) != parser.get_default(name)
+def list_given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return the flags that say anything but their defaults."""
+    return [name for name, value in vars(args).items() if value != parser.get_default(name)]
 
 
-def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; what is wrong with its files is said before a model is loaded."""
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line. It ends the command, with one line, where a flag would do nothing or no page could be
+    shown."""
     args = parser.parse_args()
-    if args.questions:
-        check_files(args)
-    for name in vars(args).keys() - {"push_to", "yes", "model_path"} if args.push_to else ():
-        if given(parser, args, name):
-            parser.error(f"--push_to 只上传，不提问；请去掉 {name}")
-    for name, others in ACTS_WITH:
-        if given(parser, args, name) and not any(getattr(args, other) for other in others.split()):
-            parser.error(f"--{name} 只和 {' 或 '.join(f'--{other}' for other in others.split())} 一起起作用")
+    given = list_given(parser, args)
+    for name in given:
+        if name in NEEDS and NEEDS[name] not in given:
+            parser.error(f"--{name} 只和 --{NEEDS[name]} 一起起作用")
     if args.web:
-        if earlier := [name for name in args.compare_with if name.endswith(candidates.EARLIER)]:
-            parser.error(f"--compare_with {earlier[0]}：--web 的页面上只能并排几个模型，不能是回复文件")
-        web.require_gradio()
-        address.check(address.Address(args.host, args.port, args.auth))
+        web.check(args.host, args.port, args.auth)
     return args
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """Raises SystemExit where the replies to a file of questions could not be written, compared or scored."""
-    if missing := [name for name in SCORING if importlib.util.find_spec(name) is None]:
-        raise SystemExit(f"错误：--questions 评分要用 {'、'.join(missing)}；请先运行 pip install -r requirements.txt")
-    candidates.check(args.questions, args.replies, args.compare_with)
-    if taken := [str(path) for path in reply_file.places_of_results(args.replies) if path.is_dir()]:
-        raise SystemExit(f"错误：{taken[0]} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")

@@ -4,7 +4,6 @@ files of an output folder, not the training that writes them; imports no heavy l
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import sys
 import threading
@@ -75,23 +74,24 @@ def find_whole(folder: str | Path) -> list[Path]:
     return [path for path in folders(folder) if find_damage(path, hashes=False) is None]
 
 
-def find_trained(folder: str | Path, config: str = "config.json", train_script: str = "train.py") -> Path:
-    """The best weights below `folder`: the folder itself once training is finished (or when it is any saved model),
-    else the checkpoint with the best evaluation loss so far, else the newest one. Raises SystemExit without any."""
+def holds_model(folder: Path) -> bool:
+    """Whether a model or an adapter lies in the folder itself."""
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def find_trained(folder: str | Path) -> Path:
+    """The best weights below `folder`, a model's or an adapter's: the folder itself once training is finished (or when
+    it is any saved model), else the checkpoint with the best evaluation loss so far, else the newest one. Raises
+    SystemExit without any."""
     folder = Path(folder)
-    checkpoints = [path for path in find_whole(folder) if (path / config).is_file()]
+    checkpoints = [path for path in find_whole(folder) if holds_model(path)]
     unfinished = checkpoints or (folder / RUN_FILE).is_file()  # what lies beside it may be cut off
-    if (folder / config).is_file() and ((folder / FINISHED_MARK).is_file() or not unfinished):
+    if holds_model(folder) and ((folder / FINISHED_MARK).is_file() or not unfinished):
         return folder
     if not checkpoints:
-        other = {"config.json": ADAPTER_CONFIG, ADAPTER_CONFIG: "config.json"}[config]
-        if (folder / other).is_file():
-            script = "inference_lora.py" if other == ADAPTER_CONFIG else "inference.py"
-            raise SystemExit(
-                f"错误：{folder} 要用另一个脚本来问：python {script} --model_path {shlex.quote(str(folder))}"
-            )
         raise SystemExit(
-            f"错误：{folder} 里没有训练好的模型；请先运行 python {train_script}，或用 --model_path 指定模型的文件夹。"
+            f"错误：{folder} 里没有训练好的模型；请先运行 python train.py（LoRA：python train_lora.py），"
+            "或用 --model_path 指定模型的文件夹。"
         )
     try:
         state = json.loads((checkpoints[-1] / FINISHED_MARK).read_text(encoding="utf-8"))

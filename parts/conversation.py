@@ -1,7 +1,7 @@
 """A model that is asked: at the terminal one question whose reply streams, or one after another; or by a program that
 takes a reply as it is written. Knows a console, not where the model comes from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
@@ -64,26 +64,47 @@ class TokenQueue(BaseStreamer):
 
 
 class Conversation:
-    """How a model is asked, and the console on which it answers."""
+    """How a model is asked, and the console on which it answers.
 
-    asked = Lock()  # by one at a time: all draw from the same random numbers, and a CUDA graph is captured alone
-    temperature: float | None = None  # instead of the model's own
+    `to_messages(question, history=[[question, answer], …])` makes of a question the messages that the model reads.
+    Without `fast_kernels` the model stays as it was loaded and generates with transformers' loop.
+    """
 
-    def __init__(self, model, tokenizer, thinking: bool, max_new_tokens: int, seed: int):
-        self.model, self.tokenizer, self.thinking, self.max_new_tokens = model, tokenizer, thinking, max_new_tokens
+    lock = Lock()  # one is asked at a time: all draw from the same random numbers, and a CUDA graph is captured alone
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        to_messages: Callable[..., Messages],
+        thinking: bool,
+        max_new_tokens: int,
+        seed: int,
+        fast_kernels: bool = True,
+    ):
+        self.model, self.tokenizer, self.to_messages = model, tokenizer, to_messages
+        self.thinking, self.max_new_tokens, self.fast_kernels = thinking, max_new_tokens, fast_kernels
         self.console = Console(highlight=False, emoji=False)
         transformers.set_seed(seed)
-        if model.device.type == "cuda":
+        if fast_kernels and model.device.type == "cuda":
             decoding.fuse_norms(model)
 
     def generate(self, conversations: list[Messages], streamer=None, stop=None) -> list[Reply]:
-        """replies.generate as this conversation is held."""
-        most, thinking, temperature = self.max_new_tokens, self.thinking, self.temperature
-        return replies.generate(self.model, self.tokenizer, conversations, most, thinking, streamer, stop, temperature)
+        """Return what replies.generate returns when it asks as this conversation is held."""
+        return replies.generate(
+            self.model,
+            self.tokenizer,
+            conversations,
+            self.max_new_tokens,
+            self.thinking,
+            streamer,
+            stop,
+            self.fast_kernels,
+        )
 
-    def stream(self, messages: Messages, seed: int | None = None, closed: Event | None = None) -> Iterator[Reply]:
-        """The reply as far as it is written, again and again, and whole as the last; it ends early where `closed` is
-        set or the iterator is closed. One at a time: others wait. `seed` makes a reply repeatable."""
+    def stream(self, messages: Messages, closed: Event | None = None) -> Iterator[Reply]:
+        """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends early where
+        `closed` is set or the iterator is closed. One is written at a time: others wait."""
         queue, left, outcome = TokenQueue(), Event(), []
 
         def stop() -> bool:
@@ -91,9 +112,7 @@ class Conversation:
 
         def generate():
             try:
-                with self.asked:
-                    if seed is not None:
-                        transformers.set_seed(seed)
+                with self.lock:
                     outcome.extend(self.generate([messages], queue, stop))
             except Exception as error:  # is raised where the reply is waited for
                 outcome.append(error)
@@ -117,42 +136,44 @@ class Conversation:
         yield outcome[0]
 
     def check_lengths(self, conversations: list[Messages], names: list[str]) -> list[int]:
-        """Tokens of each prompt. Says which replies may reach beyond the model's context; raises SystemExit where the
-        prompt alone does."""
-        prompts = (encode_messages(self.tokenizer, each, True, self.thinking) for each in conversations)
+        """Return the tokens of each prompt, and say which replies may reach beyond the model's context. It raises
+        SystemExit, with the name of the conversation, for a prompt that does so alone."""
         most = self.model.config.max_position_embeddings
+        lengths, over = [], []
         for name, messages in zip(names, conversations):
             size = sum(len(message["content"]) for message in messages)
             if size > most * TOKEN_LENGTH:  # 10 MB would take 14 s to be cut into tokens
                 raise SystemExit(f"错误：{name}连同之前的对话有 {size} 个字，模型最多读 {most} 个 token；请缩短。")
-        lengths = [len(ids) for ids in prompts]
-        for name, length in zip(names, lengths):
+            length = len(encode_messages(self.tokenizer, messages, True, self.thinking))
             if length >= most:
                 raise SystemExit(f"错误：{name}连同之前的对话有 {length} 个 token，模型最多读 {most} 个；请缩短。")
-        over = [name for name, length in zip(names, lengths) if length + self.max_new_tokens > most]
+            if length + self.max_new_tokens > most:
+                over.append(name)
+            lengths.append(length)
         if over:
             first = "、".join(over[:5]) + (" 等" if over[5:] else "")
-            self.console.print(
+            self.warn(
                 f"（{first}加上 --max_new_tokens {self.max_new_tokens} 超过模型的上下文 {most} 个 token："
-                "超出的回复不可靠；可减小 --max_new_tokens。）",
-                style="yellow",
-                soft_wrap=True,
+                "超出的回复不可靠；可减小 --max_new_tokens。）"
             )
         return lengths
 
-    def ask(self, messages: Messages) -> Reply:
-        """Stream one reply, and say so when it was cut off. Raises SystemExit for a prompt that is too long."""
+    def warn(self, text: str) -> None:
+        """Show a remark that is not the model's."""
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    def ask(self, question: str, history: list[list[str]] | None = None) -> Reply:
+        """Stream one reply, and say so when it was cut off. It raises SystemExit for a prompt that is too long."""
+        messages = self.to_messages(question, history=history)
         self.check_lengths([messages], ["这个问题"])
         [reply] = self.generate([messages], ReplyStreamer(self.tokenizer, self.console))
         if not reply.complete:
-            self.console.print(
-                f"（到 {self.max_new_tokens} 个 token 为止，回复未完；可加大 --max_new_tokens。）", style="yellow"
-            )
+            self.warn(f"（到 {self.max_new_tokens} 个 token 为止，回复未完；可加大 --max_new_tokens。）")
         return reply
 
-    def chat(self, to_messages) -> None:
-        """Until an empty line or the end of input. `to_messages(question, history=[[question, answer], ...])` makes the
-        conversation; earlier thinking is not fed back, nor an exchange without an answer."""
+    def chat(self) -> None:
+        """Ask until an empty line or the end of input. Earlier thinking is not fed back, nor an exchange without an
+        answer."""
         self.console.print("输入问题后回车；空行结束。")
         history: list[list[str]] = []
         while True:
@@ -163,14 +184,14 @@ class Conversation:
             if not question:
                 break
             try:
-                reply = self.ask(to_messages(question, history=history))
+                reply = self.ask(question, history)
             except KeyboardInterrupt:
-                self.console.print("\n（已停止这次回复。）", style="yellow")
+                self.warn("\n（已停止这次回复。）")
                 continue
             except SystemExit as refused:  # too long
-                self.console.print(str(refused), style="yellow", soft_wrap=True)
+                self.warn(str(refused))
                 continue
             if reply.answer:
                 history.append([question, reply.answer])
             else:
-                self.console.print("（没有回答，这一问不算在对话里。）", style="yellow")
+                self.warn("（没有回答，这一问不算在对话里。）")

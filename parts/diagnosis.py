@@ -52,9 +52,9 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
 def find_model(args):
     """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = hub.find_downloaded(name, revision) if hub.is_name(name) and not Path(name).is_dir() else None
+    path = models.find_downloaded(name, revision) if hub.is_name(name) and not Path(name).is_dir() else None
     if path or Path(name).is_dir():
-        path = str(path or hub.find_model(name, "", revision))
+        path = str(path or models.find_model(name, "", revision))
         print(f"模型：{path}")
         tokenizer = models.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from parts import packing
-from parts.memory import head_dim
+from parts.models import head_dim
 from parts.proof import Verdict, attempt, compare, missing, try_step
 
 # Tokens of the examples tried: from 32,768 rows on, 4,096 x 8 heads, Liger's norms run another way.

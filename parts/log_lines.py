@@ -8,7 +8,6 @@ LOG_PARTS = {  # of a log, as they stand in its line
     "eval_loss": "评估 eval_loss {:.4f}",
     "eval_think_loss": "思考 {:.3f}",
     "eval_answer_loss": "回答 {:.3f}",
-    "eval_clean_loss": "清理 {:.3f}",
     "grad_norm": "梯度 {:.2f}",
     "learning_rate": "学习率 {:.3g}",
     "tokens_per_second": "{:,.0f} token/秒",

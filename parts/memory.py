@@ -8,16 +8,12 @@ import psutil
 import torch
 
 from parts.loss import LOSS_BYTES
+from parts.models import head_dim
 from parts.optimizers import state_bytes
 from parts.packing import repeats_heads
 
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
-
-
-def head_dim(config) -> int:
-    """Of each attention head; Qwen2's configuration does not tell it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def layer_bytes(model, fused: bool, lora_dropout: float) -> float:

@@ -1,19 +1,28 @@
-"""A folder's tokenizer and weights, on this machine's device and in the dtype that it computes in. Knows Qwen3's end of
-turn; does not know where folders come from."""
+"""A model: its tokenizer, its weights on this machine's device in the dtype that it computes in, the adapter that is
+merged into them, and the settings with which it is asked. Knows Qwen3's end of turn and peft's files, no question."""
 
+import json
 import logging
+import os
+import shlex
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+from parts import checkpoints, hub
+from parts.checkpoints import ADAPTER_CONFIG, weight_files
 from parts.encoding import encode_messages, has_no_thinking_mode
 from parts.terminal import first_line
 
 END_OF_TURN = "<|im_end|>"  # generation stops here
 PADDING = "<|endoftext|>"  # Qwen's, for tokenizers that name none
+OUTPUTS = "output/"  # below it the trainings write: a name that begins so is never a hub's
+# What Qwen advises for thinking, for a model that has no settings of its own.
+THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
 SHAPES = {  # of each SIZES; heads of 128, 8 for keys
@@ -24,6 +33,19 @@ SHAPES = {  # of each SIZES; heads of 128, 8 for keys
     "Qwen3-14B": (5120, 17408, 40, 40, False),
     "Qwen3-32B": (5120, 25600, 64, 64, False),
 }
+
+
+class Trained(NamedTuple):
+    """Where the weights of a model lie that can be asked."""
+
+    path: str  # the folder of a model, or of an adapter
+    base: str | None = None  # the adapter's base model, as the adapter names it
+    base_path: str | None = None  # the folder of that base model
+
+
+def head_dim(config) -> int:
+    """Return the size of one attention head, which Qwen2's configuration does not tell."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -79,12 +101,6 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def require_no_thinking(path: str) -> None:
-    """Raises SystemExit, before the weights are loaded, when a model cannot be asked without thinking."""
-    if not has_no_thinking_mode(load_tokenizer(path)):
-        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
-
-
 def load_weights(path: str, device: torch.device, in_4bit: bool = False, on_cpu: bool = False):
     """The model of a folder, in `best_dtype(device)`, on `device`, in eval mode; its linear layers in 4 bits (NF4) if
     asked, for training adapters on it. `on_cpu`: it stays in the CPU's memory, from which it is cut for several
@@ -138,3 +154,184 @@ def four_bits(dtype: torch.dtype):
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+# ---- where a model is ---------------------------------------------------------------------------------------------
+
+NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")  # other forms of weights
+BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a downloaded model is complete: what belongs beside the weights, all weight files that the index names,
+    each as long as its own header says, and no download that was cut off."""
+    try:
+        for name in weight_files(folder):
+            with safe_open(folder / name, "pt"):
+                pass
+        return all((folder / name).stat().st_size for name in BESIDE_WEIGHTS) and not any(folder.rglob("*.incomplete"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return False
+
+
+def find_downloaded(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that an earlier command downloaded whole, in this revision; else None."""
+    folder = hub.find_cached(name, revision)
+    return folder if folder and is_whole(folder) else None
+
+
+def choose_files(names: list[str]) -> list[str]:
+    """All files but weights in other forms than safetensors, which are neither needed nor safe to load."""
+    return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
+
+
+def find_model(name: str, remedy: str, revision: str | None = None) -> str:
+    """A folder as it is; else the folder into which a hub's client downloads the model `name`. When the hub cannot be
+    reached, what an earlier command downloaded whole. `remedy`: what else could be done where that fails."""
+    if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
+        check_folder(name, revision)
+        return str(Path(name).resolve())
+    on_hub = hub.split(name)
+    if not on_hub or on_hub.inside or name.startswith("output/"):
+        raise SystemExit(
+            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
+            f"{hub.forms(name)}"
+        )
+    try:
+        return str(hub.download(name, "model", remedy, choose_files, revision=revision)[0])
+    except hub.Unreachable:
+        folder = find_downloaded(name, revision)
+        if not folder:
+            raise
+    print(f"提示：连不上 {hub.HUBS[on_hub.scheme].title}，使用以前下载的模型 {name}：{folder}", flush=True)
+    return str(folder)
+
+
+def check_folder(name: str, revision: str | None) -> None:
+    """Raises SystemExit when a folder cannot be the model that is asked for."""
+    if revision:
+        raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
+    if Path(name, ADAPTER_CONFIG).is_file():
+        raise SystemExit(
+            f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
+            f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+        )
+    if hub.is_name(name) and not any(Path(name).glob("*.safetensors")):
+        raise SystemExit(
+            f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
+            "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
+        )
+
+
+def find_local(name: str) -> Path | None:
+    """Return the folder with the best weights below `name`, an output folder of a training or any model's folder;
+    None where `name` is a hub's."""
+    if os.path.isdir(name) or name.startswith(OUTPUTS):  # os.path.isdir takes a name that is too long for a folder
+        return checkpoints.find_trained(name)
+    return None
+
+
+def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> Trained:
+    """Find what `load` loads. `name` is an output folder of a training, any folder with a model, an adapter or a
+    checkpoint, or a hub's name. `revision` is that of the hub's model, for a local adapter that of its base.
+
+    It raises SystemExit for all that can be refused before the weights are read: a model that is not there, an adapter
+    whose base is another one than it was trained on, and a model that cannot be asked without `thinking`.
+    """
+    adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
+    local = find_local(name) if adapter or not revision else None  # find_model says what a revision is for
+    path = str(local or find_model(name, "检查 --model_path", revision))
+    if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
+        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
+    if not Path(path, ADAPTER_CONFIG).is_file():
+        return Trained(path)
+    base, trained_revision = read_base(path)
+    remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
+    base_path = find_model(base, remedy, revision if local and revision else trained_revision)
+    check_base(path, base, base_path)
+    return Trained(path, base, base_path)
+
+
+def load(trained: Trained, device: torch.device | None = None):
+    """Return (model, tokenizer), ready to be asked, on `device` or where this machine computes. An adapter is merged
+    into its base's weights."""
+    model = load_weights(trained.base_path or trained.path, device or pick_device())
+    if trained.base_path:
+        model = merge(model, trained)
+    tokenizer = load_tokenizer(trained.path)
+    settle_generation(model, tokenizer)
+    return model, tokenizer
+
+
+def load_trained(name: str, revision: str | None = None, thinking: bool = True, device: torch.device | None = None):
+    """Return (model, tokenizer) of what `find_trained` finds."""
+    return load(find_trained(name, revision, thinking), device)
+
+
+def read_base(path: str) -> tuple[str, str | None]:
+    """Return the name or folder, and the revision, of the base model that the adapter in `path` was made for."""
+    config = Path(path, ADAPTER_CONFIG)
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        base = settings["base_model_name_or_path"]
+        if not base or Path(base).is_absolute() and not Path(base).is_dir():
+            raise ValueError(f"找不到基础模型 {base}")
+        return base, None if Path(base).is_dir() else settings.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"错误：{config} 用不了（{first_line(error)}）；请放回基础模型，或重新运行 python train_lora.py"
+        ) from None
+
+
+def run_folder(path: str) -> Path:
+    """Return the output folder to which an adapter belongs: its own, or that of its checkpoint."""
+    return Path(path).parent if Path(path).name.startswith("checkpoint-") else Path(path)
+
+
+def check_base(path: str, base: str, base_path: str) -> None:
+    """Raise SystemExit when the weights in `base_path` are not those that the adapter in `path` was trained on, as far
+    as its run has a record of them."""
+    from parts import run_settings
+
+    expected = run_settings.read(run_folder(path)).get("model_sha256")
+    actual = checkpoints.weights_sha256(base_path) if expected else None
+    if actual != expected:
+        raise SystemExit(
+            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（权重的 SHA-256 应为 {expected}，现在是 {actual}）；"
+            "请放回原来的基础模型。"
+        )
+
+
+def merge(model, trained: Trained):
+    """Return the base model with the adapter merged into its weights."""
+    import peft
+
+    try:
+        if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
+            raise FileNotFoundError("缺少 adapter_model.safetensors")
+        return peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SystemExit(
+            f"错误：{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）；"
+            "请重新运行 python train_lora.py"
+        ) from None
+
+
+def stop_tokens(model, tokenizer) -> list[int]:
+    """Return the end of turn, and what the model's own settings name besides."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return [tokenizer.eos_token_id, *(token for token in stops if token not in (None, tokenizer.eos_token_id))]
+
+
+def settle_generation(model, tokenizer) -> None:
+    """Make the settings that are saved with `model` those with which it is asked here: a base model's would not stop at
+    the end of turn, and would think greedily, which loops."""
+    settings = model.generation_config
+    settings.eos_token_id, settings.pad_token_id = stop_tokens(model, tokenizer), tokenizer.pad_token_id
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not (settings.do_sample and settings.temperature):
+        settings.update(do_sample=True, **THINKING_SAMPLING)
+    for name, value in THINKING_SAMPLING.items():  # what is left out, each tool fills in as it likes
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import accelerate
-import filelock
 
-from parts import checkpoints, processes, run_settings
+from parts import checkpoints, processes, run_settings, terminal
 from parts.checkpoints import FINISHED_MARK, RUN_FILE, write_at_once
 from parts.optimizers import OPTIMIZERS
 from parts.terminal import explain_failed_write
@@ -69,28 +68,21 @@ def hold(args):
         yield
         return
     check(args)
-    path, owner = Path(args.output_dir, ".lock"), Path(args.output_dir, OWNER)
-    lock = filelock.FileLock(path)
-    with explain_failed_write(path):
-        try:
-            held = lock.acquire(timeout=0)
-        except filelock.Timeout:
-            who = owner.read_text(encoding="utf-8") if owner.is_file() else "刚刚开始"
-            raise SystemExit(
-                f"错误：另一个训练（{who}）正在写 {args.output_dir}；请等它结束，或用 --output_dir 换一个文件夹。"
-            ) from None
+    owner = Path(args.output_dir, OWNER)
+    who = owner.read_text(encoding="utf-8") if owner.is_file() else "刚刚开始"
+    message = f"错误：另一个训练（{who}）正在写 {args.output_dir}；请等它结束，或用 --output_dir 换一个文件夹。"
+    with terminal.hold(Path(args.output_dir, ".lock"), message):
         for thread in threading.enumerate():  # of an earlier run in this process, which a second Ctrl-C ended
             if isinstance(thread, checkpoints.Sealer):
                 thread.join()
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_at_once(owner, f"进程 {os.getpid()}，开始于 {now}")
-    with held:
+        with explain_failed_write(owner):
+            write_at_once(owner, f"进程 {os.getpid()}，开始于 {now}")
         try:
             yield
         finally:
-            for file in (owner, path):
-                with contextlib.suppress(OSError):  # Windows deletes no open file
-                    file.unlink()
+            with contextlib.suppress(OSError):
+                owner.unlink()
 
 
 def find_run(args, model_path: str, system_prompt: str) -> Run:

@@ -8,7 +8,6 @@ import transformers
 
 from parts import encoding, evaluation, memory, memory_plan, optimizers
 from parts.encoding import IGNORE_INDEX
-from parts.evaluation import CleanText
 from parts.kernels import Kernels
 from parts.log_lines import LogLines
 from parts.loss import LinearCrossEntropy
@@ -29,9 +28,9 @@ class PackedTrainer(SafeTrainer):
     step_hooks: tuple = ()  # that step in the backward pass
     plan: Plan | None = None  # that is followed
 
-    def __init__(self, *args, kernels: Kernels, clean: CleanText | None = None, **kwargs):
+    def __init__(self, *args, kernels: Kernels, **kwargs):
         super().__init__(*args, data_collator=PackedCollator(), **kwargs)
-        self.kernels, self.clean = kernels, clean
+        self.kernels = kernels
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
@@ -103,26 +102,16 @@ class PackedTrainer(SafeTrainer):
         return evaluation.per_row(losses, row, thinking, len(rows))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """{eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as evaluation.losses_of has them; where there
-        is a clean text, eval_clean_loss, eval_clean_think_loss, eval_clean_answer_loss of it; eval_runtime in seconds}.
-        No loss depends on batch size or number of processes."""
+        """{eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as evaluation.losses_of has them;
+        eval_runtime in seconds}. No loss depends on batch size or number of processes."""
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
-        clean = self.clean if dataset is self.eval_dataset else None
         self.model.eval()
-        sums = torch.zeros(2, 6, dtype=torch.float64)  # of per_row's columns: of the rows, and of the clean ones
+        sums = torch.zeros(6, dtype=torch.float64)  # of per_row's columns
         for rows in self.evaluation_batches(dataset):
-            found = self.evaluate_rows(dataset, rows)
-            sums[0] += torch.stack([column.sum() for column in found]).cpu()
-            sums[1] += found.cpu().double() @ clean.shared[rows] if clean else 0
-        for rows in self.evaluation_batches(clean.changed) if clean else ():
-            sums[1] += self.evaluate_rows(clean.changed, rows).sum(dim=1).cpu()
+            sums += torch.stack([column.sum() for column in self.evaluate_rows(dataset, rows)]).cpu()
         sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
-        losses = evaluation.losses_of(sums[0])
-        if clean:
-            losses |= {f"clean_{name}": loss for name, loss in evaluation.losses_of(sums[1]).items()}
-            losses.pop("clean_token_loss")
-        metrics = losses | {"runtime": time.perf_counter() - started}
+        metrics = evaluation.losses_of(sums) | {"runtime": time.perf_counter() - started}
         metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

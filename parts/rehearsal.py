@@ -128,7 +128,6 @@ def seconds_of_run(found: Rehearsed, trainer) -> float:
     if math.isfinite(found.eval_speed):
         count = steps / args.eval_steps
         tokens = sum(lengths_of(trainer.eval_dataset))
-        tokens += sum(lengths_of(trainer.clean.changed)) if trainer.clean else 0
         seconds += count * tokens / found.eval_speed / args.world_size
     return seconds
 

@@ -92,11 +92,35 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
         ) from None
 
 
+@contextlib.contextmanager
+def hold(lock: str | Path, message: str):
+    """Keep for this process alone what the file `lock` stands for; who comes second ends with `message`. The system
+    lets go of it when the process ends, however it ends."""
+    import filelock
+
+    try:
+        held = filelock.FileLock(lock).acquire(timeout=0)
+    except filelock.Timeout:
+        raise SystemExit(message) from None
+    with held:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                os.unlink(lock)
+
+
 NOT_GIVEN = argparse.SUPPRESS  # as a flag's default: what is not given is not in the result
 
 
 class Parser(argparse.ArgumentParser):
     """argparse in Chinese: a wrong flag names the nearest one, and a flag that is gone says what there is instead."""
+
+    WORDS = (  # what argparse says, and what is said here; its words are the same in Python 3.11 to 3.15
+        ("argument ([^:]+): not allowed with argument (.+)", r"\1 和 \2 不能一起写"),
+        ("argument ([^:]+): expected (at least )?one argument", r"\1 后面要有一个值"),
+        ("argument ([^:]+): ", r"\1："),
+    )
 
     def __init__(self, **options):
         def formatter(prog):
@@ -117,10 +141,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Ends with exit status 2. Of several processes on a machine the first one speaks."""
-        message = re.sub(r"^argument ([^:]+): ", r"\1：", message)
-        message = message.replace("expected one argument", "要写一个值").replace(
-            "：not allowed with argument", "：不能同时写"
-        )
+        for pattern, words in self.WORDS:
+            message = re.sub(f"^{pattern}", words, message)
         self.exit(2, f"错误：{message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
@@ -160,17 +182,6 @@ def whole_number(least: int, text: str) -> int:
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"要一个 {least} 到 {2**32 - 1} 的整数，不是 {text!r}")
     return int(text)
-
-
-def number_between(least: float, most: float, text: str) -> float:
-    """A number from `least` to `most`, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"要一个 {least:g} 到 {most:g} 的数，不是 {shorten(text)!r}")
-    return number
 
 
 def some_text(text: str) -> str:

@@ -1,142 +1,122 @@
-"""A page in the browser on which a model is asked, or several side by side: gradio's, with the thinking folded. Knows a
-dialogue and a browser, not the domain: title, notice and example are handed in. Nothing of it leaves the machine: no
-telemetry, no share link, no font or picture from elsewhere."""
+"""A page in the browser on which a model is asked: gradio's chat, with the thinking folded. Knows a conversation and a
+browser, not the domain: title, notice and example are handed in. Nothing of it leaves the machine: no telemetry, no
+share link, no font or picture from elsewhere."""
 
+import contextlib
 import importlib.metadata
+import socket
 import time
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from threading import Event
 
-from parts.address import Address
-from parts.dialogue import SETTINGS, Dialogue, count_turns, first_turns
-from parts.encoding import has_no_thinking_mode
+from parts import terminal
+from parts.endpoint import THIS_MACHINE
 
 GRADIO = "6.31.0"  # which was tried; others of its major version are taken
 # The browser asks nobody else, whatever a reply says: a picture that is named in one would tell of it.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-CSS = "footer { display: none !important } .notice { text-align: center; font-size: .9em }"
 
 
-def require_gradio() -> None:
-    """Raises SystemExit where it is missing, or of another major version. Does not import it: that takes seconds."""
+def user_and_password(text: str) -> tuple[str, str]:
+    """Of user:password, for argparse."""
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise ArgumentTypeError("要写成 用户名:密码")
+    return user, password
+
+
+def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
+    """Raises SystemExit where the page could not be shown: gradio is missing or of another major version, other
+    machines would get in without a password, or the port is taken. Imports no gradio, which takes seconds."""
+    installed = next(importlib.metadata.distributions(name="gradio"), None)
+    if installed is None or installed.version.split(".")[0] != GRADIO.split(".")[0]:
+        raise SystemExit(f"错误：--web 要用 gradio {GRADIO}；请先运行 pip install gradio=={GRADIO}")
+    if not auth and host not in THIS_MACHINE:
+        raise SystemExit(f"错误：--host {host} 让别的机器也能提问；请同时用 --auth 用户名:密码 设一个密码。")
     try:
-        version = importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    if version.split(".")[0] != GRADIO.split(".")[0]:
-        found = f"，不是 {version}" if version else ""
-        raise SystemExit(f"错误：--web 要用 gradio {GRADIO}{found}；请先运行 pip install gradio=={GRADIO}")
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        reason = terminal.first_line(error)
+        raise SystemExit(f"错误：{host} 的端口 {port} 用不了（{reason}）；请用 --port 换一个端口。") from None
 
 
-def place_beside(interface, others: list) -> None:
-    """Put other Chatbots beside the one of a ChatInterface, which knows that one alone; they follow where a person goes
-    back or clears it."""
-    import gradio
+def fold(text: str, title: str, **state: str) -> dict:
+    """A message that folds under a title, as gradio keeps it: a thinking, or a hint that is not the model's."""
+    return {"role": "assistant", "content": text, "metadata": {"title": title, **state}}
 
-    chatbot = interface.chatbot
-    column = chatbot.parent
-    where = column.children.index(chatbot)
-    with interface:
-        with column, gradio.Row(scale=1, equal_height=True):
-            for each in (chatbot, *others):
-                each.unrender()
-                each.render()
-        column.children.insert(where, column.children.pop())
-        for other in others:
-            chatbot.undo(lambda shown: first_turns(shown, count_turns(shown) - 1), other, other)
-            chatbot.clear(lambda: [], None, other)
+
+def read_history(messages: list[dict]) -> list[list[str]]:
+    """[[question, answer], …] of the messages on the page: without what folds, which is not read back to the model,
+    and without a question that got no answer."""
+    turns: list[list[str]] = []
+    for message in messages:
+        text = "".join(part.get("text", "") for part in message["content"])
+        if message["role"] == "user":
+            turns.append([text, ""])
+        elif turns and not (message["metadata"] or {}).get("title"):
+            turns[-1][1] += text
+    return [turn for turn in turns if turn[1].strip()]
 
 
 class Page:
-    """What a dialogue.Dialogue looks like."""
+    """Asks a conversation what a person types. Once `closed` is set, a reply that is being written ends."""
 
-    def __init__(self, dialogue: Dialogue):
-        self.dialogue = dialogue
+    def __init__(self, conversation, out_of_memory: str):
+        self.conversation, self.out_of_memory = conversation, out_of_memory
+        self.closed = Event()
 
-    def settings(self) -> list:
-        """The components of Settings."""
+    def answer(self, question: str, messages: list[dict]) -> Iterator[list[dict]]:
+        """The messages of the reply, again and again as it is written. gradio closes the iterator where the person
+        stops it or leaves."""
+        try:
+            asked = self.conversation.to_messages(terminal.some_text(question), history=read_history(messages))
+            self.conversation.check_lengths([asked], ["这个问题"])
+            with terminal.explain_out_of_memory(self.out_of_memory):
+                for reply in self.conversation.stream(asked, closed=self.closed):
+                    shown = []
+                    # Open while it is written, folded when the answer begins. Half a character may stand at an end.
+                    if reply.thinking:
+                        state = {"status": "done"} if reply.answer else {}
+                        shown.append(fold(reply.thinking.rstrip("\ufffd"), "思考", **state))
+                    if reply.answer:
+                        shown.append({"role": "assistant", "content": reply.answer.rstrip("\ufffd")})
+                    yield shown
+        except (SystemExit, ArgumentTypeError) as refused:
+            yield [fold(str(refused), "提示")]
+            return
+        if not reply.complete:
+            most = self.conversation.max_new_tokens
+            yield [*shown, fold(f"到 {most} 个 token 为止，回复未完；可加大 --max_new_tokens。", "提示")]
+
+    def open(self, host: str, port: int, auth: tuple[str, str] | None, title: str, notice: str, example: str):
+        """Show the page; returns what closes it, and its URL."""
         import gradio
 
-        each = [model.conversation for model in self.dialogue.models]
-        can_do_without = all(has_no_thinking_mode(conversation.tokenizer) for conversation in each)
-        most, now = min(c.model.config.max_position_embeddings for c in each), each[0].max_new_tokens
-        return [
-            gradio.Checkbox(each[0].thinking, label="先思考再回答", interactive=can_do_without),
-            gradio.Slider(1, max(most, now), now, step=1, label="最多生成的 token 数"),
-            # Texts, as a Number is never empty.
-            gradio.Textbox("", label="温度", placeholder="留空：照模型的设置；越低越稳，越高越多样", max_lines=1),
-            gradio.Textbox("", label="随机种子", placeholder="留空：每次不同", max_lines=1),
-        ]
-
-    def build(self, title: str, notice: str, example: str):
-        """The page itself: gradio's ChatInterface, which knows one Chatbot; other models' stand beside it."""
-        import gradio
-
-        # Alone it fills the page; side by side each has a height, and they stand below each other on a phone.
-        several = len(self.dialogue.models) > 1
-        look = {"show_label": several, "min_width": 280} | ({"height": "62vh"} if several else {})
-        chatbot, *others = (
-            gradio.Chatbot(label=model.name, scale=1, buttons=["copy"], render=False, **look)
-            for model in self.dialogue.models
-        )
-        chatbot.editable, chatbot.placeholder = "user", f"例如：{example}"
-        textbox = gradio.Textbox(
-            label="问题",
-            placeholder="输入问题，回车发送",
-            show_label=False,
-            max_lines=8,
-            autofocus=True,
-            submit_btn=True,
-            stop_btn=True,
-        )
+        chatbot = gradio.Chatbot(scale=1, show_label=False, buttons=["copy"], editable="user", placeholder=example)
+        box = {"show_label": False, "submit_btn": True, "stop_btn": True}
+        textbox = gradio.Textbox(label="问题", placeholder="输入问题，回车发送", max_lines=8, autofocus=True, **box)
+        texts = {"title": title, "description": notice}
         interface = gradio.ChatInterface(
-            self.dialogue.answer,
-            chatbot=chatbot,
-            textbox=textbox,
-            editable=True,
-            title=title,
-            description=f"<div class='notice'>{notice}</div>",
-            additional_inputs=[*self.settings(), *others],
-            additional_outputs=others,
-            additional_inputs_accordion=gradio.Accordion(SETTINGS, open=False),
-            analytics_enabled=False,
-            api_visibility="private",
-            validator=self.dialogue.validate,
+            self.answer, chatbot=chatbot, textbox=textbox, editable=True, analytics_enabled=False, **texts
         )
-        if others:
-            place_beside(interface, others)
-        return interface
-
-    def open(self, address: Address, **texts: str):
-        """Show the page of `build`; returns what closes it, and its URL."""
-        import gradio
-
-        interface = self.build(**texts)
-        fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
-        _, url, _ = interface.launch(
-            server_name=address.host,
-            server_port=address.port,
-            auth=address.auth,
-            share=False,
-            ssr_mode=False,
-            run_history=False,  # of questions, in the browser, where the next person finds them
-            footer_links=[],
-            quiet=True,
-            prevent_thread_lock=True,
-            theme=gradio.themes.Base(**fonts),
-            css=CSS,
-            head=HEAD,
-        )
+        # No link to another server, and no questions kept in the browser, where the next person would find them.
+        private = {"share": False, "run_history": False, "footer_links": [], "quiet": True}
+        theme = gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+        where = {"server_name": host, "server_port": port, "auth": auth, "prevent_thread_lock": True}
+        _, url, _ = interface.launch(theme=theme, head=HEAD, ssr_mode=False, **where, **private)
         return interface, url
 
-    def serve(self, address: Address, **texts: str) -> None:
-        """Show it until Ctrl-C, which also ends a reply that is being written."""
-        interface, url = self.open(address, **texts)
-        print(f"网页：{url}（按 Ctrl-C 停止）", flush=True)
-        try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            print("\n已停止。")
-        finally:
-            self.dialogue.closed.set()
-            interface.close(verbose=False)
+
+def serve(conversation, host: str, port: int, auth, out_of_memory: str, **texts: str) -> None:
+    """Show the page until Ctrl-C, which also ends a reply that is being written. `texts` are those of Page.open."""
+    page = Page(conversation, out_of_memory)
+    interface, url = page.open(host, port, auth, **texts)
+    print(f"网页：{url}（按 Ctrl-C 停止）", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+    page.closed.set()
+    interface.close(verbose=False)
+    print("\n已停止。")

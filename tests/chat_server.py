@@ -26,7 +26,10 @@ class Handler(BaseHTTPRequestHandler):
             said = server.speak(body)
             status, content = said if isinstance(said, tuple) else (200, said)
         self.send_response(status)
-        self.send_header("Location", server.elsewhere)
+        # The client waits as long as it is told before it asks again.
+        headers = {"Location": server.elsewhere, "Content-Type": "application/json", "Retry-After-Ms": "1"}
+        for name in headers:
+            self.send_header(name, headers[name])
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # a client that gave up
             for start in range(0, len(content), step := 10 if server.pause else len(content) or 1):

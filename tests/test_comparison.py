@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer, text
 from helpers import opening, run_script
+from parts.candidates import Answered
 from rich.console import Console
 
 from parts import comparison, intervals, score_table
-from parts.candidates import Answered
 from parts.encoding import Reply
-from parts.endpoint import reach
+from parts.endpoint import Endpoint
 
 BY = {"model": "a", "weights": None, "no_thinking": False, "max_new_tokens": 30, "seed": 42}
 ROWS = [
@@ -109,7 +109,7 @@ def test_a_judge_is_asked_about_answers_alone_and_heard_in_tables_cases_and_json
     both = measured([longer] * 2 + GOOD[2:3], [shorter] * 2 + GOOD[2:3], rows=ROWS[:3])
     console = Console(record=True)
     with ChatServer(speak) as server:
-        endpoint = reach(server.url, None, console)
+        endpoint = Endpoint(server.url)
         judged = comparison.judge_all(ROWS[:3], both, endpoint, "比较", "replies.jsonl", console)
         again = comparison.judge_all(ROWS[:3], both, endpoint, "比较", "replies.jsonl", console)
         asked = [body["messages"][-1]["content"] for method, _, _, body in server.requests if method == "POST"]
@@ -134,9 +134,9 @@ def test_a_judge_that_is_down_is_a_line_and_no_end(folder):
         measured([GOOD[0]], [GOOD[0]._replace(answer="别的")], rows=ROWS[:1]),
         Console(record=True, width=500),
     )
-    endpoint = reach(server.url, None, console)
+    endpoint = Endpoint(server.url)
     [judged] = comparison.judge_all(ROWS[:1], both, endpoint, "比较", "replies.jsonl", console)
-    assert judged.verdicts == ["failed"] and judged.judge == server.url and "现在用不了" in console.export_text()
+    assert judged.verdicts == ["failed"] and judged.judge == server.url and "用不了" in console.export_text()
 
 
 @pytest.fixture

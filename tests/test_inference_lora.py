@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import inference
 import inference_lora
-from parts import checkpoints, hub, models
+from parts import checkpoints, models
 
 ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
 
@@ -27,7 +27,7 @@ def name_base(adapter: str, base: str) -> None:
 
 def test_adapter_as_the_model_to_train_or_to_ask(finished):
     merge = "请先合并：python inference_lora.py --model_path lora --merge_to output/merged"
-    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", hub.find_model, "lora", "")
+    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", models.find_model, "lora", "")
     other = "{0} 要用另一个脚本来问：python {1} --model_path {0}"
     refused(other.format("lora", "inference_lora.py"), inference.load_trained, "lora")
     refused(other.format("full", "inference.py"), inference_lora.load_adapter, "full")

@@ -114,7 +114,7 @@ def test_what_leaves_the_weights_alone_may_change(interrupted, tiny_model, strai
         logging_steps=2,
         save_total_limit=3,
         sample_tokens=2,
-        gradient_checkpointing=False,
+        checkpoint_every=0,
     )
     assert trainer.state.global_step == 20 and same(weights("full"), expected)
 

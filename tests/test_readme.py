@@ -26,7 +26,7 @@ READMES = ("README.md", "README_EN.md")
 TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
 OTHERS = {"data.py": data, "inference.py": inference, "inference_lora.py": inference_lora}
 COMMANDS = ("python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter")
-COMMANDS += ("transformers", "evalscope", "curl", "ruff", "bash", "llama-quantize", "ollama")
+COMMANDS += ("transformers", "evalscope", "curl", "ruff", "bash", "llama-quantize", "ollama", "modelscope")
 # Not installed here: flags that their `serve` has in vLLM's documentation, in SGLang 0.5.23 and in Open WebUI 0.12.4.
 ENGINES = {
     "vllm": {"--reasoning-parser", "--host", "--port"},
@@ -80,7 +80,7 @@ def help_flags(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit):
             OTHERS[script].main()
-        return set(re.findall(r"^ +(--?\w+)", capsys.readouterr().out.split("options:")[1], re.MULTILINE))
+        return set(re.findall(r"^ +(--?\w+)", capsys.readouterr().out, re.MULTILINE))
 
     return flags
 
@@ -115,7 +115,7 @@ def test_command_exists(found, help_flags, workspace):
     program, *words = shlex.split(found)
     if program == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1])
-    elif program == "python" and words[0].endswith("convert_hf_to_gguf.py"):  # tests/test_gguf.py runs it
+    elif program == "python" and words[0].endswith("convert_hf_to_gguf.py"):  # tests/test_serving.py runs it
         assert words[0].startswith("llama_cpp_python-0.3.36/") and words[1] == data.OUTPUT_DIR
         assert words[2:] == ["--outfile", f"{data.OUTPUT_DIR}/model-bf16.gguf"]
     elif program == "python":
@@ -139,6 +139,8 @@ def test_command_exists(found, help_flags, workspace):
         assert words in ([], ["model-bf16.gguf", modelfile.WEIGHTS, "Q4_K_M"])
     elif program == "ollama":
         assert words[0] in ("create", "run") and words[1:] in ([], ["qwen3-medical"])
+    elif program == "modelscope":  # tests/test_hub.py runs the first two
+        assert words[0] in ("create", "upload", "login")
     elif program in ("jupyter", "bash"):
         assert (ROOT / words[-1]).is_file()
     elif program == "transformers":

@@ -189,8 +189,7 @@ def photograph(chromium: str | None) -> None:
             page.wait_for_timeout(7000)  # the charts draw themselves
             page.screenshot(path=IMAGES / "dashboard.png")
             photograph_comparison(browser)
-            photograph_web(browser, "web.png")
-            photograph_web(browser, "web_two.png", other="base")
+            photograph_web(browser)
             browser.close()
     finally:
         server.terminate()
@@ -217,9 +216,9 @@ def make_small(path: Path) -> None:
     small.save(path, optimize=True)
 
 
-def photograph_web(browser, name: str, other: str | None = None) -> None:
-    """The page of the demo's model while it thinks, or, beside another one, when both have answered."""
-    flags = ["--model_path", "full", "--port", str(WEB_PORT), *(("--compare_with", other) if other else ())]
+def photograph_web(browser) -> None:
+    """The page of the demo's model while it thinks."""
+    flags = ["--model_path", "full", "--port", str(WEB_PORT)]
     command = [sys.executable, ROOT / "inference.py", "--web", "--max_new_tokens", "120", *flags]
     server = subprocess.Popen(command, cwd=DEMO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -227,18 +226,13 @@ def photograph_web(browser, name: str, other: str | None = None) -> None:
         open_when_ready(page, f"http://127.0.0.1:{WEB_PORT}")
         page.get_by_role("textbox", name="问题").fill(QUESTION)
         page.get_by_role("textbox", name="问题").press("Enter")
-        if other:
-            page.get_by_test_id("stop-button").wait_for()
-            page.get_by_test_id("submit-button").wait_for(timeout=60_000)
-            page.wait_for_timeout(1000)  # what unfolds does so slowly
-        else:
-            page.get_by_text("要点是").wait_for()
-        page.screenshot(path=IMAGES / name)
+        page.get_by_text("要点是").wait_for()
+        page.screenshot(path=IMAGES / "web.png")
         page.close()
     finally:
         server.terminate()
         server.wait()
-    make_small(IMAGES / name)
+    make_small(IMAGES / "web.png")
 
 
 def main() -> None:
