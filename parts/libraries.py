@@ -63,7 +63,7 @@ def find_packages(args) -> None:
         "--load_in_4bit": ["bitsandbytes"] * args.load_in_4bit,
         f"--optimizer {args.optimizer}": ["torchao"] * str(args.optimizer).startswith("8bit"),
         # In requirements.txt since samples are: without them a run would end at its first evaluation.
-        f"--eval_samples {args.eval_samples}": ["rouge_score", "rjieba"] * bool(args.eval_samples),
+        f"--eval_samples {args.eval_samples}": ["rapidfuzz", "rjieba"] * bool(args.eval_samples),
     }
     for flag, packages in wanted.items():
         if missing := [name for name in packages if importlib.util.find_spec(name) is None]:

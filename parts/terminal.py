@@ -128,8 +128,9 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            nearest = difflib.get_close_matches(flag, re.findall(r"--\w+", self.format_usage()), 1)
-            remedy = f"你是不是想写 {nearest[0]}？" if nearest else ""
+            names = re.findall(r"--(\w+)", self.format_usage())
+            nearest = difflib.get_close_matches(flag.lstrip("-"), names, 1)
+            remedy = f"你是不是想写 --{nearest[0]}？" if nearest else ""
             self.error(f"没有参数 {shorten(flag)}；{remedy}全部参数：--help")
         return values
 

@@ -21,7 +21,6 @@ from modelscope_hub.config import set_default_config
 
 import data
 import inference
-import inference_lora
 import train
 from parts import hub as parts_hub
 from parts import huggingface, models, modelscope, rows
@@ -345,7 +344,7 @@ def test_revision_of_what_is_no_repository():
     flags = {"dataset": "here.jsonl", "revision": "v1"}
     assert ends(data.prepare, **flags) == ("错误：--revision v1 只用于 hub 上的数据集，而 here.jsonl 是本地文件。")
     said = "错误：版本 v1 只用于 hub 上的模型，而 . 是本地文件夹。"
-    assert ends(find_model, ".", revision="v1") == said == ends(inference.load_trained, ".", "v1")
+    assert ends(find_model, ".", revision="v1") == said == ends(models.load_trained, ".", "v1")
 
 
 @pytest.mark.parametrize("source", ["own/er", "local.jsonl"])
@@ -413,7 +412,7 @@ def test_card_names_revision_and_data(hub, tiny_model):
 def test_adapter_asks_for_the_revision_that_it_was_made_for(hub, tmp_path):
     settings = {"base_model_name_or_path": "own/er", "revision": "v8"}
     Path("adapter_config.json").write_text(json.dumps(settings))
-    assert "无法装到 own/er 上（缺少 adapter_model.safetensors）" in ends(inference_lora.load_adapter, ".")
+    assert "无法装到 own/er 上（缺少 adapter_model.safetensors）" in ends(models.load_trained, ".")
     assert all("Revision=v8" in path for _, path in hub.requests if "/models/" in path)
 
 

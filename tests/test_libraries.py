@@ -62,12 +62,12 @@ def test_a_command_names_the_package_that_it_needs(monkeypatch, capsys, flags, p
 
 
 def test_libraries_of_samples_are_missed_before_the_first_evaluation(monkeypatch, capsys):
-    for name in ("rouge_score", "rjieba"):
+    for name in ("rapidfuzz", "rjieba"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit, match="2"):
         parse_flags(train.TrainArguments, "")
-    said = "--eval_samples 4 要用 rouge_score、rjieba；请先运行 pip install rouge_score rjieba"
+    said = "--eval_samples 4 要用 rapidfuzz、rjieba；请先运行 pip install rapidfuzz rjieba"
     assert said in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["train.py", "--eval_samples", "0"])
     assert parse_flags(train.TrainArguments, "").eval_samples == 0

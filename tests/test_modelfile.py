@@ -85,7 +85,7 @@ def test_it_says_what_was_trained(finished):
 
 
 def test_a_merged_model_has_the_same_and_an_adapter_none(finished):
-    inference_lora.merge_to("merged", *inference_lora.load_adapter("lora"), "lora")
+    inference_lora.merge_to("merged", "lora")
     assert Path("merged/Modelfile").read_bytes() == Path("full/Modelfile").read_bytes()
     assert not Path("lora/Modelfile").exists()
 

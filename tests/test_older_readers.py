@@ -57,7 +57,7 @@ def trained(tmp_path_factory, tiny_model) -> Path:
         change("base/tokenizer_config.json", lambda old: {k: v for k, v in (old | names).items() if v is not None})
         for lora, name in ((False, "full"), (True, "lora")):
             run("base", lora, max_steps=2, output_dir=name)
-        inference_lora.merge_to("merged", *inference_lora.load_adapter("lora"), "lora")
+        inference_lora.merge_to("merged", "lora")
     return folder
 
 

@@ -1,6 +1,7 @@
 """The scripts as a person calls them, in a folder of their own. The demo starts each anew, here they are forked."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hub_server import Hub
 
 import inference
 import train
+from parts import models
 
 FEW_STEPS = (
     *(
@@ -60,13 +62,24 @@ def trained(tmp_path_factory, tiny_model):
 def test_help_shows_the_commands_and_the_defaults(script, tmp_path):
     result = run_script(script, "--help", cwd=tmp_path, fresh=script == "data.py")
     assert result.returncode == 0 and f"python {script}" in result.stdout
-    assert "default" in result.stdout and list(tmp_path.iterdir()) == []
+    assert re.search("default|默认", result.stdout) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_flag_is_an_error(script, tmp_path):
-    fails(run_script(script, "--lerning_rate", "1", cwd=tmp_path), "unrecognized arguments: --lerning_rate")
+    fails(run_script(script, "--lerning_rate", "1", cwd=tmp_path), "--lerning_rate")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--lora"], ["--replies", "mine.jsonl"], ["--judge_model", "x"]])
+def test_asking_answers_flags_without_torch(flags, tmp_path):
+    """It takes seconds to be imported. What would do nothing is named."""
+    code = "import sys, inference_lora; sys.argv[0] = 'inference_lora.py'\ntry: inference_lora.main()\n"
+    code += "finally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    command = [sys.executable, "-c", code, *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert result.returncode == (0 if flags == ["--help"] else 2), result.stderr
+    assert result.stderr.count("\n") <= 1 and ("起作用" in result.stderr) == (len(flags) == 2)
 
 
 def test_flags_that_do_not_fit_are_an_error(tmp_path):
@@ -90,10 +103,11 @@ def test_inference_finds_the_trained_model_and_asks_the_published_question(train
 
 
 def test_inference_is_repeatable_with_a_seed(trained, capsys):
-    loaded, outputs = inference.load_trained(str(trained / "base")), []
+    (model, tokenizer), outputs = models.load_trained(str(trained / "base")), []
     for seed in ("1", "1", "2"):
         flags = ["头痛怎么办？", "--seed", seed, "--max_new_tokens", "30"]
-        inference.predict(*loaded, inference.build_parser("", "").parse_args(flags))
+        args = inference.build_parser("", "").parse_args(flags)
+        inference.ask(args, inference.begin(args, model, tokenizer))
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
 
@@ -175,30 +189,27 @@ def test_replies_that_are_there_are_kept_and_told_of_before_a_model_is_loaded(tm
     (tmp_path / "old.jsonl").write_text("{}", encoding="utf-8")
     for script in ("inference.py", "inference_lora.py"):
         result = run_script(script, "--questions", "q.txt", "--replies", "old.jsonl", cwd=tmp_path)
-        assert fails(result, "错误：--replies old.jsonl 已经存在，而第 1 行不是 inference.py 写的回复；它不会被改写")
+        assert fails(result, "错误：old.jsonl 第 1 行不是 inference.py 写的回复；它不会被改写")
     assert (tmp_path / "old.jsonl").read_text(encoding="utf-8") == "{}"
 
 
-@pytest.mark.parametrize("name", ["r.scores.json", "r.scores.html"])
-def test_a_folder_where_scores_belong_is_told_of_before_a_model_is_loaded(tmp_path, name):
-    (tmp_path / "q.txt").write_text("头痛？", encoding="utf-8")
-    (tmp_path / name).mkdir()
-    result = run_script("inference.py", "--questions", "q.txt", "--replies", "r.jsonl", cwd=tmp_path)
-    assert fails(result, f"错误：{name} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")
-
-
-NUMBER = "argument --{}: 要一个 {} 到 4294967295 的整数，不是 '{}'"
+NUMBER = "--{}：要一个 {} 到 4294967295 的整数，不是 '{}'"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([""], "argument question: 问题是空的"),
-        (["  "], "argument question: 问题是空的"),
+        ([""], "question：问题是空的"),
+        (["  "], "question：问题是空的"),
         (["--max_new_tokens", "0"], NUMBER.format("max_new_tokens", 1, 0)),
         (["--max_new_tokens", "2k"], NUMBER.format("max_new_tokens", 1, "2k")),
         (["--max_new_tokens", "9" * 5000], NUMBER.format("max_new_tokens", 1, "9" * 5000)),
         (["--seed", "-1"], NUMBER.format("seed", 0, -1)),
+        (["--question", "q.txt"], "没有参数 --question；你是不是想写 --questions？全部参数：--help"),
+        (["--push_to", "modelscope:a/b"], "没有参数 --push_to；全部参数：--help"),
+        (["--questions"], "--questions 后面要有一个值"),
+        (["--questions", "q.txt", "--chat"], "--chat 和 --questions 不能一起写"),
+        (["--fast_kernels", "no"], "--fast_kernels：要写 true 或 false，不是 'no'"),
         (["--seed", "1.5"], NUMBER.format("seed", 0, 1.5)),
         (["--seed", "4294967296"], NUMBER.format("seed", 0, 2**32)),
     ],
@@ -207,7 +218,7 @@ NUMBER = "argument --{}: 要一个 {} 到 4294967295 的整数，不是 '{}'"
 def test_questions_and_numbers_that_make_no_sense(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         inference.build_parser("", "output").parse_args(flags)
-    assert error.value.code == 2 and capsys.readouterr().err.endswith(f"error: {message}\n")
+    assert error.value.code == 2 and capsys.readouterr().err == f"错误：{message}\n"
 
 
 @pytest.mark.parametrize("flag", ["train_file", "val_file"])
