@@ -117,7 +117,7 @@ def test_command_exists(found, help_flags, workspace):
     program, *words = shlex.split(found)
     if program == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1])
-    elif program == "python" and words[0].endswith("convert_hf_to_gguf.py"):  # tests/test_gguf.py runs it
+    elif program == "python" and words[0].endswith("convert_hf_to_gguf.py"):  # tests/test_serving.py runs it
         assert words[0].startswith("llama_cpp_python-0.3.36/") and words[1] == data.OUTPUT_DIR
         assert words[2:] == ["--outfile", f"{data.OUTPUT_DIR}/model-bf16.gguf"]
     elif program == "python":

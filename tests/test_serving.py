@@ -1,7 +1,7 @@
-"""A trained folder behind servers that others wrote: `transformers serve`, asked by OpenAI's own client on loopback, and
+"""A trained folder behind servers of others: `transformers serve`, asked by OpenAI's own client on loopback, and
 llama.cpp. The project has no server of its own: what is tested is that its folders are read as they were trained.
 
-LLAMA_CPP names a folder of llama.cpp with its convert_hf_to_gguf.py, as in the source package of llama-cpp-python, which
+LLAMA_CPP names a folder of llama.cpp with its convert_hf_to_gguf.py, as in the source package of llama-cpp-python, that
 two tests want installed too."""
 
 import json
@@ -29,7 +29,7 @@ QUESTIONS = ["感冒 and 0456 怎么办？", "  两边的空格\n\n\n换行\t", 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory, tiny_model):
-    """Of a server whose models are ./learnt, which knows ROWS by heart, and ./attentive, which says something else after
+    """Of a server whose models are ./learnt, which knows ROWS by heart, and ./attentive, which answers otherwise after
     another prompt; `client.folder` holds them."""
     openai = pytest.importorskip("openai", reason='no client and no server: pip install "transformers[serving]"')
     folder = tmp_path_factory.mktemp("serving")
