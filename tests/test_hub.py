@@ -18,7 +18,6 @@ from hub_server import FILE, LISTING, Hub, cut, on, page, status, wrong
 from modelscope_hub.config import set_default_config
 
 import data
-import inference_lora
 import train
 from parts import hub as parts_hub
 from parts import models
@@ -218,7 +217,7 @@ def test_revision_is_what_is_asked_for(hub):
 
 def test_adapter_asks_for_the_revision_that_it_was_made_for(hub):
     Path("adapter_config.json").write_text('{"base_model_name_or_path": "own/er", "revision": "v8"}')
-    assert "缺少 adapter_model.safetensors" in ends(inference_lora.load_adapter, ".")
+    assert "缺少 adapter_model.safetensors" in ends(models.load_trained, ".")
     assert all("Revision=v8" in address for address in hub.requests if "/models/" in address)
 
 
