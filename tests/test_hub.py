@@ -224,7 +224,7 @@ def test_adapter_asks_for_the_revision_that_it_was_made_for(hub):
 def test_card_names_revision_and_data(hub):
     data.prepare("own/er", revision="v6")
     changes = {"model_name": "own/er", "model_revision": "v7", "output_dir": "out", "max_steps": 1, "sample_tokens": 2}
-    train.train(train.TrainArguments(report_to="none", **changes))
+    train.train(train.arguments(report_to="none", **changes))
     parts = sorted(Path(find_model("own/er", revision="v7")).glob("*.safetensors"))
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
     card = Path("out/README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from hub_server import Hub
 import inference
 
 FEW_STEPS = "--max_steps 6 --eval_steps 3 --logging_steps 1 --learning_rate 1e-3 --sample_tokens 8".split()
-FEW_STEPS += "--disable_tqdm true --report_to none".split()
+FEW_STEPS += "--report_to none".split()
 
 
 def fails(result, *parts: str) -> str:
