@@ -168,7 +168,7 @@ def measure(row: Row, reply: Reply, thinking: bool) -> dict[str, float]:
         "whole": float(scores.whole(reply, thinking)),
         "leak": float(bool(scores.find_traces(row, reply))),
         "loop": float(scores.loops(reply.thinking) or scores.loops(reply.answer)),
-        "overlap": scores.rouge(scores.written(reply, "answer"), row["answer"])[2],
+        "overlap": scores.rouge(scores.written(reply), row["answer"])[2],
     }
 
 
