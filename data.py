@@ -1,4 +1,4 @@
-"""Download the medical R1 data, check it, split it, and turn rows into training examples.
+"""Download the medical R1 data, check it, clean it, split it, and turn rows into training examples.
 
     python data.py                                        # the published set, from ModelScope
     python data.py --dataset my.jsonl                     # your own .jsonl, .json, .csv, .tsv or .parquet
@@ -12,27 +12,21 @@ read as they are. The published set is split as published: seed 42, shuffle, the
 rows that begin with the same question go to one side, and what a hub keeps for validation or tests is never trained
 on. A row that cannot be used is left out after the split, so it moves no other row, and is reported.
 
-Most published thinkings show how they were made: their writer had been given the answer. They are trained on without
-that. val.jsonl keeps the published text, so that losses compare; val.clean.jsonl is the same rows without it.
+Most published thinkings show how they were made: their writer had been given the answer. Both files are written without
+that, unless --raw, by which alone losses compare with those of the public run.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
-try:
-    from parts import cleaning, encoding, near_duplicates, row_files, rows, sources, split, terminal
-    from parts.rows import Placed, Row
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
+from parts import encoding, row_files, rows, sources, terminal, traces
+from parts.rows import Placed, Row
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows
@@ -49,15 +43,14 @@ SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it wa
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
     """Raises SystemExit when one file would be written over another, or over the data."""
-    paths = [os.path.realpath(file) for file in (train_file, val_file, row_files.clean_path(val_file))]
-    if paths[0] == paths[1]:
-        raise SystemExit(f"错误：--train_file 和 --val_file 都是 {train_file}；请给两个不同的文件名。")
-    if paths[0] == paths[2]:
-        raise SystemExit(f"错误：--train_file 是 {train_file}，那里要写清理过的验证集；请换一个文件名。")
-    if os.path.realpath(train_file + SOURCE_SUFFIX) in paths:
-        raise SystemExit(f"错误：{train_file}{SOURCE_SUFFIX} 里要写训练集的来源；请给 --val_file 换一个文件名。")
+    written = {os.path.realpath(file) for file in (train_file, val_file, train_file + SOURCE_SUFFIX)}
+    if len(written) < 3:
+        raise SystemExit(
+            f"错误：--train_file {train_file} 和 --val_file {val_file} 会互相覆盖"
+            f"（{train_file}{SOURCE_SUFFIX} 里要写训练集的来源）；请给两个不同的文件名。"
+        )
     for dataset in datasets:
-        if os.path.realpath(dataset) in paths:
+        if os.path.realpath(dataset) in written:
             raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
 
 
@@ -70,57 +63,44 @@ def prepare(
     without_thinking: str = "drop",
     raw: bool = False,
 ) -> None:
-    """Load, check, clean and split each data set, the published one where none is named; write the files, and print the
-    summary. `raw`: the training file has the thinking as it was."""
-    given = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
-    wanted = [sources.read_count(name) for name in given]
-    names = [name for name, _ in wanted]
-    refuse_overwriting(train_file, val_file, names)
-    if len(names) > len(set(names)):
-        raise SystemExit(f"错误：--dataset {' '.join(names)}：同一个数据集写了两次；请改正。")
-    if len(names) > 1 and (revision or sha256):
-        raise SystemExit(f"错误：--dataset {' '.join(names)}：--revision 和 --sha256 只用于一个数据集；请改正。")
-    loaded, problems = [], {}
-    for name in names:
-        fixed = name.removeprefix("ms://") == DATASET_NAME
-        divide = partial(split.by_row if fixed else split.by_question, seed=SEED, share=TRAIN_SHARE)
-        loaded.append(sources.load(name, revision, sha256, len(names) > 1, divide, fixed))
-    counts = [count for _, count in wanted]
-    found = sources.check(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
-    train, val = (sum(parts, []) for parts in zip(*found))
-    cleaned, how = cleaning.clean_rows(train)
-    train = train if raw else cleaning.keep_whole(cleaned, train, problems)
-    total = sum(len(source.train) + len(source.val) for source in loaded)
+    """Load, check, split and clean each data set, the published one where none is named; write the files, and print the
+    summary. `raw`: the thinking stays as it was."""
+    named = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
+    counts = sources.read_names(named, revision, sha256)
+    refuse_overwriting(train_file, val_file, list(counts))
+    loaded = []
+    for name, count in counts.items():
+        published = name.removeprefix("ms://") == DATASET_NAME
+        divide = partial(sources.by_row if published else sources.by_question, seed=SEED, share=TRAIN_SHARE)
+        loaded.append(sources.load(name, count, revision, sha256, len(counts) > 1, published, divide))
+    problems: dict[str, list[rows.Place]] = {}
+    train, val, lines = sources.join(loaded, TRAIN_SHARE, without_thinking == "keep", problems)
+    if raw:
+        lines.append("清理      没有（--raw）")
+    else:
+        done = Counter()
+        train, val = (traces.clean_rows(part, problems, done) for part in (train, val))
+        lines.append(f"清理      {traces.describe(done)}")
     if not train or not val:
-        part = "训练集" if not train else "验证集"
+        total = sum(len(source.train) + len(source.val) for source in loaded)
+        remedy = "请按下面的原因改正" if problems else "请提供更多不同的行"
+        if traces.TOO_LITTLE in problems:
+            remedy += "，或加 --raw 照原文写"
+        reasons = [f"\n  {line}" for line in rows.describe_problems(problems)]
         raise SystemExit(
-            f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，划分后{part}为空；"
-            f"{'请提供更多不同的行' if train or val and not cleaned else '请按下面的原因改正'}"
-            f"{'，或加 --raw 照原文写' if cleaned and not train else ''}。"
-            + "".join(f"\n  {line}" for line in rows.describe_problems(problems))
+            f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，"
+            f"划分后{'验证集' if train else '训练集'}为空；{remedy}。{''.join(reasons)}"
         )
-    lines = sources.describe(loaded, counts, found)
-    lines += [f"清理      {'没有（--raw）；会是：' if raw else ''}{how}", mark_seen(train, val)]
-    clean_val = cleaning.keep_whole(cleaning.clean_rows(val)[0], val)  # the same rows in any case
-    parts = {train_file: train, val_file: val, row_files.clean_path(val_file): clean_val}
-    write(parts, {"sources": [source.origin for source in loaded], "raw": raw})
-    print(rows.summary(lines, parts, problems))
+    lines.append(sources.mark_seen(train, val))
+    write(train_file, train, val_file, val, {"sources": [source.origin for source in loaded], "raw": raw})
+    print(rows.summary(lines, {train_file: train, val_file: val}, problems))
 
 
-def mark_seen(train: list[Placed], val: list[Placed]) -> str:
-    """Mark the validation rows whose answer nearly stands in the training part; returns what to say of it."""
-    alike = near_duplicates.pairs([row["answer"] for _, row in train + val])
-    seen = {j - len(train) for i, j in alike if i < len(train) <= j}
-    for place in seen:
-        val[place][1]["seen"] = True
-    inside = sum(j < len(train) for _, j in alike)
-    return f'近似重复  训练集内 {inside} 对；验证集 {len(seen)}/{len(val)} 行与训练集近似，标为 "seen": true'
-
-
-def write(parts: dict[str, list[Placed]], origin: dict[str, object]) -> None:
-    """Write the rows of each file, of the training part first, and beside that its `origin`."""
-    train_file, val_file, _ = parts
-    texts = {file: row_files.to_jsonl(map(rows.without_instruction, part)) for file, part in parts.items()}
+def write(train_file: str, train: list[Placed], val_file: str, val: list[Placed], origin: dict[str, object]) -> None:
+    """Write both files, and beside the training file its `origin`."""
+    texts = {}
+    for file, part in ((train_file, train), (val_file, val)):
+        texts[file] = row_files.to_jsonl(map(rows.without_instruction, part))
     origin = origin | {"train_sha256": hashlib.sha256(texts[train_file].encode()).hexdigest()}
     try:
         row_files.write(texts | {train_file + SOURCE_SUFFIX: row_files.to_jsonl([origin])})
@@ -174,7 +154,8 @@ def load_dataset(path: str, tokenizer, max_length: int):
     examples are left out, as a cut would lose the answer, which comes last. Raises SystemExit when none is left."""
     import datasets
 
-    (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     examples = datasets.Dataset.from_list([{"history": None} | row for row in read_examples(path)])
     encoded = examples.map(
         lambda row: encoding.encode_example(tokenizer, to_messages(**row)),
@@ -193,28 +174,27 @@ def load_dataset(path: str, tokenizer, max_length: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
+    parser = terminal.Parser(description="下载或读取数据，检查、清理、划分，写出训练集和验证集。例子在 data.py 开头。")
+    flags = parser.add_argument_group("数据").add_argument
+    flags(
         "--dataset",
         nargs="+",
         action="extend",
-        help=f"local files, ModelScope ids, hf://owner/name; #500 behind one: 500 rows of it (default: {DATASET_NAME})",
+        help=f"本地文件、ModelScope 名、hf://名；加 #500 只取 500 行；默认 {DATASET_NAME}",
     )
-    parser.add_argument(
+    flags("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")
+    flags("--sha256", help="数据必须有的校验和；默认不查")
+    flags = parser.add_argument_group("内容").add_argument
+    flags("--raw", action="store_true", help="照公布的原文写，不去掉思考里制作的痕迹")
+    flags(
         "--without_thinking",
         choices=("drop", "keep"),
         default="drop",
-        help="rows without thinking: left out, or learnt as replies without thinking (default: %(default)s)",
+        help="没有思考的行：不用（默认），或学作不思考的回答",
     )
-    parser.add_argument("--train_file", default=TRAIN_FILE, help="where the training part goes (default: %(default)s)")
-    parser.add_argument("--val_file", default=VAL_FILE, help="where the validation part goes (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the data set on its hub (default: master)")
-    parser.add_argument("--sha256", help="checksum that the data must have (default: not checked)")
-    parser.add_argument(
-        "--raw", action="store_true", help="train on the thinking as it is, with the traces of its making"
-    )
+    flags = parser.add_argument_group("写到哪里").add_argument
+    flags("--train_file", default=TRAIN_FILE, help="训练集；默认 %(default)s")
+    flags("--val_file", default=VAL_FILE, help="验证集；默认 %(default)s")
     prepare(**vars(parser.parse_args()))
 
 

@@ -3,7 +3,7 @@
     python train.py --check                           # first on a new card: does it run here, and how fast
     python train.py                                   # fetches what is missing; run again, it continues
     python train.py --model_name Qwen/Qwen3-0.6B      # a small card
-    python train.py --learning_rate 5e-5 --output_dir output/lr5e-5       # any flag of transformers' Trainer
+    python train.py --learning_rate 5e-5 --output_dir output/lr5e-5       # all flags: --help
     torchrun --nproc_per_node 2 train.py --per_device_train_batch_size 2  # two GPUs, still 4 examples a step
     torchrun --nproc_per_node 8 train.py --model_name Qwen/Qwen3-8B --fsdp true       # a model that fits no card
 
@@ -12,21 +12,14 @@ what makes it fast, small and safe is in parts/, one noun a file. Those that nee
 the flags are read.
 """
 
+import dataclasses
 import os
 import shlex
-from dataclasses import dataclass, field
 from functools import partial
 
-try:
-    import data
-    from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-    from parts import encoding, hub, libraries, system_prompt, terminal
-    from parts.arguments import Arguments, parse_flags
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
+import data
+from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
+from parts import encoding, environment, flags, system_prompt, terminal
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2
@@ -38,9 +31,7 @@ KEPT_CHECKPOINTS = 2  # the best and the newest
 LOGGING_STEPS = 10
 MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
-SAMPLE_TOKENS = 1024  # at most, for each of these replies
-EVAL_SAMPLES = 4  # validation questions answered at each evaluation, where time allows
-EVAL_SAMPLE_TOKENS = 512  # at most, for each of those
+SAMPLE_TOKENS = 1024  # at most, for each reply
 # One public run of the published recipe, and its eval_loss: (step, loss)
 PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
 PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
@@ -53,34 +44,37 @@ OUT_OF_MEMORY = (
 LOST = "错误：另一个进程已经结束或没有回应，训练停止；写好的检查点都还在，同一命令从最近的一个继续。"
 
 
-@dataclass
-class TrainArguments(Arguments):
-    """The recipe. What else transformers.TrainingArguments and parts/arguments.py know is a flag too."""
-
-    model_name: str = field(default=MODEL_NAME, metadata={"help": "ModelScope id or local folder"})
-    train_file: str = field(default=TRAIN_FILE, metadata={"help": "written by data.py"})
-    val_file: str = field(default=VAL_FILE, metadata={"help": "written by data.py"})
-    max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; longer examples are left out"})
-    output_dir: str | None = OUTPUT_DIR
-    learning_rate: float = LEARNING_RATE
-    num_train_epochs: float = NUM_EPOCHS
-    per_device_train_batch_size: int = BATCH_SIZE
-    gradient_accumulation_steps: int = ACCUMULATION_STEPS
-    eval_strategy: str = "steps"
-    eval_steps: float | None = EVAL_STEPS
-    save_total_limit: int | None = KEPT_CHECKPOINTS
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "eval_loss"
-    greater_is_better: bool | None = False
-    early_stopping_patience: int = field(default=PATIENCE, metadata={"help": "evaluations; 0: never stop early"})
-    logging_steps: float = LOGGING_STEPS
-    report_to: None | str | list[str] = "swanlab"
-    seed: int = SEED
-    eval_samples: int = field(default=EVAL_SAMPLES, metadata={"help": "questions at each evaluation; 0: none"})
-    sample_tokens: int = field(default=SAMPLE_TOKENS, metadata={"help": "most tokens of each sample reply"})
+RECIPE = {  # what the command line may change; the other flags are in parts/flags.py
+    "model_name": MODEL_NAME,
+    "train_file": TRAIN_FILE,
+    "val_file": VAL_FILE,
+    "max_length": MAX_LENGTH,
+    "output_dir": OUTPUT_DIR,
+    "learning_rate": LEARNING_RATE,
+    "num_train_epochs": NUM_EPOCHS,
+    "per_device_train_batch_size": BATCH_SIZE,
+    "gradient_accumulation_steps": ACCUMULATION_STEPS,
+    "eval_steps": EVAL_STEPS,
+    "early_stopping_patience": PATIENCE,
+    "save_total_limit": KEPT_CHECKPOINTS,
+    "logging_steps": LOGGING_STEPS,
+    "report_to": "swanlab",
+    "seed": SEED,
+    "eval_samples": 0,
+    "sample_tokens": SAMPLE_TOKENS,
+}
 
 
-def prepare_files(args: TrainArguments) -> None:
+def arguments(**changes):
+    """The recipe with these changes, as parts/arguments.Arguments. It is here that torch is imported. Raises SystemExit
+    for what cannot be meant, or cannot be done here."""
+    environment.prepare()
+    from parts.arguments import Arguments
+
+    return Arguments(**RECIPE | changes)
+
+
+def prepare_files(args) -> None:
     """Make the default data files when neither is there; other files have to be there."""
     files = (args.train_file, args.val_file)
     missing = [file for file in files if not os.path.isfile(file)]  # unlike Path's, False for a name too long
@@ -93,17 +87,21 @@ def prepare_files(args: TrainArguments) -> None:
         )
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), clean=None, **kept):
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
-    interrupted run `kept` a part. `clean`: the validation set with cleaned thinking."""
-    from parts import kernels, memory, memory_plan, packing, placement, proof, rehearsal
+    interrupted run `kept` a part."""
+    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
+    from parts.packed_trainer import PackedTrainer
     from parts.safe_trainer import BestCheckpoint
 
-    trainer_class, outline = placement.place(model, args)
+    trainer_class = PackedTrainer
+    if args.fsdp:
+        sharding.shard(model, args.device, args.world_size)
+        trainer_class = sharding.ShardedTrainer
     proof.require(model, args.load_in_4bit)
-    fast = kernels.choose(model, bool(args.sharded)) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = memory_plan.choose(args, outline, lengths, fast.fused, memory.free(args, outline), **kept)
+    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
@@ -112,22 +110,21 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         model=model,
         args=args,
         kernels=fast,
-        clean=clean,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=[*([BestCheckpoint()] if args.load_best_model_at_end else []), *callbacks],
+        callbacks=[BestCheckpoint(), *callbacks],
     )
     rehearsal.settle(trainer, plans)
     return trainer
 
 
-def describe_step(args: TrainArguments) -> str:
+def describe_step(args) -> str:
     """How many examples a step of several processes has, and what it does not have."""
     each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
     step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
     other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
-    return f"{step}{other}。{'分片时评估不生成样例，训练完才有。' if args.sharded else ''}"
+    return f"{step}{other}。{'分片时不生成样例。' if args.fsdp else ''}"
 
 
 def save(trainer, tokenizer, settings: dict) -> None:
@@ -144,25 +141,27 @@ def save(trainer, tokenizer, settings: dict) -> None:
         older_readers.include(args.output_dir)
         if not args.trains_adapter:
             modelfile.write(args.output_dir, tokenizer, model.generation_config)
-        model_card.write(trainer, settings, data.read_origin(args.train_file))
+        model_card.write(trainer, settings, data.read_origin(args.train_file), environment.versions())
 
 
-def train(args: TrainArguments, add_adapter=None, callbacks=()):
+def train(args, add_adapter=None, callbacks=()):
     """From the files to a finished output folder, step by step; returns the Trainer. Called again after an interruption
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
     from parts import architecture, memory_plan, models, output_folder, processes, samples, tracking
-    from parts.evaluation import load_clean
     from parts.interruption import Interruption
 
     tracking.check(args, PROJECT)
     with processes.explain_loss(args, LOST), output_folder.hold(args):
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
-            # The data and the base model, fetched once for each machine where they are missing
-            with processes.in_turns(args):
+            # The data and the base model, fetched where they are missing: by the first process, then by the first one
+            # of each other machine, which may share its folders
+            state = args.distributed_state
+            with state.main_process_first(), state.local_main_process_first():
                 prepare_files(args)
-                model_path = hub.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
+                remedy = "用 --model_name 指定本地模型文件夹"
+                model_path = models.find_model(args.model_name, remedy, args.model_revision)
             tokenizer = models.load_tokenizer(model_path)
             architecture.require(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)
@@ -174,30 +173,24 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             tokenizer = system_prompt.with_default(tokenizer, SYSTEM_PROMPT)  # saved with the model
             load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
             train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
-            clean = load_clean(args.val_file, eval_dataset, data.read_examples, load)
-            if args.dataloader_drop_last and len(train_dataset) < (batch := args.train_batch_size * args.world_size):
-                raise SystemExit(
-                    f"错误：训练集只有 {len(train_dataset)} 条，不满一批（{batch} 条），一步也训练不了；"
-                    "请去掉 --dataloader_drop_last，或减小 --per_device_train_batch_size。"
-                )
             print(encoding.describe_example(tokenizer, train_dataset[0]))
             if args.world_size > 1:
                 print(describe_step(args))
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=bool(args.sharded))
+            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
             models.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
-            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, clean, **run.kept)
-            rows, most = data.read_examples(args.val_file), min(args.sample_tokens, EVAL_SAMPLE_TOKENS)
-            if not args.sharded:  # one process alone cannot ask a part of a model
+            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
+            rows = data.read_examples(args.val_file)
+            if not args.fsdp:  # one process alone cannot ask a part of a model
                 asked = rows[: args.eval_samples]
-                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, most))
+                trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, args.sample_tokens))
 
             # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
             config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
-            config |= {"model_sha256": run.settings["model_sha256"], "versions": libraries.versions()}
+            config |= {"model_sha256": run.settings["model_sha256"], "versions": environment.versions()}
             tracking.start(args, PROJECT, config, goes_on=run.checkpoint is not None)
             output_folder.begin(args, run, trainer.plan)
             with Interruption() as trainer.interruption:
@@ -209,17 +202,25 @@ def train(args: TrainArguments, add_adapter=None, callbacks=()):
             no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
             with terminal.explain_out_of_memory(no_memory):
                 asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
-                model = trainer.whole_model(model_path)
-                tracking.finish(args, samples.show(model, tokenizer, *asked) if model else [])
+                # One process alone cannot ask a part of a model.
+                texts = [] if args.fsdp else samples.answer(trainer.model, tokenizer, *asked)
+                print("\n" + "\n\n".join(texts))
+                tracking.finish(args, texts)
     return trainer
 
 
-def check(args: TrainArguments, add_adapter=None) -> None:
+def check(args, add_adapter=None) -> None:
     """Whether a training with these arguments would run here, as a page; writes nothing."""
     from parts import diagnosis
 
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
         diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
+
+
+def changed_flags(args) -> list[str]:
+    """Names of the flags that are not the recipe's."""
+    recipe = {one.name: one.default for one in dataclasses.fields(args)} | RECIPE
+    return [name for name, value in recipe.items() if getattr(args, name) != value]
 
 
 def report(trainer, script: str) -> None:
@@ -229,14 +230,18 @@ def report(trainer, script: str) -> None:
     args, state = trainer.args, trainer.state
     default = args.output_dir in (OUTPUT_DIR, LORA_OUTPUT_DIR)
     where = "" if default else f" --model_path {shlex.quote(args.output_dir)}"
-    saved = f"保存的权重：{model_card.describe_saved(args, state)}。模型在 {args.output_dir}"
-    print(f"\n{model_card.against_published(args, state, data.read_origin(args.train_file), PUBLISHED)}")
+    saved = f"保存的权重：{model_card.describe_saved(state)}。模型在 {args.output_dir}"
+    origin = data.read_origin(args.train_file)
+    print(f"\n{model_card.against_published(args, state, origin, PUBLISHED, changed_flags(args))}")
     print(f"训练完成：{state.global_step} 步。{saved}，提问：python {script}{where}")
 
 
 def main() -> None:
-    args = parse_flags(TrainArguments, __doc__)
-    check(args) if args.check else report(train(args), "inference.py")
+    args = arguments(**flags.parse(__doc__, RECIPE))
+    if args.check:
+        check(args)
+    else:
+        report(train(args), "inference.py")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,12 @@
 `python inference_lora.py` asks the result, and merges it into a plain model.
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-try:
-    from data import LORA_OUTPUT_DIR
-    from parts.arguments import parse_flags
-    from parts.terminal import run_main
-    from train import TrainArguments, check, report, train
-except ModuleNotFoundError as error:  # python -P, a copy without parts/, or nothing installed yet
-    raise SystemExit(
-        f"错误：找不到 {error.name}；请在完整的项目文件夹里运行，不要用 python -P；缺的是库，就先运行 "
-        "pip install -r requirements.txt"
-    ) from None
+import train
+from data import LORA_OUTPUT_DIR
+from parts import flags, terminal
 
 LEARNING_RATE = 2e-4  # where TRL and Unsloth start LoRA; published: 1e-4, as full training (tests/benchmarks/README.md)
 LORA_RANK = 8
@@ -28,33 +20,39 @@ LORA_ALPHA = 32  # the adapter's output is scaled by alpha / rank
 LORA_DROPOUT = 0.1
 
 
-@dataclass
-class LoraArguments(TrainArguments):
-    """train.py's arguments and the adapter's."""
-
-    learning_rate: float = LEARNING_RATE
-    lora_rank: int = field(default=LORA_RANK, metadata={"help": "rank of the adapter's matrices"})
-    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "scale: alpha / rank"})
-    lora_dropout: float = field(default=LORA_DROPOUT, metadata={"help": "of the adapter's input"})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: frozen weights in NF4; needs bitsandbytes"})
-    output_dir: str | None = LORA_OUTPUT_DIR
-
-    trains_adapter = True  # no flag
+RECIPE = train.RECIPE | {
+    "learning_rate": LEARNING_RATE,
+    "lora_rank": LORA_RANK,
+    "lora_alpha": LORA_ALPHA,
+    "lora_dropout": LORA_DROPOUT,
+    "output_dir": LORA_OUTPUT_DIR,
+}
 
 
-def add_adapter(model, args: LoraArguments):
-    """`model`, frozen, with a trainable adapter on every linear layer but the output layer: a peft.PeftModel."""
+def arguments(**changes):
+    """train.arguments of this recipe."""
+    return train.arguments(**RECIPE | changes)
+
+
+def add_adapter(model, args):
+    """`model`, frozen, with a trainable adapter on every linear layer but the output layer, or on the layers that are
+    named: a peft.PeftModel. Raises SystemExit for a layer that the model does not have."""
     import peft
 
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
-        target_modules="all-linear",
+        target_modules=args.target_modules,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
     )
     # Adapters in the weights' dtype: peft's float32 ones would make float32 copies of every layer's input.
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise SystemExit(f"错误：--target_modules 用不了（{terminal.first_line(error)}）；请改正层的名字。") from None
     # The base as the user named it: peft noted the folder of the download cache, which another machine does not have.
     folder, saved = Path(args.model_name), model.active_peft_config
     saved.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else args.model_name
@@ -66,9 +64,12 @@ def add_adapter(model, args: LoraArguments):
 
 
 def main() -> None:
-    args = parse_flags(LoraArguments, __doc__)
-    check(args, add_adapter) if args.check else report(train(args, add_adapter), "inference_lora.py")
+    args = arguments(**flags.parse(__doc__, RECIPE))
+    if args.check:
+        train.check(args, add_adapter)
+    else:
+        train.report(train.train(args, add_adapter), "inference_lora.py")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    terminal.run_main(main)

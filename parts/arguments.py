@@ -1,139 +1,124 @@
-"""The flags of a training: transformers.TrainingArguments with what the parts add, checked at once. Knows no recipe:
-its numbers and files are the script's."""
+"""What a training was asked to do: transformers.TrainingArguments with the flags of the table, checked at once. Knows
+no recipe: its numbers and files are the script's."""
 
-import argparse
 import gc
-import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from parts import environment
+from parts import environment, flags, processes
 
-environment.prepare()  # before the first of these imports
 gc.disable()  # it would look through what these imports build again and again: a fifth of a command's start
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import HfArgumentParser, TrainingArguments  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
 gc.enable()
 
-from parts import card, flags, libraries, processes, sharded_flags  # noqa: E402
-from parts.optimizers import OPTIMIZERS  # noqa: E402
-
-
-def switch(help: str):
-    """A field whose flag is True where it stands without a value."""
-    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
+# Fields of TrainingArguments that are no flags, and act all the same for those who call the training from Python.
+ACTS_FROM_PYTHON = (
+    "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism train_sampling_strategy disable_tqdm "
+    "dataloader_num_workers log_level logging_first_step"
+).split()
 
 
 @dataclass
 class Arguments(TrainingArguments):
-    """transformers.TrainingArguments and the flags of the parts. What the user wished: nothing is written into it once
-    it is made."""
+    """What the user wished: nothing is written into it once it is made. Raises SystemExit for what cannot be meant, or
+    cannot be done here."""
 
-    model_revision: str | None = field(default=None, metadata={"help": "of the ModelScope model; default: master"})
-    model_sha256: str | None = field(default=None, metadata={"help": "that its safetensors files must have, by name"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the finished run that is there"})
-    memory_gb: float | None = field(
-        default=None, metadata={"help": "plan for a card of this size; default: what is free"}
-    )
-    batch_tokens: int | None = field(default=None, metadata={"help": "most tokens in one pass; default: planned"})
-    checkpoint_every: int | None = field(
-        default=None, metadata={"help": "recompute every n-th layer; 0: none, 1: all; default: planned"}
-    )
-    offload_activations: bool | None = field(
-        default=None, metadata={"help": "keep the recomputed layers' inputs in the CPU's memory; default: planned"}
-    )
-    optimizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "of bfloat16 weights; optim: what --optim says; default: planned",
-            "choices": [name for name in OPTIMIZERS if name != "cpu"],
-        },
-    )
-    fast_kernels: bool = field(default=True, metadata={"help": "packed attention and fused layers where they run"})
-    check: bool = field(default=False, metadata={"help": "only look whether training runs here, and how fast"})
-    rehearse: bool | None = field(
-        default=None, metadata={"help": "try the worst step before training; default: on a GPU"}
-    )
-    full_logits: bool = field(default=False, metadata={"help": "transformers' own loss, to compare with"})
+    model_name: str = ""
+    model_revision: str | None = None  # of a model on a hub; its default branch
+    train_file: str = ""
+    val_file: str = ""
+    max_length: int = 2048  # tokens of an example
+    overwrite_output_dir: bool = False
+    early_stopping_patience: int = 0  # evaluations; 0: never
+    eval_samples: int = 0  # questions at each evaluation
+    sample_tokens: int = 1024  # of a sample reply, at most
+    memory_gb: float | None = None  # the following: None is planned
+    batch_tokens: int | None = None
+    checkpoint_every: int | None = None
+    offload_activations: bool | None = None
+    optimizer: str | None = None
+    rehearse: bool | None = None  # None: on a GPU
+    fast_kernels: bool = True
+    full_logits: bool = False
+    check: bool = False
+    fsdp: bool = False
+    lora_rank: int | None = None  # None: all weights are trained, and the next six say nothing
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
 
-    # True or False once they are read
-    fsdp: str | None = switch(
-        "each GPU keeps a part of the model only (FSDP2, with torchrun): for models that fit no card"
-    )
-    deepspeed: str | None = switch(
-        "as --fsdp, by DeepSpeed (ZeRO-3), the optimizer in the CPU's memory: slower, for fewer GPUs"
-    )
-    gradient_checkpointing: bool | None = None  # planned; True or False stands for --checkpoint_every 1 or 0
-    save_strategy: str | None = None  # as eval_strategy, and
+    # Trainer's own settings, as the parts rely on them
+    eval_strategy: str = "steps"
+    save_strategy: str = "steps"
     save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "eval_loss"
+    greater_is_better: bool | None = False
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     ddp_find_unused_parameters: bool | None = False
     ddp_timeout: int = 7200  # seconds; the other processes wait while rank 0 downloads
 
-    # No flags here: an adapter's script says otherwise.
-    trains_adapter = False
-    lora_dropout = 0.0
-    load_in_4bit = False
-
     def __post_init__(self):
-        flags.check_numbers(self)
-        self.fsdp = sharded_flags.asks("fsdp", self.fsdp)
-        self.deepspeed = sharded_flags.asks("deepspeed", self.deepspeed)
-        flags.refuse(self)
-        if self.optimizer is None and flags.is_given(self, "optim"):
-            self.optimizer = "optim"
-        if self.eval_strategy == "no":  # then there is no best
-            self.load_best_model_at_end, self.early_stopping_patience = False, 0
-        self.save_strategy = self.save_strategy or ("steps" if self.eval_strategy == "no" else self.eval_strategy)
-        self.save_steps = (self.eval_steps or 500) if self.save_steps is None else self.save_steps
+        flags.check(vars(self))
+        self.refuse_unread()
+        self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
-        asked = flags.recomputes(self)
-        if self.checkpoint_every is None and asked is not None:
-            self.checkpoint_every = int(asked)
-        self.gradient_checkpointing = self.activation_checkpointing = False  # until the plan says otherwise
-        if self.offload_activations and self.checkpoint_every == 0:
-            raise ValueError("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
-        if not (self.use_cpu or torch.accelerator.is_available()) and (why := card.unused()):
-            raise ValueError(why)
+        if not (self.use_cpu or torch.accelerator.is_available()) and (why := environment.unused_card()):
+            flags.refuse(why)
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:  # in a file each move of a bar would be a line
             self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
-        if processes.count() > 1:
-            device = torch.device("cpu") if self.use_cpu else torch.accelerator.current_accelerator()
-            backend = self.ddp_backend or torch.distributed.get_default_backend_for_device(device)
-            processes.meet(self.facts(device), self.ddp_timeout, backend)
-        # Trainer's own ways would have accelerate cut the model: FSDP on GPUs only, DeepSpeed with its checkpoints
-        asked, self.fsdp, self.deepspeed = (self.fsdp, self.deepspeed), None, None
-        super().__post_init__()
-        (self.fsdp, self.deepspeed), self.fsdp_config = asked, {}
-        if why := card.no_kernels(self.device) or card.too_small(self.device, self.memory_gb):
-            raise ValueError(why)
-        libraries.try_out(self)
-        self.rehearse = self.check or self.device.type == "cuda" if self.rehearse is None else self.rehearse
+        sharded, self.fsdp = self.fsdp, None  # accelerate would cut the model its own way, on GPUs only
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            flags.refuse(str(error))
+        self.fsdp, self.fsdp_config = sharded, {}
+        if self.world_size > 1:
+            processes.agree(self, self.facts())
+        if why := environment.no_kernels(self.device) or environment.too_small(self.device, self.memory_gb):
+            flags.refuse(why)
         if self.offload_activations and self.device.type == "cpu":
-            raise ValueError("--offload_activations 要 GPU")
+            flags.refuse("--offload_activations 要 GPU")
+        if self.rehearse is None:
+            self.rehearse = self.check or self.device.type == "cuda"
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
-    @property
-    def sharded(self) -> str | None:
-        """The flag by which each process holds a part of the model only."""
-        return "fsdp" if self.fsdp else "deepspeed" if self.deepspeed else None
+    def refuse_unread(self) -> None:
+        """Raises SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Never with its
+        value, which may be a secret."""
+        for one in fields(self):
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            value = getattr(self, one.name)
+            known = one.name in flags.FLAGS or one.name in ACTS_FROM_PYTHON
+            if not known and value != default and (value or default):
+                flags.refuse(f"{one.name}：这里的训练不看这个设置，请去掉")
 
-    def facts(self, device: torch.device) -> dict[str, object]:
-        """What all processes have to have in common, as far as it is known before they are a group."""
-        own = ("local_rank", "use_cpu", "disable_tqdm")  # are a machine's or a terminal's
-        given = {f"--{each.name}": getattr(self, each.name) for each in fields(self) if each.name not in own}
-        return {"设备": device.type} | libraries.versions() | libraries.optional_versions() | given
+    def facts(self) -> dict[str, object]:
+        """What all processes have to have in common."""
+        facts = {"设备": self.device.type} | environment.versions() | environment.optional_versions()
+        for one in fields(self):
+            if one.name not in ("local_rank", "use_cpu", "disable_tqdm"):  # are a machine's or a terminal's
+                facts[f"--{one.name}"] = getattr(self, one.name)
+        return facts
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.lora_rank is not None
 
     @property
     def examples_per_step(self) -> int:
-        """Of an optimizer step, on all devices."""
+        """Examples of an optimizer step, on all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
@@ -141,32 +126,3 @@ class Arguments(TrainingArguments):
         """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut a packed
         batch to pieces."""
         return min(super().n_gpu, 1)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description as it is written."""
-
-
-def parse_flags(arguments_class: type[Arguments], description: str) -> Arguments:
-    """The command line as `arguments_class`. An unknown flag or a value that does not fit ends with one sentence."""
-    parser = HfArgumentParser(
-        arguments_class,
-        description=description,
-        usage="%(prog)s [--flag value ...]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    inherited = {field.name: field.metadata.get("help") for field in fields(TrainingArguments)}
-    for action in parser._actions:  # a field that is declared again has lost its help
-        action.help = action.help or inherited.get(action.dest)
-        if action.type is transformers.hf_argparser.string_to_bool:  # of a field that may be None too: --flag is true
-            action.nargs, action.const = "?", True
-    values = vars(parser.parse_args())
-    try:
-        args = arguments_class(**values)
-        libraries.find_packages(args)
-        return args
-    except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # said once on each machine: it may be that one's alone
-            raise SystemExit(2) from None
-        parser.error(str(error))

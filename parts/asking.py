@@ -13,7 +13,7 @@ NEEDS |= dict.fromkeys(("host", "port", "auth"), "web")
 
 def build_parser(description: str, **defaults) -> terminal.Parser:
     """Return the command line of asking; `defaults` are those of the flags that need one."""
-    parser = terminal.Parser(description)
+    parser = terminal.Parser(description=description)
     positive = partial(terminal.whole_number, 1)
 
     ways = parser.add_argument_group("怎么问，写其中一个").add_mutually_exclusive_group()

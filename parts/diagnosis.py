@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from parts import architecture, card, decoding, encoding, hub, libraries, models, proof
+from parts import architecture, decoding, encoding, environment, hub, models, proof
 from parts.proof import Verdict, missing
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
@@ -23,10 +23,9 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     The functions are the script's: (args, model, tokenizer, training set, validation set) -> trainer;
     (file, tokenizer, max_length) -> data set; (model, args) -> model with an adapter, or None.
     """
-    print(f"显卡：{card.describe(args.device)}")
+    print(f"显卡：{environment.describe_card(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    optional = {name: version for name, version in libraries.optional_versions().items() if version}
-    versions = libraries.versions() | optional
+    versions = environment.versions() | environment.optional_versions()
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
@@ -53,21 +52,21 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
 def find_model(args):
     """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = hub.find_downloaded(name, revision) if hub.is_name(name) and not Path(name).is_dir() else None
+    path = models.find_downloaded(name, revision) if hub.is_name(name) and not Path(name).is_dir() else None
     if path or Path(name).is_dir():
-        path = str(path or hub.find_model(name, "", revision))
+        path = str(path or models.find_model(name, "", revision))
         print(f"模型：{path}")
         tokenizer = models.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
         architecture.require(path, name, tokenizer)
-        return models.load_weights(path, args.device, args.load_in_4bit, args.sharded), tokenizer
-    if args.sharded:
-        raise SystemExit(f"错误：--check 加 --{args.sharded} 时要有模型，{name} 还没有下载；请先下载，或不加它。")
+        return models.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
+    if args.fsdp:
+        raise SystemExit(f"错误：--check 加 --fsdp 时要有模型，{name} 还没有下载；请先下载，或不加它。")
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
     models.save_random(name, str(folder), args.device, **SMALL if small else {})
-    return models.load_weights(str(folder), args.device, args.load_in_4bit, args.sharded), None
+    return models.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
 
 
 def draw(args, length: int, rows: int) -> datasets.Dataset:
@@ -88,5 +87,5 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
         found["8 位优化器 torchao"] = proof.try_step("8bit", args.device)
     found |= proof.require(trainer.model, args.load_in_4bit)
     model = trainer.release()
-    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.sharded else decoding.try_graph(model)
+    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else decoding.try_graph(model)
     return found

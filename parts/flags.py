@@ -1,171 +1,211 @@
-"""Flags that would do nothing here, or not what they say, and numbers that no training can use: each is refused by its
-name. Knows what the Trainer of parts/ reads, no recipe."""
+"""The flags of a training: a plain table, read by argparse before torch is imported, so that `--help` and a wrong flag
+answer at once; what cannot be meant is refused here too. Knows no recipe: its numbers are handed in by the scripts."""
 
-import dataclasses
-import json
+import importlib.util
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from transformers import SchedulerType
+from parts import terminal
 
-from parts import sharded_flags
-from parts.memory import DRIVER_BYTES
+DRIVER_GB = 0.5  # of a card, that the driver takes for this process; an estimate
+OPTIMIZERS = ("kahan", "8bit", "8bit_in_backward", "adamw")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
+TRACKERS = ("swanlab", "tensorboard", "wandb", "none")
 
-METRICS = ("eval_loss", "eval_token_loss")
-WHY = {  # why these are refused
-    "评估按 token 数分批，只算损失，用不到它": (
-        "per_device_eval_batch_size eval_accumulation_steps batch_eval_metrics include_for_metrics "
-        "prediction_loss_only eval_do_concat_batches eval_use_gather_object bf16_full_eval fp16_full_eval"
+# What a number may be: a test, and its words.
+ABOVE_0 = (lambda value: 0 < value < math.inf, "大于 0 的数")
+FROM_0 = (lambda value: 0 <= value < math.inf, "不小于 0 的数")
+SHARE = (lambda value: 0 <= value < 1, "从 0 到 1（不含 1）的数")
+SEED = (lambda value: 0 <= value < 2**32, f"从 0 到 {2**32 - 1} 的整数")
+
+
+class Flag(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    kind: type | tuple[str, ...]  # what argparse reads, or the words that may be chosen from
+    help: str
+    limit: tuple | None = None  # of a number: ABOVE_0, FROM_0, SHARE or SEED
+
+
+GROUPS = {
+    "数据": (
+        Flag("train_file", str, "训练集，由 data.py 写出"),
+        Flag("val_file", str, "验证集，由 data.py 写出"),
+        Flag("max_length", int, "样本最多多少个 token，更长的不采用", ABOVE_0),
     ),
-    "总是训练，评估由 --eval_strategy 决定": "do_train do_eval do_predict",
-    "数据的列是固定的": "remove_unused_columns length_column_name label_names",
-    "重算哪些层用 --checkpoint_every 和 --offload_activations": (
-        "gradient_checkpointing_kwargs activation_checkpointing_kwargs"
+    "模型": (
+        Flag("model_name", str, "ModelScope 模型名、hf://owner/name 或本地文件夹"),
+        Flag("model_revision", str, "hub 上模型的分支、标签或提交"),
     ),
-    "训练只写在 --output_dir；训练完再上传：python inference.py --push_to modelscope:owner/name": (
-        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
+    "训练": (
+        Flag("learning_rate", float, "学习率", ABOVE_0),
+        Flag("lr_scheduler_type", SCHEDULERS, "学习率怎样变化（默认 linear）"),
+        Flag("warmup_steps", float, "预热多少步；小于 1 时是占总步数的比例（默认 0）", FROM_0),
+        Flag("weight_decay", float, "权重衰减（默认 0）", FROM_0),
+        Flag("max_grad_norm", float, "梯度裁剪的范数，0 为不裁剪（默认 1）", FROM_0),
+        Flag("adam_beta2", float, "AdamW 的 beta2（默认 0.999）", SHARE),
+        Flag("num_train_epochs", float, "训练几轮", ABOVE_0),
+        Flag("max_steps", int, "训练多少步，写了就不看轮数", ABOVE_0),
+        Flag("per_device_train_batch_size", int, "每张卡每次取多少条样本", ABOVE_0),
+        Flag("gradient_accumulation_steps", int, "梯度累积几次", ABOVE_0),
+        Flag("early_stopping_patience", int, "连续几次评估没有更好就停下，0 为不提前停", FROM_0),
+        Flag("seed", int, "随机种子", SEED),
     ),
-    "多张卡用 torchrun，每张都放整个模型；放不下请加 --fsdp true，或用 train_lora.py": "parallelism_config",
-    "怎样分片已经定好（FSDP2，逐层），只写 --fsdp true": "fsdp_config",
-    "收到 SIGTERM 时本来就会保存检查点": "enable_jit_checkpoint",
-    "一次算多少已经按显存规划好，要改用 --batch_tokens": "auto_find_batch_size",
-    "这样的检查点不能继续训练，不支持": "save_only_model",
-    "只有第一个进程写检查点": "save_on_each_node",
-    "训练用不到 KV cache": "use_cache",
-    "不是数的损失会被记成别的数，而训练要在那里停下": "logging_nan_inf_filter",
-    "一步的样本怎样分批不能改": "accelerator_config",
-    "样本的顺序就不再由 --seed 决定": "dataloader_in_order",
-    "训练不算 logits，它没有可看的": "debug",
+    "显存与速度": (
+        Flag("memory_gb", float, "按多大的显存规划（默认用空闲的全部）", ABOVE_0),
+        Flag("batch_tokens", int, "一次最多算多少个 token（默认按显存规划）", ABOVE_0),
+        Flag("checkpoint_every", int, "每几层重算一层，0 不重算，1 全部重算（默认按显存规划）", FROM_0),
+        Flag("offload_activations", bool, "重算的层的输入放到内存（默认按显存规划）"),
+        Flag("optimizer", OPTIMIZERS, "bfloat16 权重的优化器（默认按显存规划）"),
+        Flag("fast_kernels", bool, "用这里能用的快速算子（默认 true）"),
+        Flag("full_logits", bool, "用 transformers 自己的损失，只为对比（默认 false）"),
+        Flag("check", bool, "只检查这台机器能不能训练、有多快，不训练"),
+        Flag("rehearse", bool, "训练前先试最大的一步（默认有 GPU 时试）"),
+        Flag("use_cpu", bool, "有 GPU 也用 CPU"),
+    ),
+    "保存与继续": (
+        Flag("output_dir", str, "模型和检查点写在哪个文件夹；同一命令再运行一次就继续"),
+        Flag("overwrite_output_dir", bool, "删掉那里训练完的模型，重新训练"),
+        Flag("resume_from_checkpoint", str, "从这个检查点继续（默认最近的完整检查点）"),
+        Flag("save_steps", int, "每多少步保存一次（默认每次评估都保存）", ABOVE_0),
+        Flag("save_total_limit", int, "最多留几个检查点，最好的和最新的总在", ABOVE_0),
+    ),
+    "记录": (
+        Flag("eval_steps", int, "每多少步评估一次", ABOVE_0),
+        Flag("eval_on_start", bool, "训练前先评估一次"),
+        Flag("eval_samples", int, "每次评估时回答几个验证集的问题，0 为不回答", FROM_0),
+        Flag("sample_tokens", int, "示例回复最多多少个 token", ABOVE_0),
+        Flag("logging_steps", int, "每多少步记录一次", ABOVE_0),
+        Flag("report_to", TRACKERS, "记录到哪里"),
+        Flag("run_name", str, "这次训练的名字（默认输出文件夹的名字）"),
+    ),
+    "多张 GPU": (
+        Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
+        Flag("ddp_timeout", int, "等别的进程多少秒（默认 7200）", ABOVE_0),
+    ),
 }
-REFUSED = {name: why for why, names in WHY.items() for name in names.split()}
-ABOVE_0 = (  # flags of the scripts are among them
-    "max_length sample_tokens per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate "
-    "max_steps lora_rank lora_alpha memory_gb batch_tokens adam_epsilon logging_steps eval_steps save_steps "
-    "save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb"
-).split()
-BELOW_1 = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
-NOT_BELOW_0 = (
-    "early_stopping_patience seed data_seed checkpoint_every weight_decay max_grad_norm warmup_steps eval_delay "
-    "neftune_noise_alpha dataloader_num_workers eval_samples"
-).split()
-TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-NO_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
-NO_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+LORA = {
+    "LoRA": (
+        Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
+        Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
+        Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
+        Flag("target_modules", list, "给哪些层加适配器，可写几个名字（默认 all-linear：所有线性层）"),
+        Flag("use_rslora", bool, "缩放改为 alpha / sqrt(rank)（rsLoRA）"),
+        Flag("use_dora", bool, "DoRA：方向和大小分开训练，慢一些"),
+        Flag("load_in_4bit", bool, "QLoRA：冻结的权重用 4 位（NF4），要 bitsandbytes"),
+    )
+}
+FLAGS = {flag.name: flag for group in (GROUPS | LORA).values() for flag in group}
 
 
-def check_numbers(args) -> None:
-    """Raises ValueError for numbers and folders with which training would fail late, or do nothing."""
-    for name in (*ABOVE_0, *NOT_BELOW_0, *BELOW_1):
-        value = getattr(args, name, None)
-        if value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
+def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
+    """The `recipe`, {flag: value}, with what the command line says in place of its values. A recipe with a `lora_rank`
+    has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that cannot be meant."""
+    parser = terminal.Parser(description=description, usage="%(prog)s [--flag value ...]")
+    for title, flags in (GROUPS | (LORA if "lora_rank" in recipe else {})).items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, flag, recipe.get(flag.name))
+    parser.gone = {"--deepspeed": "不再支持；放不下时请用 --fsdp true（每张卡放一部分），或 python train_lora.py"}
+    values = dict(recipe) | vars(parser.parse_args())
+    if values.get("target_modules") == ["all-linear"]:  # to peft a list has names of layers
+        values["target_modules"] = "all-linear"
+    check(values)
+    require_packages(values)
+    return values
+
+
+def add_flag(group, flag: Flag, default: object) -> None:
+    """Add one line of the table to an argparse group. What is not given is not in the result."""
+    words = flag.help if default is None else f"{flag.help}（默认 {default}）"
+    options = {"help": words, "default": terminal.NOT_GIVEN, "metavar": ""}
+    if isinstance(flag.kind, tuple):
+        options |= {"type": terminal.one_of(flag.kind), "help": f"{words}：{'、'.join(flag.kind)}"}
+    elif flag.kind is bool:
+        options |= {"type": terminal.true_or_false, "nargs": "?", "const": True, "metavar": "true"}
+    elif flag.kind is list:
+        options |= {"nargs": "+", "metavar": "NAME"}
+    else:
+        options |= {"type": terminal.number(flag.kind) if flag.kind in (int, float) else str}
+    group.add_argument(f"--{flag.name}", **options)
+
+
+def refuse(why: str) -> None:
+    """Raises SystemExit with one sentence, said once on each machine: it may be that machine's alone."""
+    raise SystemExit(2 if os.environ.get("LOCAL_RANK", "0") != "0" else f"错误：{why}。")
+
+
+def check(values: Mapping[str, object]) -> None:
+    """Raises SystemExit for numbers and folders with which training would fail late, or do nothing, and for flags that
+    contradict each other. `values` by the flags' names; what is missing or None was not said."""
+    for name, value in values.items():
+        flag = FLAGS.get(name)
+        if not flag or not flag.limit or value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
             continue
-        if name.endswith("seed") and value >= 2**32:
-            raise ValueError(f"--{name} {value}：要一个小于 {2**32} 的整数")
-        if name in BELOW_1 and not 0 <= value < 1:
-            raise ValueError(f"--{name} {value}：要一个从 0 到 1（不含 1）的数")
-        if not 0 <= value < float("inf") or value == 0 and name in ABOVE_0:
-            kind = "整数" if isinstance(value, int) else "数"
-            raise ValueError(f"--{name} {value}：要一个{'大于 0 的数' if name in ABOVE_0 else f'不小于 0 的{kind}'}")
-    if args.memory_gb and args.memory_gb * 1e9 <= DRIVER_BYTES:
-        raise ValueError(f"--memory_gb {args.memory_gb}：驱动自己就要约 {DRIVER_BYTES / 1e9:.1f} GB")
-    if not args.output_dir:
-        raise ValueError("--output_dir 是空的")
-    checkpoint = args.resume_from_checkpoint
+        allowed, words = flag.limit
+        if not allowed(value):
+            refuse(f"--{name} {value}：要一个{words}")
+    optimizer, rate = values.get("optimizer"), values.get("lr_scheduler_type")
+    checkpoint, memory_gb = values.get("resume_from_checkpoint"), values.get("memory_gb")
+    eval_steps = values.get("eval_steps") or 1
+    if not values.get("output_dir", True):
+        refuse("--output_dir 是空的")
     if checkpoint and not Path(checkpoint).is_dir():
         how = "不写这个参数，就会从最近的完整检查点继续"
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
+        refuse(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
+    if memory_gb and memory_gb <= DRIVER_GB:
+        refuse(f"--memory_gb {memory_gb}：驱动自己就要约 {DRIVER_GB} GB")
+    if (values.get("save_steps") or eval_steps) % eval_steps:
+        refuse(f"--save_steps {values['save_steps']}：要是 --eval_steps {eval_steps} 的倍数")
+    if values.get("warmup_steps") and rate == "constant":
+        refuse("--warmup_steps：constant 不预热，constant_with_warmup 才预热")
+    if optimizer == "8bit_in_backward" and values.get("max_grad_norm", 1) not in (0, 1):
+        refuse(f"--max_grad_norm：--optimizer {optimizer} 不裁剪梯度")
+    if values.get("offload_activations") and values.get("checkpoint_every") == 0:
+        refuse("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
+    check_launch(values)
 
 
-def is_given(args, name: str) -> bool:
-    """Whether a flag says anything but its default. A field that this version of transformers lacks never does."""
-    field = type(args).__dataclass_fields__.get(name)
-    if field is None:
-        return False
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    value = getattr(args, name)
-    return value != default and bool(value or default)  # of a list the command line says [] where nothing is said
+def check_launch(values: Mapping[str, object]) -> None:
+    """Raises SystemExit for a launcher that tells a process too little or would cut the model itself, and for what does
+    not go with --fsdp."""
+    count, launched = int(os.environ.get("WORLD_SIZE") or 1), "LOCAL_RANK" in os.environ
+    if count > 1 and not launched:  # each process would train alone, and all would write into one folder
+        refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
+    cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
+    if launched and "true" in cuts:
+        refuse("请去掉 accelerate launch 的 --use_fsdp、--use_deepspeed；把模型分到几张卡上，只写 --fsdp true")
+    if not values.get("fsdp"):
+        return
+    if count < 2:
+        refuse("--fsdp：模型分给几张卡，要用 torchrun 启动：torchrun --nproc_per_node 2 train.py --fsdp true")
+    for name in ("load_in_4bit", "full_logits", "eval_samples"):
+        if values.get(name):
+            refuse(f"--{name} 不能和 --fsdp 一起用")
+    if str(values.get("optimizer")).startswith("8bit"):
+        refuse(f"--optimizer {values['optimizer']} 不能和 --fsdp 一起用")
 
 
-def recomputes(args) -> bool | None:
-    """What --gradient_checkpointing says, under either of its names; None where it says nothing."""
-    asked = getattr(args, "activation_checkpointing", None)  # its name from transformers 5.23 on
-    return args.gradient_checkpointing if asked is None else asked
-
-
-def refuse(args) -> None:
-    """Raises ValueError for a flag that would do nothing, or not what it says; never with its value, which may be a
-    secret. Before transformers has filled in what was left open."""
-    given = {name for name in vars(args) if is_given(args, name)}
-    for name in sorted(given & REFUSED.keys()):
-        raise ValueError(f"--{name}：{REFUSED[name]}")
-    sharded_flags.refuse(args, given)
-    kept_best = args.load_best_model_at_end and args.eval_strategy != "no"
-    patience = "early_stopping_patience" in given and args.early_stopping_patience
-    optim = sorted(given & {"optim", "optim_args", "optim_target_modules"})
-    clipped = "max_grad_norm" in given and args.max_grad_norm and str(args.optimizer).endswith("in_backward")
-    trackio = sorted(given.intersection(TRACKIO)) if "trackio" not in (args.report_to or ()) else []
-    scheduler = SchedulerType(args.lr_scheduler_type)
-    samples = {"eval_samples"} if getattr(args, "eval_samples", 0) else set()  # none are wanted: none are missed
-    unseen = sorted(given & {"eval_delay", "eval_on_start", "metric_for_best_model", *samples})
-    strategy = getattr(args.save_strategy, "value", args.save_strategy)
-    evaluation = getattr(args.eval_strategy, "value", args.eval_strategy)
-    logging = getattr(args.logging_strategy, "value", args.logging_strategy)
-    every = (args.eval_steps or 0) if evaluation == "steps" and (args.save_steps or 0) >= 1 else 0
-    recompute = recomputes(args)
-    rules = {
-        f"--{unseen[0] if unseen else ''}：--eval_strategy no 时没有评估": unseen and evaluation == "no",
-        "--metric_for_best_model：只和 --load_best_model_at_end true 一起起作用": (
-            "metric_for_best_model" in given
-            and not args.load_best_model_at_end
-            and scheduler != SchedulerType.REDUCE_ON_PLATEAU
-        ),
-        "--eval_steps：--eval_strategy epoch 时不按步评估": "eval_steps" in given and evaluation == "epoch",
-        "--save_steps：只和 --save_strategy steps 一起起作用": args.save_steps is not None
-        and (strategy or evaluation) not in ("steps", *(["no"] if not strategy else [])),
-        "--logging_steps：只和 --logging_strategy steps 一起起作用": "logging_steps" in given and logging != "steps",
-        f"--save_strategy {strategy}：要和 --eval_strategy 一样，或是 best，或加 --load_best_model_at_end false": (
-            kept_best and strategy not in (None, "best", evaluation)
-        ),
-        f"--save_steps {args.save_steps or 0:g}：要是 --eval_steps {args.eval_steps or 0:g} 的倍数": (
-            kept_best and every >= 1 and args.save_steps % every
-        ),
-        "--gradient_checkpointing 和 --checkpoint_every 说的不一样；请只写 --checkpoint_every": (
-            None not in (recompute, args.checkpoint_every) and recompute != bool(args.checkpoint_every)
-        ),
-        "--ddp_backend：只和 torchrun 一起起作用": "ddp_backend" in given and "LOCAL_RANK" not in os.environ,
-        "--label_smoothing_factor：只和 --full_logits true 一起起作用": args.label_smoothing_factor
-        and not args.full_logits,
-        "--use_liger_kernel：只和 --fast_kernels false 一起起作用；不写它，能用的 Liger 算子已经在用": (
-            args.use_liger_kernel and args.fast_kernels
-        ),
-        "--liger_kernel_config：只和 --use_liger_kernel 一起起作用": args.liger_kernel_config
-        and not args.use_liger_kernel,
-        "--greater_is_better：这里能选的都是损失，越小越好": args.greater_is_better,
-        f"--metric_for_best_model {args.metric_for_best_model}：只有 {'、'.join(METRICS)}": (
-            args.metric_for_best_model not in (None, *METRICS, *(name.removeprefix("eval_") for name in METRICS))
-        ),
-        "--early_stopping_patience：只和 --load_best_model_at_end true 及评估一起起作用": patience and not kept_best,
-        f"--{optim[0] if optim else ''}：只和 --optimizer optim 一起起作用，不和 --optimizer {args.optimizer}": (
-            optim and args.optimizer not in (None, "optim")
-        ),
-        f"--max_grad_norm：--optimizer {args.optimizer} 不裁剪梯度": clipped,
-        f"--{trackio[0] if trackio else ''}：只和 --report_to trackio 一起起作用；SwanLab 的项目名用 SWANLAB_PROJECT": (
-            trackio
-        ),
-        f"--lr_scheduler_kwargs：{scheduler.value} 没有参数": args.lr_scheduler_kwargs and scheduler in NO_KWARGS,
-        f"--warmup_steps：{scheduler.value} 不预热，constant_with_warmup 才预热": args.warmup_steps
-        and scheduler in NO_WARMUP,
+def require_packages(values: Mapping[str, object]) -> None:
+    """Raises SystemExit where a package is not installed that was asked for. Of a command only: plans for another
+    machine can be made without them."""
+    wanted = {
+        "bitsandbytes": values.get("load_in_4bit") and "--load_in_4bit",
+        "torchao": str(values.get("optimizer")).startswith("8bit") and f"--optimizer {values['optimizer']}",
+        "tensorboard": values.get("report_to") == "tensorboard" and "--report_to tensorboard",
+        "wandb": values.get("report_to") == "wandb" and "--report_to wandb",
     }
-    if isinstance(args.lr_scheduler_kwargs, str):
-        rules['--lr_scheduler_kwargs：要写成 JSON，例如 {"min_lr_rate": 0.1}'] = not is_json(args.lr_scheduler_kwargs)
-    for message, holds in rules.items():
-        if holds:
-            raise ValueError(message)
+    for package, flag in wanted.items():
+        if flag and importlib.util.find_spec(package) is None:
+            refuse(f"{flag} 要用 {package}；请先运行 pip install {package}")
 
 
-def is_json(text: str) -> bool:
-    """Whether it is a JSON object."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
+def changed(args: object, recipe: Mapping[str, object], names: Iterable[str]) -> list[str]:
+    """Those of `names` for which `args` has another value than the recipe, or than the default where that is silent."""
+    fields = type(args).__dataclass_fields__
+    wished = {name: recipe.get(name, fields[name].default) for name in names if name in fields}
+    return [name for name, value in wished.items() if getattr(args, name) != value]

@@ -1,55 +1,142 @@
-"""ModelScope, and Hugging Face where hf:// says so: what is asked for is downloaded whole or refused in one sentence;
-what an earlier command downloaded is used again. Knows names and files, not what is in them."""
+"""ModelScope, and Hugging Face where hf:// says so, each through its own client: what is asked for is
+downloaded or refused in one sentence. Knows names and files, not what is in them."""
 
+import glob
+import logging
 import os
 import re
-import shlex
-import tempfile
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from parts import huggingface, modelscope
-from parts.checkpoints import ADAPTER_CONFIG, weight_files
-from parts.row_files import SUFFIXES
-from parts.split import part_of
 from parts.terminal import first_line, shorten
 
 OWNED = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
 NAME = re.compile(rf"(?:(hf|ms)://(?=.))?({OWNED})(?:/(.+))?")  # a path after hf://, ms://
-# Names that the client would write outside its folder, on one system or another.
+# Names that a client would write outside its folder, on one system or another.
 LEAVES_FOLDER = re.compile(r"[/\\].*|[A-Za-z]:.*|(.*[/\\])?\.\.([/\\].*)?", re.DOTALL)
-HUBS = {"hf": huggingface, "ms": modelscope}
-CAUSES = {  # what the client's errors mean, the first that fits
-    "FileIntegrityError": "内容与文件列表不符",
-    "GatedRepoError": "没有权限：先在网页上同意它的条款，再用 hf auth login 登录",
-    "RepositoryNotFoundError": "没有这个名称，或没有权限（先用 hf auth login 登录）",
-    "LocalEntryNotFoundError": "连接失败或服务器出错",  # one of the next kind too
-    "TimeoutException": "超时",
-    "TransportError": "连接失败",
-    "OfflineModeIsEnabled": "连接失败",
-    **dict.fromkeys(("RevisionNotFoundError", "EntryNotFoundError", "NotExistError"), "没有这个名称、版本或文件"),
-    "PermissionDeniedError": "没有权限",
-    "AuthenticationError": "没有权限",
-    "AlreadyExistsError": "已有这个名称，而且不是你能看到的",
-    "JSONDecodeError": "回应不是文件列表",
-    "TimeoutError": "超时",
-    "ConnectionError": "连接失败",
-    "ServerError": "服务器出错",
+# Limits of the ModelScope client, which reads them at its import; the environment's go first. A hub that is
+# silent or drips is given up after 50 s for its list of files (3 x 15 s), after 150 s for the files
+# (6 x 20 s), pauses included.
+LIMITS = {
+    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "5",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "20",  # seconds without a byte
+    "MODELSCOPE_DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "20",
+    "MODELSCOPE_DOWNLOAD_MIN_BYTES_PER_SECOND": "10240",
+    "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "21600",  # seconds a file; an hour is short for 3.4 GB
 }
-NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")  # other forms of weights
-BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+NOT_THERE = "没有这个名称、版本或文件"
+NOT_ALLOWED = "没有这个名称，或没有权限：私有的要先登录，有条款的要先在网页上同意"
+NOT_AS_LISTED = "内容与文件列表不符"
+NOT_REACHED = "连不上，或服务器出错"
+# What an answer's status means; from 500 on, NOT_REACHED too.
+OF_STATUS = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_THERE, 429: NOT_REACHED}
+NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")  # one of them is under each client
+
+
+class HubName(NamedTuple):
+    """The name of something on a hub."""
+
+    scheme: str  # of HUBS
+    repository: str  # owner/name
+    inside: str  # a file or a folder of it, or ""
+
+
+class Cause(NamedTuple):
+    """Why a client did not do what it was asked for."""
+
+    kind: str  # one of the above, for the user
+    error: Exception  # which says so in the client's words
 
 
 class Unreachable(SystemExit):
-    """The hub gave no list of files, and nothing was written: what an earlier command downloaded is as it was."""
+    """The hub gave no list of files, and nothing was written: an earlier command's download is as it was."""
 
 
-def split(name: str) -> tuple[str, str, str] | None:
-    """("hf" or "ms", owner/name, path inside or "") of a name on a hub; else None."""
-    found = NAME.fullmatch(name)
-    return (found[1] or "ms", found[2], found[3] or "") if found and (found[1] or not found[3]) else None
+class ModelScope:
+    """ModelScope's client, which checks the size and the SHA-256 of each file against the hub's list."""
+
+    title, variable = "ModelScope", "MODELSCOPE_ENDPOINT"
+
+    def __init__(self):
+        for limit, value in LIMITS.items():
+            os.environ.setdefault(limit, value)
+        # modelscope itself is a shim over this whose import pulls torch in: 3 s.
+        from modelscope_hub import HubApi
+
+        self.api = HubApi()
+        self.endpoint = self.api.legacy.endpoint
+
+    def list_files(self, repository: str, kind: str, revision: str | None) -> dict[str, dict]:
+        """{path: what `download` wants to know of the file}."""
+        files = {}
+        for file in self.api.list_repo_files(repository, kind, revision=revision):
+            if not file.is_dir:
+                # The client takes a size of 0 at its word, but a list may also not tell the size.
+                files[file.path] = {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256}
+        return files
+
+    def download(self, repository: str, kind: str, revision: str | None, files: dict, folder: str | None):
+        """Returns the folder of these files: in the client's cache without a `folder`."""
+        # A list that the client asked for anew would not be the one that was checked.
+        options = {"file_list": list(files.values()), "local_dir": folder, "max_workers": 16}
+        return self.api.download_repo(repository, kind, revision=revision, **options)
+
+    def find(self, repository: str, revision: str | None) -> Path | None:
+        """The folder of a model in the cache, whole or not."""
+        from modelscope_hub.errors import CacheNotFound
+
+        options = {"revision": revision or "master", "local_files_only": True}
+        try:
+            folder = self.api.download_repo(repository, "model", **options)
+        except CacheNotFound:
+            return None
+        # The folders of older clients do not tell the revision.
+        return folder if revision is None or folder.parts[-2:] == ("snapshots", revision) else None
+
+
+class HuggingFace:
+    """Hugging Face's client, with the same methods. It checks the size of each file, and its content only
+    where Xet brings it: a mirror's file of the right size with other bytes is not noticed here."""
+
+    title, variable = "Hugging Face", "HF_ENDPOINT"
+
+    def __init__(self):
+        from huggingface_hub import HfApi
+
+        self.api = HfApi(endpoint=os.environ.get(self.variable, "").rstrip("/") or None)
+        self.endpoint = self.api.endpoint
+
+    def list_files(self, repository: str, kind: str, revision: str | None) -> dict[str, None]:
+        # One try, where the client's list_repo_files would ask a hub that is down for 23 s.
+        info = self.api.repo_info(repository, repo_type=kind, revision=revision, timeout=20)
+        return dict.fromkeys(file.rfilename for file in info.siblings or [])
+
+    def download(self, repository: str, kind: str, revision: str | None, files: dict, folder: str | None):
+        options = {"allow_patterns": [glob.escape(path) for path in files], "local_dir": folder}
+        return self.api.snapshot_download(repository, repo_type=kind, revision=revision, **options)
+
+    def find(self, repository: str, revision: str | None) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(repository, "config.json", revision=revision)
+        return Path(config).parent if isinstance(config, str) else None
+
+
+HUBS = {"ms": ModelScope, "hf": HuggingFace}
+
+
+def split(name: str) -> HubName | None:
+    """The parts of a name on a hub: owner/name, which is ModelScope's, or ms:// or hf:// before it, and then
+    perhaps a path behind it; None for anything else."""
+    match = NAME.fullmatch(name)
+    if not match or match[3] and not match[1]:
+        return None
+    return HubName(match[1] or "ms", match[2], match[3] or "")
+
+
+def is_name(text: str) -> bool:
+    return split(text) is not None
 
 
 def forms(text: str) -> str:
@@ -57,142 +144,68 @@ def forms(text: str) -> str:
     return "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。" if ":/" in text else ""
 
 
-def is_name(text: str) -> bool:
-    return split(text) is not None
+def find_cause(error: Exception) -> Cause:
+    """What an error of a client means, going by it and by what caused it: an answer's status tells most, and
+    from which library it comes tells whether the network failed."""
+    link = error
+    while link:
+        # ModelScope's client has the status on its own errors, Hugging Face's on the answer that it keeps.
+        answer = getattr(link, "response", None)
+        status = getattr(link, "status_code", None) or getattr(answer, "status_code", 0)
+        library = type(link).__module__.partition(".")[0]
+        if status in OF_STATUS:
+            return Cause(OF_STATUS[status], link)
+        # ModelScope's code for it, and how Hugging Face's sentence begins.
+        if getattr(link, "error_code", "") == "E2020" or str(link).startswith("Consistency check failed"):
+            return Cause(NOT_AS_LISTED, link)
+        if status >= 500 or library in NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
+            return Cause(NOT_REACHED, link)
+        link = link.__cause__
+    return Cause("出错", error)
 
 
-def kinds_of(error: Exception) -> list[str]:
-    return [kind.__name__ for kind in type(error).__mro__]
+def refuse_outside(name: str, paths) -> None:
+    """Raises SystemExit when one of these paths, or a revision, would be written outside the client's folder."""
+    for path in paths:
+        if LEAVES_FOLDER.fullmatch(path):
+            raise SystemExit(f"错误：{name} 的 {path} 会写到文件夹之外，什么都没有下载；请换一个。")
 
 
-def status_of(error: Exception) -> int:
-    return getattr(getattr(error, "response", None), "status_code", 0)
-
-
-def describe_error(error: Exception) -> str:
-    """What went wrong, in a few words and in the client's. It raises its own, requests' and OS errors alike."""
-    file = ""
-    if failed := getattr(error, "failed_files", None):
-        file, error = next(iter(failed.items()))
-    kinds, code = kinds_of(error), status_of(error)
-    words = [file, *[cause for kind, cause in CAUSES.items() if kind in kinds][:1]]
-    if not words[1:] and code >= 400:
-        told = {401: "没有权限", 403: "没有权限", 404: "没有这个名称、版本或文件", 429: "请求太多"}
-        words.append(told.get(code, "服务器出错" if code >= 500 else "被拒绝"))
-    return "：".join([*filter(None, words), shorten(first_line(error).rpartition("Caused by ")[2], 160)])
-
-
-def check_paths(files, revision: str | None) -> None:
-    """Raises ValueError when there is none, or one would be written outside its folder."""
-    if not files:
-        raise ValueError("文件列表是空的")
-    if outside := [path for path in (revision or "", *files) if LEAVES_FOLDER.fullmatch(path)]:
-        raise ValueError(f"{outside[0]} 会写到文件夹之外，已拒绝")
-
-
-def download(name: str, kind: str, remedy: str, choose, folder: str | None = None, revision: str | None = None):
+def download(name: str, kind: str, remedy: str, choose, folder=None, revision: str | None = None):
     """(folder, names) of those files of a repository that `choose` takes from all names.
 
-    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. Raises SystemExit with one
-    sentence, Unreachable when it failed before anything was written.
+    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. `remedy` is what else
+    could be done where it fails. Raises SystemExit with one sentence, Unreachable when nothing was written yet.
     """
+    refuse_outside(name, [revision or ""])
     scheme, repository, _ = split(name)
-    hub, files = HUBS[scheme], None
-    api, endpoint = hub.open_api()
+    hub, files = HUBS[scheme](), None
+    for library in ("modelscope_hub", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they tell of every retry
     try:
-        commit, files = hub.list_files(api, repository, kind, revision)
-        check_paths(files, revision)
+        files = hub.list_files(repository, kind, revision)
+        if not files:
+            raise SystemExit(f"错误：{name} 的文件列表是空的；请换一个。")
+        refuse_outside(name, files)
         names = choose(list(files))
         chosen = {path: files[path] for path in names}
-        return hub.fetch(api, repository, kind, revision, commit, chosen, folder), names
+        return Path(hub.download(repository, kind, revision, chosen, folder)), names
     except Exception as error:
-        kinds, code = kinds_of(error), status_of(error) if hub is huggingface else 0
-        gone = (isinstance(error, OSError) or "TransportError" in kinds) and not 400 <= code < 429
-        unreachable = files is None and (gone or getattr(error, "retryable", False))
-        raise (Unreachable if unreachable else SystemExit)(
-            f"错误：无法从 {endpoint} 下载{'数据集' if kind == 'dataset' else '模型'} {name}"
-            f"（{describe_error(error)}）；请检查名称和网络后重试同一命令，"
-            f"或用环境变量 {hub.VARIABLE} 换一个镜像，或{remedy}。"
+        # ModelScope's client tells of each file that failed: the first is enough.
+        failures = getattr(error, "failed_files", None) or {"": error}
+        path, error = next(iter(failures.items()))
+        cause = find_cause(error)
+        said = f"{path} {first_line(cause.error).rpartition('Caused by ')[2]}"
+        ending = Unreachable if files is None and cause.kind == NOT_REACHED else SystemExit
+        what = "数据集" if kind == "dataset" else "模型"
+        raise ending(
+            f"错误：无法从 {hub.endpoint} 下载{what} {name}（{cause.kind}）；"
+            f"请检查名称和网络后重试同一命令，或用环境变量 {hub.variable} 换一个镜像，或{remedy}。"
+            f"{hub.title} 的客户端说：{shorten(said, 160)}"
         ) from None
 
 
-def choose_data(dataset: str, names: list[str]) -> list[str]:
-    """The data files among `names`; when there are several formats, those of one."""
-    inside = split(dataset)[2].strip("/")
-    names = [name for name in names if not inside or name == inside or name.startswith(inside + "/")]
-    # Metadata that the hub keeps beside the data has these names.
-    names = [name for name in sorted(names) if not Path(name).name.startswith(("dataset_info", "configuration"))]
-    formats = [[name for name in names if name.lower().endswith(suffix)] for suffix in SUFFIXES]
-    if not any(formats):
-        raise SystemExit(f"错误：数据集 {dataset} 里没有 {'、'.join(SUFFIXES)} 文件；请用 --dataset 换一个。")
-    # Tests alone, or an example, in another format are not the set.
-    return next((found for found in formats if "train" in map(part_of, found)), max(formats, key=bool))
-
-
-def download_dataset(dataset: str, revision: str | None) -> dict[str, bytes]:
-    """{name: content} of the data files of a data set on a hub, by name.
-
-    Not through the client's cache: there it keeps, and would hand out, files that the hub has renamed or dropped since.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        choose = partial(choose_data, dataset)
-        path, names = download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
-        return {name: (path / name).read_bytes() for name in names}
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a downloaded model is complete: what belongs beside the weights, all weight files that the index names,
-    each as long as its own header says, and no download that was cut off."""
-    try:
-        for name in weight_files(folder):
-            with safe_open(folder / name, "pt"):
-                pass
-        return all((folder / name).stat().st_size for name in BESIDE_WEIGHTS) and not any(folder.rglob("*.incomplete"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        return False
-
-
-def find_downloaded(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that an earlier command downloaded whole, in this revision; else None."""
+def find_cached(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that an earlier command began to download, whole or not; else None."""
     scheme, repository, _ = split(name)
-    folder = HUBS[scheme].find(repository, revision)
-    return folder if folder and is_whole(folder) else None
-
-
-def find_model(name: str, remedy: str, revision: str | None = None) -> str:
-    """A folder as it is; else the folder into which ModelScope's client downloads the model `name`. When the hub cannot
-    be reached, what an earlier command downloaded whole."""
-    if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
-        if revision:
-            raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
-        if Path(name, ADAPTER_CONFIG).is_file():
-            raise SystemExit(
-                f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
-                f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-            )
-        if is_name(name) and not any(Path(name).glob("*.safetensors")):
-            raise SystemExit(
-                f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
-                "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
-            )
-        return str(Path(name).resolve())
-    if not (found := split(name)) or found[2] or name.startswith("output/"):
-        raise SystemExit(
-            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
-            f"{forms(name)}"
-        )
-    try:
-        return str(download(name, "model", remedy, choose_model, revision=revision)[0])
-    except Unreachable:
-        if not (folder := find_downloaded(name, revision)):
-            raise
-        print(
-            f"提示：连不上 {HUBS[found[0]].NAME}，使用以前下载的模型 {name}：{folder}",
-            flush=True,
-        )
-        return str(folder)
-
-
-def choose_model(names: list[str]) -> list[str]:
-    """All files but weights in other forms than safetensors, which are neither needed nor safe to load."""
-    return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
+    return HUBS[scheme]().find(repository, revision)

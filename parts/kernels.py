@@ -2,17 +2,20 @@
 norms, rotary embedding and SwiGLU, the optimizer's in Triton. None is used that was not seen to agree here. Knows no
 plan and no flag."""
 
+import copy
 import importlib.util
 import sys
 from typing import NamedTuple
 
 import torch
 
-from parts import architecture, packing
+from parts import packing
+from parts.models import head_dim
 from parts.proof import Verdict, attempt, compare, missing, try_step
 
 # Tokens of the examples tried: from 32,768 rows on, 4,096 x 8 heads, Liger's norms run another way.
 LENGTHS = (1400, 2800)
+TOKENS = 128  # the vocabulary of the small model that they are tried on
 OFF = Verdict(False, "--fast_kernels false", expected=False)
 
 
@@ -66,7 +69,13 @@ def fused_missing(model) -> Verdict | None:
 
 def shrink(model):
     """A model of one layer with the same heads on the same device, small elsewhere: it takes 2 million weights."""
-    probe = class_of(model)(architecture.shrink(model.config, layers=1)).to(model.device, model.dtype)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.head_dim = 1, head_dim(config)
+    config.vocab_size, config.hidden_size, config.intermediate_size = TOKENS, 256, 512
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # these may lie outside the vocabulary
+    probe = class_of(model)(config).to(model.device, model.dtype)
     packing.use(probe)
     return probe
 
@@ -109,7 +118,7 @@ def outcome(probe, starts: bool = False, lengths: tuple[int, ...] = LENGTHS) -> 
     The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(128, (1, sum(lengths)), generator=generator).to(probe.device)
+    ids = torch.randint(TOKENS, (1, sum(lengths)), generator=generator).to(probe.device)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(probe.device)
     inputs = {"input_ids": ids, "position_ids": positions, "lengths": lengths, "use_cache": False}
     if starts:

@@ -8,17 +8,11 @@ LOG_PARTS = {  # of a log, as they stand in its line
     "eval_loss": "评估 eval_loss {:.4f}",
     "eval_think_loss": "思考 {:.3f}",
     "eval_answer_loss": "回答 {:.3f}",
-    "eval_clean_loss": "清理 {:.3f}",
     "grad_norm": "梯度 {:.2f}",
     "learning_rate": "学习率 {:.3g}",
     "tokens_per_second": "{:,.0f} token/秒",
     "peak_memory_gb": "{:.2f} GB",
     "eval_runtime": "{:.1f} 秒",
-    "eval_sample_whole": "样例 完整 {:.0%}",
-    "eval_sample_leak": "痕迹 {:.0%}",
-    "eval_sample_loop": "循环 {:.0%}",
-    "eval_sample_overlap": "重合 {:.2f}",
-    "eval_sample_seconds": "{:.1f} 秒",
     "train_runtime": "训练用时 {:.0f} 秒",
 }
 

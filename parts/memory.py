@@ -63,13 +63,11 @@ def estimate(
     tokens, whole_step = min(tokens, worst), is_whole_step(args, tokens, worst)
     config, size = model.config, model.dtype.itemsize
     trained = [p for p in model.parameters() if p.requires_grad]
-    cards = args.world_size if args.sharded else 1  # that share weights, states and gradients
+    cards = args.world_size if args.fsdp else 1  # that share weights, states and gradients
     gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained) / cards
     states = state_bytes(trained, optimizer) / cards
-    if args.deepspeed and args.device.type != "cpu":  # which keeps them in the CPU's memory
-        gradients = states = 0
     gradients *= 1 + (args.world_size > cards)  # DistributedDataParallel sends copies of them
-    whole, whole_gradients = whole_bytes(model) if args.sharded else (0, 0)
+    whole, whole_gradients = whole_bytes(model) if args.fsdp else (0, 0)
     output = model.get_output_embeddings().weight
     output_gradient = output.numel() * size * output.requires_grad
     layer = tokens * layer_bytes(model, fused, args.lora_dropout * (output_gradient == 0))
@@ -88,7 +86,7 @@ def estimate(
     top = kept + max(loss + tail, flowing + layer * last_recomputed)
     top += output_gradient + whole_gradients + (0 if whole_step else gradients)
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
-    if args.sharded:  # the output layer's gradient is whole to the end, and is sent after an embedding's of its own
+    if args.fsdp:  # the output layer's gradient is whole to the end, and is sent after an embedding's of its own
         bottom = gradients + output_gradient + max(output_gradient * (2 - tied), layer + flowing + whole_gradients)
     return {
         "权重": model.get_memory_footprint() / cards + whole,

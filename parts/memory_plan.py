@@ -67,19 +67,15 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
         Plan(*rung, memory.estimate(model, args, fused, *rung, worst), free)
         for rung in rungs(args, model, worst, max(lengths), optimizer, batch_tokens)
     ]
-    if not plans and optimizer == "cpu":
-        raise SystemExit("错误：这个训练的优化器状态是 DeepSpeed 的（float32）；请加上 --deepspeed true 继续。")
-    if not plans and args.sharded:
-        raise SystemExit(
-            f"错误：这个训练用的是 --optimizer {optimizer}，它不能和 --{args.sharded} 一起用；请不分片地继续。"
-        )
+    if not plans and args.fsdp:
+        raise SystemExit(f"错误：这个训练用的是 --optimizer {optimizer}，它不能和 --fsdp 一起用；请不分片地继续。")
     if not plans:
         raise SystemExit(
             f"错误：--optimizer {optimizer} 要一个进程把一步的样本一次算完；"
             "请去掉 --batch_tokens 和梯度累积，只用一张 GPU。"
         )
     if importlib.util.find_spec("torchao") is None:
-        plans.sort(key=lambda plan: plan.optimizer not in ("kahan", "optim"))
+        plans.sort(key=lambda plan: plan.optimizer not in ("kahan", "adamw"))
     plans = [plan for plan in plans if plan.fits] or [min(plans, key=lambda plan: plan.total)]
     return accelerate.utils.broadcast_object_list([plans])[0]  # whatever each process found
 
@@ -94,14 +90,11 @@ def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_to
     for tokens, every, offload, name in LADDER:
         if not optimizer and name != "kahan" and not (rounded and cuda and not args.trains_adapter):
             continue
-        own = "cpu" if args.deepspeed and rounded else None  # DeepSpeed's weights in the CPU's memory
-        name = optimizer or (own or name if rounded else "optim")
-        if "cpu" in (own, name) and own != name:
-            continue
+        name = optimizer or (name if rounded else "adamw")
         tokens = batch_tokens or sizes[tokens]
         every = every if args.checkpoint_every is None else args.checkpoint_every
         offload = (offload and cuda) if args.offload_activations is None else args.offload_activations
-        if args.sharded and name.startswith("8bit"):  # not seen to be right on parts of weights
+        if args.fsdp and name.startswith("8bit"):  # not seen to be right on parts of weights
             continue
         whole = memory.is_whole_step(args, tokens, worst)
         in_backward = name.endswith("in_backward")

@@ -4,16 +4,17 @@ merged into them, and the settings with which it is asked. Knows Qwen3's end of 
 import json
 import logging
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from parts import checkpoints, hub
-from parts.checkpoints import ADAPTER_CONFIG
+from parts.checkpoints import ADAPTER_CONFIG, weight_files
 from parts.encoding import encode_messages, has_no_thinking_mode
 from parts.terminal import first_line
 
@@ -151,6 +152,73 @@ def four_bits(dtype: torch.dtype):
     )
 
 
+# ---- where a model is ---------------------------------------------------------------------------------------------
+
+NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")  # other forms of weights
+BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a downloaded model is complete: what belongs beside the weights, all weight files that the index names,
+    each as long as its own header says, and no download that was cut off."""
+    try:
+        for name in weight_files(folder):
+            with safe_open(folder / name, "pt"):
+                pass
+        return all((folder / name).stat().st_size for name in BESIDE_WEIGHTS) and not any(folder.rglob("*.incomplete"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return False
+
+
+def find_downloaded(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that an earlier command downloaded whole, in this revision; else None."""
+    folder = hub.find_cached(name, revision)
+    return folder if folder and is_whole(folder) else None
+
+
+def choose_files(names: list[str]) -> list[str]:
+    """All files but weights in other forms than safetensors, which are neither needed nor safe to load."""
+    return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
+
+
+def find_model(name: str, remedy: str, revision: str | None = None) -> str:
+    """A folder as it is; else the folder into which a hub's client downloads the model `name`. When the hub cannot be
+    reached, what an earlier command downloaded whole. `remedy`: what else could be done where that fails."""
+    if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
+        check_folder(name, revision)
+        return str(Path(name).resolve())
+    on_hub = hub.split(name)
+    if not on_hub or on_hub.inside or name.startswith("output/"):
+        raise SystemExit(
+            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
+            f"{hub.forms(name)}"
+        )
+    try:
+        return str(hub.download(name, "model", remedy, choose_files, revision=revision)[0])
+    except hub.Unreachable:
+        folder = find_downloaded(name, revision)
+        if not folder:
+            raise
+    print(f"提示：连不上 {hub.HUBS[on_hub.scheme].title}，使用以前下载的模型 {name}：{folder}", flush=True)
+    return str(folder)
+
+
+def check_folder(name: str, revision: str | None) -> None:
+    """Raises SystemExit when a folder cannot be the model that is asked for."""
+    if revision:
+        raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
+    if Path(name, ADAPTER_CONFIG).is_file():
+        raise SystemExit(
+            f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
+            f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+        )
+    if hub.is_name(name) and not any(Path(name).glob("*.safetensors")):
+        raise SystemExit(
+            f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
+            "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
+        )
+
+
 def find_local(name: str) -> Path | None:
     """Return the folder with the best weights below `name`, an output folder of a training or any model's folder;
     None where `name` is a hub's."""
@@ -168,14 +236,14 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     """
     adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
     local = find_local(name) if adapter or not revision else None  # find_model says what a revision is for
-    path = str(local or hub.find_model(name, "检查 --model_path", revision))
+    path = str(local or find_model(name, "检查 --model_path", revision))
     if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
         raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
     if not Path(path, ADAPTER_CONFIG).is_file():
         return Trained(path)
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
-    base_path = hub.find_model(base, remedy, revision if local and revision else trained_revision)
+    base_path = find_model(base, remedy, revision if local and revision else trained_revision)
     check_base(path, base, base_path)
     return Trained(path, base, base_path)
 

@@ -7,8 +7,7 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
     "kahan": (6, "AdamW，Kahan 求和"),
     "8bit": (2.04, "8 位 AdamW，随机舍入"),
     "8bit_in_backward": (2.04, "8 位 AdamW，随机舍入，在反向传播中更新，不存也不裁剪梯度"),
-    "cpu": (16, "AdamW，float32，在 CPU 的内存里"),  # weight, gradient and two states: --deepspeed alone
-    "optim": (None, "由 --optim 指定，默认 AdamW"),  # of AdamW two states, each as large as the weight
+    "adamw": (None, "torch 自带的 AdamW"),  # of AdamW two states, each as large as the weight
 }
 
 
@@ -26,7 +25,7 @@ def pick(name: str, triton: bool, **common):
     learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter, for later steps;
     stochastic rounding rounds up as often as the lost part is large, so that on average nothing is lost.
     """
-    if name in ("optim", "cpu"):
+    if name == "adamw":
         return None
     if name == "kahan":
         import optimi
@@ -54,16 +53,19 @@ def share_of_way(name: str, device: torch.device, triton: bool) -> float:
     return ((start.float() - weight.detach().float()) * gradient.sign()).mean().item() / (16 * 0.01)
 
 
-def step_in_backward(optimizer) -> list:
-    """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once.
+def step_in_backward(weights: list, get_optimizer) -> list:
+    """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once. Returns
+    the hooks. Where `get_optimizer()` is None, in a rehearsal, gradients are dropped only.
 
     Only one weight has a gradient whenever the optimizer steps, so it is that one's step; Trainer's own finds none.
-    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes. Returns the hooks.
+    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes.
     """
 
     def step(weight) -> None:
-        optimizer.step()
+        optimizer = get_optimizer()
+        if optimizer is not None:
+            # accelerate's wrapper around it would look for a package on the disk at each step.
+            getattr(optimizer, "optimizer", optimizer).step()
         weight.grad = None
 
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return [weight.register_post_accumulate_grad_hook(step) for weight in weights]

@@ -52,7 +52,8 @@ def check(args) -> None:
     if not ours and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
         raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
     # Where torchrun starts the command again, it may be this command's own.
-    if finished.exists() and (not args.overwrite_output_dir or processes.restarted()):
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if finished.exists() and (again or not args.overwrite_output_dir):
         raise SystemExit(
             f"错误：{folder} 里已有训练完的模型。"
             "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"
@@ -98,11 +99,11 @@ def find_run(args, model_path: str, system_prompt: str) -> Run:
         kept = {"optimizer": old.get("optimizer"), "batch_tokens": old.pop("batch_tokens", None)}
         if kept["optimizer"] not in (None, *OPTIMIZERS):
             raise SystemExit(
-                f"错误：{checkpoint} 是用 --optimizer {kept['optimizer']} 训练的，它已不再支持；"
-                "请用 --output_dir 换一个文件夹重新训练。"
+                f"错误：{checkpoint} 是用 --optimizer {kept['optimizer']} 训练的，它已不再支持；请用 --output_dir "
+                "换一个文件夹重新训练（模型一张卡放不下就加 --fsdp true，或用 train_lora.py）。"
             )
         if old:
-            new = settings | {"optimizer": args.optimizer or kept["optimizer"]}
+            new = run_settings.complete(settings, old, args) | {"optimizer": args.optimizer or kept["optimizer"]}
             run_settings.refuse_changes(Path(checkpoint).parent, old, new)
         if args.memory_gb:
             kept["batch_tokens"] = None  # planned anew
@@ -127,7 +128,7 @@ def choose_checkpoint(args) -> str | None:
         )
     folders = [Path(wanted)] if wanted else own
     for checkpoint in reversed(folders):
-        fault = find_fault(checkpoint, args)
+        fault = find_fault(checkpoint)
         if wanted and fault:
             raise SystemExit(
                 f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；"
@@ -141,10 +142,10 @@ def choose_checkpoint(args) -> str | None:
     return None
 
 
-def find_fault(checkpoint: Path, args) -> str | None:
+def find_fault(checkpoint: Path) -> str | None:
     """Why training cannot continue from `checkpoint` to the same weights, or None."""
     damage = checkpoints.find_damage(checkpoint, hashes=True)
-    if damage or not args.load_best_model_at_end:
+    if damage:
         return damage
     state = json.loads((checkpoint / FINISHED_MARK).read_text(encoding="utf-8"))
     best = Path(state["best_model_checkpoint"] or checkpoint)

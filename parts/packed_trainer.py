@@ -8,7 +8,6 @@ import transformers
 
 from parts import encoding, evaluation, memory, memory_plan, optimizers
 from parts.encoding import IGNORE_INDEX
-from parts.evaluation import CleanText
 from parts.kernels import Kernels
 from parts.log_lines import LogLines
 from parts.loss import LinearCrossEntropy
@@ -29,13 +28,11 @@ class PackedTrainer(SafeTrainer):
     step_hooks: tuple = ()  # that step in the backward pass
     plan: Plan | None = None  # that is followed
 
-    def __init__(self, *args, kernels: Kernels, clean: CleanText | None = None, **kwargs):
+    def __init__(self, *args, kernels: Kernels, **kwargs):
         super().__init__(*args, data_collator=PackedCollator(), **kwargs)
-        self.kernels, self.clean, self.max_grad_norm = kernels, clean, self.args.max_grad_norm
+        self.kernels = kernels
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
-        if self.args.fast_kernels:
-            self.args.use_liger_kernel = False  # kernels.choose has applied what agrees here
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
         # A notebook's table stays.
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
@@ -44,12 +41,15 @@ class PackedTrainer(SafeTrainer):
     def follow(self, plan: Plan) -> None:
         """Train by this plan from now on."""
         args, self.plan = self.args, plan
-        self.in_backward = plan.optimizer.endswith("in_backward")
-        args.max_grad_norm = 0 if self.in_backward else self.max_grad_norm  # the norm of all gradients is never known
         self.state_bytes = plan.parts["优化器"]
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         self.optimizer_cls_and_kwargs = optimizers.pick(plan.optimizer, self.kernels.step.runs, **settings)
         memory_plan.apply(plan, self.model)
+        for hook in self.step_hooks:  # of an earlier plan
+            hook.remove()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        in_backward = plan.optimizer.endswith("in_backward")
+        self.step_hooks = optimizers.step_in_backward(trained, lambda: self.optimizer) if in_backward else []
 
     def keep_hidden(self, module, args, output) -> None:
         self.last_hidden = output.last_hidden_state
@@ -84,8 +84,8 @@ class PackedTrainer(SafeTrainer):
         total, losses, _ = self.supervised_losses(model, inputs)
         if num_items_in_batch is None:
             return total / len(losses)
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total * scale / num_items_in_batch
+        # num_items_in_batch is that of all devices, whose gradients are averaged.
+        return total * self.accelerator.num_processes / num_items_in_batch
 
     def eval_tokens(self) -> int:
         """At most in one evaluation batch."""
@@ -102,26 +102,16 @@ class PackedTrainer(SafeTrainer):
         return evaluation.per_row(losses, row, thinking, len(rows))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """{eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as evaluation.losses_of has them; where there
-        is a clean text, eval_clean_loss, eval_clean_think_loss, eval_clean_answer_loss of it; eval_runtime in seconds}.
-        No loss depends on batch size or number of processes."""
+        """{eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as evaluation.losses_of has them;
+        eval_runtime in seconds}. No loss depends on batch size or number of processes."""
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
-        clean = self.clean if dataset is self.eval_dataset else None
         self.model.eval()
-        sums = torch.zeros(2, 6, dtype=torch.float64)  # of per_row's columns: of the rows, and of the clean ones
+        sums = torch.zeros(6, dtype=torch.float64)  # of per_row's columns
         for rows in self.evaluation_batches(dataset):
-            found = self.evaluate_rows(dataset, rows)
-            sums[0] += torch.stack([column.sum() for column in found]).cpu()
-            sums[1] += found.cpu().double() @ clean.shared[rows] if clean else 0
-        for rows in self.evaluation_batches(clean.changed) if clean else ():
-            sums[1] += self.evaluate_rows(clean.changed, rows).sum(dim=1).cpu()
+            sums += torch.stack([column.sum() for column in self.evaluate_rows(dataset, rows)]).cpu()
         sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
-        losses = evaluation.losses_of(sums[0])
-        if clean:
-            losses |= {f"clean_{name}": loss for name, loss in evaluation.losses_of(sums[1]).items()}
-            losses.pop("clean_token_loss")
-        metrics = losses | {"runtime": time.perf_counter() - started}
+        metrics = evaluation.losses_of(sums) | {"runtime": time.perf_counter() - started}
         metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -159,20 +149,12 @@ class PackedTrainer(SafeTrainer):
         self.last_hidden = None
         self.model.zero_grad(set_to_none=True)
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.in_backward and not self.step_hooks:
-            self.step_hooks = optimizers.step_in_backward(optimizer)
-        return optimizer
-
     def gather(self) -> dict[str, torch.Tensor] | None:
         """The trained weights, where the model does not hold them itself."""
 
     def release(self):
         """The model, ready to be asked. The optimizer's states are dropped: the replies need their memory."""
         self.check_weights()
-        for hook in self.step_hooks:
-            hook.remove()
         for holder in (self, self.callback_handler):
             holder.optimizer = holder.lr_scheduler = None
         self.model_wrapped = self.model  # DistributedDataParallel holds gradients
@@ -181,13 +163,9 @@ class PackedTrainer(SafeTrainer):
         self.model.set_attn_implementation("sdpa")  # which knows padding and the cache
         return self.model.eval()
 
-    def whole_model(self, base_path: str):
-        """What was trained and saved, to be asked by one process, or None where it does not fit."""
-        return self.model
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if self.in_backward:
-            logs.pop("grad_norm", None)  # Trainer's, of no gradients
+        if self.step_hooks:
+            logs.pop("grad_norm", None)  # Trainer's, of the gradients that are left: none
         if "loss" in logs and self.window_start is not None:
             tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
             logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)

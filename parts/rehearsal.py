@@ -1,19 +1,17 @@
 """The worst step of a training and its largest evaluation, tried before anything is written: does the plan fit here,
 and how fast is it. No optimizer steps: weights, random states and the trainer are afterwards what they were."""
 
-import contextlib
 import math
-import random
 import time
 from typing import NamedTuple
 
 import accelerate
-import numpy
 import torch
 
 from parts import memory, memory_plan, proof
 from parts.encoding import IGNORE_INDEX
 from parts.packing import lengths_of
+from parts.safe_trainer import same_random_states
 from parts.terminal import is_out_of_memory
 
 
@@ -41,7 +39,7 @@ def settle(trainer, plans: list[memory_plan.Plan]) -> Rehearsed | None:
             continue
         trainer.follow(plan)
         kind = "显存" if memory.is_own(args.device) else "内存"
-        print(memory_plan.describe(plan, f"每张卡的{kind}" if args.sharded else kind))
+        print(memory_plan.describe(plan, f"每张卡的{kind}" if args.fsdp else kind))
         if not args.rehearse:
             return None
         found = rehearse(trainer)
@@ -63,18 +61,14 @@ def missing_optimizer(plan: memory_plan.Plan, device: torch.device) -> str | Non
 
 def rehearse(trainer) -> Rehearsed | None:
     """None: it does not fit. Of a sharded model that ends the training, in all processes."""
-    drop = [] if not trainer.in_backward else [p for p in trainer.model.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in drop]
     found = None
     try:
         with same_random_states(trainer.args.device):
             found = measure(trainer)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or trainer.args.sharded:  # the others wait for this one's part of the model
+        if not is_out_of_memory(error) or trainer.args.fsdp:  # the others wait for this one's part of the model
             raise
     finally:  # an error that was caught is gone by now, and with it the graph that its traceback held
-        for hook in hooks:
-            hook.remove()
         trainer.drop_gradients()
         trainer.model.eval()
         if trainer.args.device.type == "cuda":
@@ -90,7 +84,7 @@ def measure(trainer) -> Rehearsed:
     batch = trainer.data_collator([data[i] for i in longest])
     tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    copies = (args.world_size > 1 and not args.sharded) * sum(p.nbytes for p in trained)  # DistributedDataParallel's
+    copies = (args.world_size > 1 and not args.fsdp) * sum(p.nbytes for p in trained)  # DistributedDataParallel's
     placeholder = torch.empty(int(trainer.plan.parts["优化器"] + copies), dtype=torch.uint8, device=args.device)
     for _ in range(2):  # the first one loads kernels
         seconds = -now(args.device)
@@ -99,7 +93,7 @@ def measure(trainer) -> Rehearsed:
         if args.gradient_accumulation_steps == 1:
             trainer.drop_gradients()
     trainer.drop_gradients()
-    eval_speed = measure_evaluation(trainer) if trainer.eval_dataset and args.eval_strategy != "no" else math.inf
+    eval_speed = measure_evaluation(trainer)
     del placeholder
     return Rehearsed(memory.peak(args.device), tokens, tokens / seconds, eval_speed)
 
@@ -124,21 +118,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@contextlib.contextmanager
-def same_random_states(device: torch.device):
-    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
-    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
-    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
-        if drawn is not None:
-            backend.set_rng_state(drawn)
-
-
 def seconds_of_run(found: Rehearsed, trainer) -> float:
     """An estimate, at most, of the whole training and its evaluations, without optimizer steps and saving."""
     args, data = trainer.args, trainer.train_dataset
@@ -147,10 +126,8 @@ def seconds_of_run(found: Rehearsed, trainer) -> float:
     tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
     seconds = tokens / found.train_speed / args.world_size
     if math.isfinite(found.eval_speed):
-        count = args.num_train_epochs if args.eval_strategy == "epoch" else 1 / args.eval_steps  # of evaluations
-        count *= steps if args.eval_strategy == "steps" and args.eval_steps >= 1 else 1
+        count = steps / args.eval_steps
         tokens = sum(lengths_of(trainer.eval_dataset))
-        tokens += sum(lengths_of(trainer.clean.changed)) if trainer.clean else 0
         seconds += count * tokens / found.eval_speed / args.world_size
     return seconds
 

@@ -19,11 +19,6 @@ CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
-def clean_path(path: str | Path) -> str:
-    """The file beside `path` that has its rows with cleaned thinking: val.clean.jsonl for val.jsonl."""
-    return os.path.splitext(path)[0] + ".clean.jsonl"  # Path.with_suffix raises for "", "." and "/"
-
-
 def read(path: str | Path) -> list[tuple[int, object]]:
     """All rows of a file as (number, row): the line for .jsonl, else the row's place, both counted from 1.
 
@@ -37,14 +32,15 @@ def read_bytes(path: Path) -> bytes:
     """A data file's bytes."""
     if os.path.isdir(path):
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-        there = f"里面的数据文件有 {'、'.join(file.name for file in files[:10])}" if files else "里面没有数据文件"
-        remedy = f"：python data.py --dataset {shlex.quote(str(files[0]))}" if files else ""
-        raise SystemExit(f"错误：{path} 是一个文件夹，{there}；请指定一个文件{remedy}")
+        remedy = "里面没有数据文件；请指定一个文件"
+        if files:
+            names, first = "、".join(file.name for file in files[:10]), shlex.quote(str(files[0]))
+            remedy = f"里面的数据文件有 {names}；请指定一个文件：python data.py --dataset {first}"
+        raise SystemExit(f"错误：{path} 是一个文件夹，{remedy}")
     if path.suffix.lower() not in SUFFIXES:
-        packed = path.suffix.lower() in (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar")
         raise SystemExit(
-            f"错误：不认识 {path} 的格式；请{'先解压，再' * packed}"
-            "转成 .jsonl、.json、.csv、.tsv 或 .parquet（UTF-8）再用 --dataset 指定。"
+            f"错误：不认识 {path} 的格式；压缩包请先解压，"
+            "再转成 .jsonl、.json、.csv、.tsv 或 .parquet（UTF-8），用 --dataset 指定。"
         )
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for a file
         raise SystemExit(
@@ -105,10 +101,8 @@ def parse_json(path: Path, text: str, line: int = 1) -> object:
     try:
         return load_json(text)
     except json.JSONDecodeError as error:
-        raise SystemExit(
-            f"错误：{path} 第 {line + error.lineno - 1} 行不是合法的 JSON"
-            f"（{error.msg}，第 {error.colno} 列）；请修正这一行。"
-        ) from None
+        where = f"{path} 第 {line + error.lineno - 1} 行"
+        raise SystemExit(f"错误：{where}不是合法的 JSON（{error.msg}，第 {error.colno} 列）；请修正这一行。") from None
     except RecursionError:
         raise SystemExit(f"错误：{path} 第 {line} 行的 JSON 嵌套过深；每行只要一个简单的对象。") from None
 

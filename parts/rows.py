@@ -3,14 +3,16 @@
 import json
 import re
 import statistics
-import unicodedata
 
 from parts.terminal import shorten
 
 FIELDS = ("question", "think", "answer")
 THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what check says of a row without thinking
 TAG = re.compile(r"</?think(?:ing)?>")
-BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that show nothing
+# White space, controls, marks of width 0 and fillers: nothing is seen of them.
+INVISIBLE = (
+    r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
+)
 Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
 Place = int | tuple[str, int]  # of a row: its number, with the file's name where there are several
 Placed = tuple[Place, object]  # a row, and where it stands
@@ -23,16 +25,9 @@ class Unusable(str):
 SAME_FIELD_TWICE = Unusable("同一字段出现多次")
 
 
-def invisible(character: str) -> bool:
-    """Whether nothing is seen of it: white space, marks of width 0, fillers."""
-    return character in BLANK or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
-
-
 def strip_invisible(text: str) -> str:
     """Without what cannot be seen at its ends."""
-    start = next((place for place, character in enumerate(text) if not invisible(character)), len(text))
-    end = next((place for place in range(len(text), start, -1) if not invisible(text[place - 1])), start)
-    return text[start:end]
+    return re.sub(rf"\A{INVISIBLE}+|{INVISIBLE}+\Z", "", text)
 
 
 def clean(text: str) -> str:
@@ -43,7 +38,7 @@ def clean(text: str) -> str:
     """
     text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?", "\n", text)
     text = re.sub(r"\\n(?![A-Za-z])", "\n", text).strip()
-    return "" if all(map(invisible, text)) else text
+    return "" if re.fullmatch(f"{INVISIBLE}*", text) else text
 
 
 def check(row: object, thinkless: bool = True) -> tuple[Row | None, str | None]:
@@ -51,18 +46,21 @@ def check(row: object, thinkless: bool = True) -> tuple[Row | None, str | None]:
     taken."""
     if not isinstance(row, dict):
         return None, str(row) if isinstance(row, Unusable) else "不是对象"
+    if missing := [field for field in FIELDS if field not in row]:
+        return None, f"缺少字段 {missing[0]}"
     cleaned = {}
     for field in FIELDS:
-        if field not in row:
-            return None, f"缺少字段 {field}"
+        problem = None
         if field == "think" and row[field] == "" and thinkless:
             cleaned[field] = ""
-            continue
-        cleaned[field], problem = check_text(field, row[field], answered=field != "question")
+        else:
+            cleaned[field], problem = check_text(field, row[field], answered=field != "question")
         if problem:
             return None, problem
     history, problem = check_history(row.get("history") or [])
-    return (None, problem) if problem else (cleaned | ({"history": history} if history else {}), None)
+    if problem:
+        return None, problem
+    return cleaned | {"history": history} if history else cleaned, None
 
 
 def are_pairs(history: object) -> bool:
@@ -73,9 +71,13 @@ def check_history(history: object) -> tuple[list[list[str]] | None, str | None]:
     """(clean earlier turns, None), or (None, what is wrong with them)."""
     if not are_pairs(history):
         return None, "history 不是 [[问题, 回答], …]"
-    checked = [[check_text("history", text, place > 0) for place, text in enumerate(pair)] for pair in history]
-    problem = next((problem for pair in checked for _, problem in pair if problem), None)
-    return (None, problem) if problem else ([[text for text, _ in pair] for pair in checked], None)
+    cleaned = []
+    for pair in history:
+        (asked, asked_problem), (said, said_problem) = (check_text("history", pair[i], i == 1) for i in (0, 1))
+        if asked_problem or said_problem:
+            return None, asked_problem or said_problem
+        cleaned.append([asked, said])
+    return cleaned, None
 
 
 def check_text(field: str, text: object, answered: bool) -> tuple[str | None, str | None]:
@@ -84,7 +86,8 @@ def check_text(field: str, text: object, answered: bool) -> tuple[str | None, st
         return None, f"{field} 为 null"
     if not isinstance(text, str):
         return None, f"{field} 不是文本"
-    if not (text := clean(text)):
+    text = clean(text)
+    if not text:
         return None, f"{field} 为空"
     if answered and TAG.search(text):  # the template writes them; these would be learnt as text
         return None, f"{field} 含 <think> 或 </think> 标签"
@@ -110,14 +113,13 @@ def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[
             raw = raw | {"think": ""}
         row, problem = check(raw, thinkless)
         text = json.dumps(row)
-        if row and text in seen:
-            problem = "与前面的行重复"
-        if problem:
-            problems.setdefault(problem, []).append(place)
-        else:
-            seen.add(text)
-            told = raw.get("instruction")
-            kept.append((place, row | {"instruction": told} if isinstance(told, str) else row))
+        if problem or text in seen:
+            problems.setdefault(problem or "与前面的行重复", []).append(place)
+            continue
+        seen.add(text)
+        if isinstance(raw.get("instruction"), str):
+            row["instruction"] = raw["instruction"]
+        kept.append((place, row))
     return kept
 
 
@@ -128,10 +130,13 @@ def without_instruction(placed: Placed) -> Row:
 
 def leave_out(part: list[Placed], topics: set[str], problem: str, problems: dict[str, list[Place]]) -> list[Placed]:
     """The rows whose topic is not among these."""
+    kept = []
     for place, row in part:
         if topic(row) in topics:
             problems.setdefault(problem, []).append(place)
-    return [(place, row) for place, row in part if topic(row) not in topics]
+        else:
+            kept.append((place, row))
+    return kept
 
 
 def topics(part: list[Placed]) -> set[str]:
@@ -153,19 +158,17 @@ def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[s
 
 
 def summary(lines: list[str], parts: dict[str, list[Placed]], problems: dict[str, list[Place]]) -> str:
-    """What a person wants to know about the data, as text, after the `lines` on where it comes from."""
-    rows = [row for part in list(parts.values())[:2] for _, row in part]  # the third is the second, cleaned
+    """What a person wants to know about the data, as text, after the `lines` on where it comes from. `parts`: the rows
+    of each file."""
+    rows = [row for part in parts.values() for _, row in part]
     lines = lines + [f"已写入    {path}：{len(part)} 行" for path, part in parts.items()]
     lines += [f"未采用    {line}" for line in describe_problems(problems)] or ["未采用    0 行"]
     for field in FIELDS:
         lengths = [len(row[field]) for row in rows]
-        lines.append(
-            f"字符数    {field}：平均 {statistics.mean(lengths):.0f}，"
-            f"中位数 {statistics.median(lengths):.0f}，最长 {max(lengths)}"
-        )
+        mean, median = statistics.mean(lengths), statistics.median(lengths)
+        lines.append(f"字符数    {field}：平均 {mean:.0f}，中位数 {median:.0f}，最长 {max(lengths)}")
     if turns := sum("history" in row for row in rows):
         lines.append(f"多轮对话  {turns} 行")
-    example = rows[0]
     lines += ["", "示例（训练集第 1 行）"]
-    lines += [f"  {name}：{shorten(example[field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]
+    lines += [f"  {name}：{shorten(rows[0][field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]
     return "\n".join(lines)

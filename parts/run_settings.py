@@ -8,44 +8,51 @@ from parts import checkpoints, models
 from parts.terminal import first_line
 
 # What decides the weights. Logging, samples, patience and what only saves memory may change while continuing; so may
-# --fast_kernels, a way on where one fails: they were seen to agree. And the validation text with cleaned thinking: no
-# loss of it chooses the best checkpoint.
+# --fast_kernels, a way on where one fails: they were seen to agree.
 SETTINGS = (
-    "model_name max_length num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args optim_target_modules full_logits "
-    "label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 tf32 torch_compile torch_compile_backend "
-    "torch_compile_mode use_liger_kernel liger_kernel_config full_determinism eval_strategy eval_steps "
-    "eval_delay load_best_model_at_end metric_for_best_model model_revision ignore_data_skip train_sampling_strategy "
-    "dataloader_drop_last average_tokens_across_devices"
+    "model_name model_revision max_length num_train_epochs max_steps learning_rate lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm full_logits "
+    "seed data_seed full_determinism eval_steps"
 ).split()
-LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "load_in_4bit")
+LORA_SETTINGS = "lora_rank lora_alpha lora_dropout target_modules use_rslora use_dora load_in_4bit".split()
 
 
 def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
-    """{name: value} of the settings that decide the weights, as JSON gives them back. Raises SystemExit when the base
-    model's weights are not those of --model_sha256."""
-    names = (*SETTINGS, *LORA_SETTINGS * args.trains_adapter)
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    values = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
-    values["model_sha256"] = found = checkpoints.weights_sha256(model_path)
-    if args.model_sha256 and args.model_sha256.lower() != found:
-        raise SystemExit(
-            f"错误：{args.model_name} 的权重的 SHA-256 是 {found}，不是 --model_sha256 {args.model_sha256}；"
-            "请核对来源，或去掉 --model_sha256。"
-        )
+    """{name: value} of the settings that decide the weights, as JSON gives them back."""
+    values = values_of(args, [*SETTINGS, *(LORA_SETTINGS if args.trains_adapter else [])])
+    values["model_sha256"] = checkpoints.weights_sha256(model_path)
     values["examples_per_step"] = args.examples_per_step
-    values |= {"system_prompt": system_prompt, "dtype": str(models.best_dtype(args.device))}
-    files = {f"{file} (sha256)": checkpoints.sha256(file) for file in (args.train_file, args.val_file)}
-    return json.loads(json.dumps(values | files))
+    values["system_prompt"], values["dtype"] = system_prompt, str(models.best_dtype(args.device))
+    for file in (args.train_file, args.val_file):
+        values[f"{file} (sha256)"] = checkpoints.sha256(file)
+    return json.loads(json.dumps(values))
+
+
+def values_of(args, names: list[str]) -> dict[str, object]:
+    """What `args` says of these names; an enum's value, as that is what a file can hold."""
+    values = {}
+    for name in names:
+        value = getattr(args, name, None)
+        values[name] = getattr(value, "value", value)
+    return values
+
+
+def complete(settings: dict[str, object], old: dict[str, object], args) -> dict[str, object]:
+    """The `settings` with what an older version noted beside them, as this one has it: its names may be gone."""
+    retired = [name for name in old if name not in settings and name not in ("optimizer", "batch_tokens")]
+    return values_of(args, retired) | settings
 
 
 def read(folder: Path) -> dict[str, object]:
     """The settings of the run in `folder`; none, and a line that says so, where they cannot be read."""
     try:
-        return {**json.loads((folder / checkpoints.RUN_FILE).read_text(encoding="utf-8"))}
+        settings = {**json.loads((folder / checkpoints.RUN_FILE).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         print(f"{folder / checkpoints.RUN_FILE} 无法读取（{first_line(error)}），无法核对设置是否与原来相同。")
         return {}
+    if settings.get("optimizer") == "optim":  # its name in earlier versions
+        settings["optimizer"] = "adamw"
+    return settings
 
 
 def refuse_changes(folder: Path, old: dict, new: dict) -> None:

@@ -1,12 +1,15 @@
 """A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are no numbers
 are never written. Knows nothing of what is trained."""
 
+import contextlib
 import copy
 import math
+import random
 import shutil
 import sys
 from pathlib import Path
 
+import numpy
 import torch
 import transformers
 
@@ -49,11 +52,9 @@ class SafeTrainer(transformers.Trainer):
         """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
         and the newest always), the one that is written before an older one goes, and the final weights."""
         args, state = self.args, self.state
-        steps = state.max_steps / args.num_train_epochs if args.save_strategy == "epoch" else state.save_steps
-        count = math.ceil(state.max_steps / steps)
-        if self.limit and self.limit > 0:
-            count = min(count, max(self.limit, 1 + args.load_best_model_at_end) + 1)
-        count = 1 if args.save_strategy == "no" else count  # one, at a signal
+        count = math.ceil(state.max_steps / state.save_steps)
+        if self.limit:
+            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, and the one that is being written
         weights = self.trained_bytes()
         checkpoints.check_space(args.output_dir, count, weights + self.state_bytes, weights)
 
@@ -174,3 +175,18 @@ class BestCheckpoint(transformers.EarlyStoppingCallback):
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
+
+
+@contextlib.contextmanager
+def same_random_states(device: torch.device):
+    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
+    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
+    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        if drawn is not None:
+            backend.set_rng_state(drawn)

@@ -110,41 +110,72 @@ def hold(lock: str | Path, message: str):
                 os.unlink(lock)
 
 
-class Parser(argparse.ArgumentParser):
-    """Reads a command line, and answers a wrong one with status 2 and one line, which names the nearest flag."""
+NOT_GIVEN = argparse.SUPPRESS  # as a flag's default: what is not given is not in the result
 
-    WORDS = (  # what argparse says, and what is said here; the same words in Python 3.11 to 3.15
+
+class Parser(argparse.ArgumentParser):
+    """argparse in Chinese: a wrong flag names the nearest one, and a flag that is gone says what there is instead."""
+
+    WORDS = (  # what argparse says, and what is said here; its words are the same in Python 3.11 to 3.15
         ("argument ([^:]+): not allowed with argument (.+)", r"\1 和 \2 不能一起写"),
-        ("argument ([^:]+): expected one argument", r"\1 后面要有一个值"),
+        ("argument ([^:]+): expected (at least )?one argument", r"\1 后面要有一个值"),
         ("argument ([^:]+): ", r"\1："),
     )
 
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+    def __init__(self, **options):
+        def formatter(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        super().__init__(formatter_class=formatter, allow_abbrev=False, add_help=False, **options)
+        self.add_argument_group("帮助").add_argument("-h", "--help", action="help", help="显示这些说明")
+        self.gone: dict[str, str] = {}  # {flag: what to do instead}
+
+    def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            names = re.findall(r"--(\w+)", self.format_usage())
-            nearest = difflib.get_close_matches(flag.lstrip("-"), names, 1)
-            remedy = f"你是不是想写 --{nearest[0]}？" if nearest else ""
-            self.error(f"没有参数 {shorten(flag)}；{remedy}全部参数：--help")
+            names = [name.lstrip("-") for name in self._option_string_actions]
+            nearest = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
+            hint = f"你是不是想写 --{nearest[0]}？" if nearest else ""
+            self.error(f"{flag}：{self.gone.get(flag) or f'没有这个参数。{hint}全部参数见 --help'}")
         return values
 
     def error(self, message: str):
+        """Ends with exit status 2. Of several processes on a machine the first one speaks."""
         for pattern, words in self.WORDS:
             message = re.sub(f"^{pattern}", words, message)
-        self.exit(2, f"错误：{message}\n")
+        self.exit(2, f"错误：{message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def true_or_false(text: str) -> bool:
-    """Read a switch, for argparse."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"要写 true 或 false，不是 {shorten(text)!r}")
-    return text.lower() == "true"
+    """For argparse."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"只能是 true 或 false，不是 {text!r}")
+    return words[text.lower()]
+
+
+def one_of(words: tuple[str, ...]):
+    """For argparse: reads one of these words."""
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)}，不是 {text!r}")
+        return text
+
+    return read
+
+
+def number(kind: type):
+    """For argparse: reads an int or a float."""
+
+    def read(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"要一个{'整数' if kind is int else '数'}，不是 {text!r}") from None
+
+    return read
 
 
 def whole_number(least: int, text: str) -> int:

@@ -1,10 +1,15 @@
-"""Traces of how a thinking was made. Whoever wrote it was shown the question, a hidden instruction and the finished
-answer, and it shows: in data it teaches a model to cite what nobody gave it, in a reply it is the sign that it learnt
-to. Finds them by the language's own patterns; does not know whether what is thought is right, nor how to mend it."""
+"""Traces of how a thinking was made, found and left out. Whoever wrote it was shown the question, a hidden instruction
+and the finished answer, and it shows: in data it teaches a model to cite what nobody gave it, in a reply it is the sign
+that it learnt to. Finds them by the language's own patterns; does not know whether what is thought is right."""
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from itertools import accumulate
 from typing import NamedTuple
+
+from parts.rows import Place, Placed
 
 KINDS = {  # kind -> for people
     "answer": "提到给定的答案",
@@ -126,33 +131,20 @@ def is_covert(match: re.Match, question: str, answer: str, instruction: str) -> 
     if len(pairs) < 2:
         return False
     in_question, *elsewhere = (len(pairs & bigrams(text)) / len(pairs) for text in (question, answer, instruction))
-    return (
-        in_question <= COVERT
-        and max(elsewhere) >= in_question + COVERT
-        or (in_question < 0.5 and max(elsewhere) >= in_question + 0.35)
-    )
+    more = max(elsewhere) - in_question
+    return in_question <= COVERT <= more or in_question < 0.5 and more >= 0.35
 
 
-def given_answers(text: str, shown: bool) -> list[re.Match]:
-    """Where `text`, a clause or more, speaks of an answer that was given: only where that is beyond doubt, or, `shown`:
-    wherever 答案 is not the reply that is planned."""
-    found = []
-    for match in ANSWER.finditer(text) if re.search("答案|回答|回复", text) else ():
-        if not SOMEBODYS.search(match[0]):
-            if not shown:
-                continue
-            before = re.split("[，。；：！？\n]", text[max(match.start() - 60, 0) : match.end()])[-1]
-            after = re.split("[，。；：！？\n]", text[match.end() : match.end() + 60], maxsplit=1)[0]
-            colon = text[match.end() + len(after) : match.end() + len(after) + 1]
-            planned = BEFORE_PLANNED.search(before[:-2]) or AFTER_PLANNED.search(after + colon)
-            if (
-                match[0].endswith("答案")
-                and planned
-                and (SURE.search(before + after) or not JUDGED.search(before + after))
-            ):
-                continue
-        found.append(match)
-    return found
+def is_planned(text: str, match: re.Match) -> bool:
+    """Whether a match of ANSWER in `text` is the reply that is planned, by the clause around it."""
+    before = re.split("[，。；：！？\n]", text[max(match.start() - 60, 0) : match.end()])[-1]
+    after = re.split("[，。；：！？\n]", text[match.end() : match.end() + 60], maxsplit=1)[0]
+    colon = text[match.end() + len(after) : match.end() + len(after) + 1]
+    if not match[0].endswith("答案"):
+        return False
+    if not BEFORE_PLANNED.search(before[:-2]) and not AFTER_PLANNED.search(after + colon):
+        return False
+    return bool(SURE.search(before + after) or not JUDGED.search(before + after))
 
 
 def was_shown(think: str, question: str, instruction: str = "") -> bool:
@@ -163,16 +155,23 @@ def was_shown(think: str, question: str, instruction: str = "") -> bool:
 
 def find(think: str, question: str, answer: str = "", instruction: str = "", shown: bool | None = None) -> list[Trace]:
     """The traces in a thinking, in order, without overlaps. `answer` is what followed it, `instruction` what its writer
-    was told beside the question; `shown`: was_shown of the whole, where `think` is a piece of it."""
+    was told beside the question. `shown`: was_shown, where it is known; else an answer that was given is found only
+    where that is beyond doubt."""
     shown = was_shown(think, question, instruction) if shown is None else shown
-    found = [Trace("answer", *match.span()) for match in given_answers(think, shown)]
+    kinds = {"two": [TWO]}
     if not PROCESS.search(question + answer):
-        found += [Trace("process", *match.span()) for match in PROCESS.finditer(think)]
+        kinds["process"] = [PROCESS]
     if not ASKS_AS_DOCTOR.search(question):
-        found += [Trace("doctor", *match.span()) for match in DOCTOR.finditer(think)]
-    found += [Trace("two", *match.span()) for match in TWO.finditer(think)]
+        kinds["doctor"] = [DOCTOR]
     if not SEVERAL.search(question.rstrip("？?。")):
-        found += [Trace("two", *match.span()) for match in TWO_PARTS.finditer(think)]
+        kinds["two"].append(TWO_PARTS)
+    found = []
+    for kind, patterns in kinds.items():
+        for pattern in patterns:
+            found += [Trace(kind, *match.span()) for match in pattern.finditer(think)]
+    for match in ANSWER.finditer(think) if re.search("答案|回答|回复", think) else ():
+        if SOMEBODYS.search(match[0]) or shown and not is_planned(think, match):
+            found.append(Trace("answer", *match.span()))
     for match in MENTIONED.finditer(think):
         if is_covert(match, question, answer, instruction):
             found.append(Trace("covert", match.start(), match.start(1)))
@@ -182,3 +181,168 @@ def find(think: str, question: str, answer: str = "", instruction: str = "", sho
             apart.append(trace)
             end = trace.end
     return apart
+
+
+# ---- leaving out: sentences, clauses, and how they hang together -----------------------------------------------------
+SHORT = 6  # characters of a sentence below which it says nothing
+KEPT = 0.6  # share of a thinking's characters below which its row is not worth training on
+TOO_LITTLE = f"去掉痕迹后剩下的思考不到 {KEPT:.0%}"
+# A line number, "1. ", ends no sentence; ". " and ", " of English do what 。 and ， do.
+SENTENCE = re.compile(
+    r"((?:“[^”\n]{0,120}”|（[^）\n]{0,160}）|(?!(?<!\d)[.!?]\s)[^。！？；\n])*"
+    r"(?:[。！？；]+[”’）]*|[.!?](?:[^\S\n]+|(?=\n)))?)(\n*)"
+)
+CLAUSE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|(?!, )[^，：])+(?:[，：]|, |$)|[，：]|, ")
+END = re.compile(r"[。！？；.!?][”’）]*\s*$")
+ASKS = re.compile("是否|吗|呢|吧|什么|哪|如何|怎|有没有|是不是|还是|多少|几")
+BY = "(?:根据|按照|依据|基于|参考|参照|结合|依照|照着|对照)"
+# Clauses that say nothing by themselves: a connective, the name of a topic, a source.
+LEAD = re.compile(
+    r"^[-*#\d.、\s]*(?:另外|此外|不过|但是?|然后|接下来|接着|最后|最终|同时|总之|总的来说|总体来说|总结(?:一下|下来|起来|来说|来看|的话)?|首先|其次|第[一二三四五六]"
+    r"|比如|例如|所以|因此|而且|并且|还有|还要注意|需要注意|要注意|综合来看|因为|虽然|现在|记得|嗯|可能|当然|好的|对了|那么?|是的|不对|等等|再者?|另?一方面"
+    rf"|[^，。！？；]{{0,12}}(?:方面|问题|来说|来看|而言|部分|时候?|之前|之后|后|中|里|情况下)|(?:但是?|不过)?{BY}[^，]*)?[，：。；]?$|.*：$"
+)
+# Clauses that want another one behind them, and clauses that only go on with the one before.
+OPENS = re.compile(
+    "^(?:[^，]{0,3}(?:如果|虽然|尽管|即使|假如|假设|既然|由于|除了|无论|不管|不仅|不但|不只|与其|只有|只要|当)|(?:但|不过|所以|而)?因为|一方面|一是)"
+)
+JOINS = re.compile("^(?:比如|例如|或|以及|包括|和|而且|并且|还有|如)")
+# A clause with a trace that only says where the next ones come from, and what of those is about the trace all the same.
+INTRODUCES = re.compile(
+    rf"^\s*(?:但是?|不过|而|所以|因此|然后)?(?:{BY}[^，]*，|(?:总结|整理|回顾)?(?:一下|下来)?(?:我的|整个)?(?:思考|推理|思维)[^，]{{0,6}}(?:应该是?|是)?："
+    r"|(?:在|作为)[^，]*(?:中|里|时|过程)，)$"
+)
+STEPS = re.compile("^(?:先|首先|第一|从|需要|要|应该|我)")
+CITED = re.compile(
+    "^(?:可能)?(?:已|没|里面|其中|都|它|这|那|还没|也没|并没|不需要|用户(?:已|没)|上面)|^[^，。]{0,12}(?:提到|没有?提)"
+)
+BUT = re.compile("^(?:但是?|不过)，?")
+GOES_ON = re.compile("^(?:但|不过)(?:可能|还|也|我|仍)*(?:需要|应该|应当|要|得|更|根据|还有|用户的问题)(?!是)")
+# Sentences that rest on the one before, and connectives without which they may stand.
+POINTS = re.compile(
+    r"^\s*(?:所以|因此|而|但|不过|同时|另外|其中|可能|也许|或许)?，?(?:可能|也许)?(?:这(?!个问题|位|类患者|个时候)|那(?!么)|它|其|该|此(?!外)"
+    r"|上述|以上|[前后]者|[两二]者|是的|对，|否则|看起来|看来|都(?!要|需)|也就是|里面|即|甚至|尤其|特别是|(?:比如|例如)(?!.*(?:是|会|可以|可能|需要)))"
+)
+BACK = re.compile("(?:这|那)(?:些|两|几|三|四|五|点|样|种|里|个结构|个顺序)|上述|两者")
+CONNECTS = {
+    "all": re.compile("^(?:(?:但是?|不过)也?|因此|所以|而且|并且|同时|因为|而|比如|例如)，?(?=.{4})"),
+    "end": re.compile("^(?:比如|例如)，?(?=.{4})"),
+}
+
+
+class Rest(NamedTuple):
+    """What is left of a sentence, and what went of it: "all", its "end", or something else, "", that no other sentence
+    rests on."""
+
+    text: str
+    gone: str
+
+
+def leave_out(question: str, think: str, answer: str, instruction: str = "") -> tuple[str, Counter]:
+    """(the thinking without traces, how many of each kind there were). Nothing is put in their place. Without any it
+    comes back as it was, character for character; what comes back does not change again."""
+    shown = was_shown(think, question, instruction)
+    found = find(think, question, answer, instruction, shown)
+    counts = Counter(trace.kind for trace in found)
+    while found:  # once or twice: what went may have hidden another
+        think = cut(think, found)
+        shown = shown or was_shown(think, question, instruction)
+        found = find(think, question, answer, instruction, shown)
+    return think, counts
+
+
+def cut(think: str, found: list[Trace]) -> str:
+    """The thinking without the clauses that hold these traces, and without what cannot stand then."""
+    starts = [trace.start for trace in found]
+    kept, gone = [], ""
+    paragraph_stands = False
+    for match in SENTENCE.finditer(think):
+        sentence, breaks = match.groups()
+        inside = found[bisect_left(starts, match.start(1)) : bisect_left(starts, match.end(1))]
+        if inside:
+            rest = cut_sentence(sentence, [trace._replace(start=trace.start - match.start(1)) for trace in inside])
+        else:
+            rest = after_gap(sentence, gone)
+        gone = rest.gone if sentence.strip() else gone
+        kept.append(rest.text)
+        paragraph_stands = paragraph_stands or bool(rest.text.strip())
+        if breaks:
+            # A paragraph of which nothing is left goes with its line breaks.
+            kept.append(breaks if paragraph_stands else "")
+            paragraph_stands = False
+    return "".join(kept).rstrip()
+
+
+def cut_sentence(sentence: str, inside: list[Trace]) -> Rest:
+    """The sentence without the clauses in which these traces begin: with what stands before them, what goes on after
+    them, or both."""
+    clauses = CLAUSE.findall(sentence)
+    ends = list(accumulate(map(len, clauses)))
+    first, last = (bisect_right(ends, trace.start) for trace in (inside[0], inside[-1]))
+    head, tail = clauses[:first], going_on(clauses[last], clauses[last + 1 :])
+    alone = all(map(LEAD.match, head))
+    if {"doctor", "two"} & {trace.kind for trace in inside}:
+        tail = []  # it rests on who is asking, or on the two questions
+    if tail and (alone or not (OPENS.match(head[-1]) or BUT.match(clauses[last]) and tail[0] is clauses[last + 1])):
+        if alone:
+            tail[0] = BUT.sub("", tail[0])
+        return Rest("".join(head + tail), "")
+    head = standing(head)
+    text, end = "".join(head), END.search(sentence)
+    unasked = end and end[0][0] in "？?" and not ASKS.search(text)
+    if not head or len(re.sub(r"\W", "", text)) < SHORT or unasked or sentence.endswith("："):
+        return Rest("", "all")
+    return Rest(re.sub("(?:[，：]|, )$", "", text) + (end[0] if end else ""), "end")
+
+
+def going_on(trace_clause: str, rest: list[str]) -> list[str]:
+    """Of the clauses behind one with a trace those that can do without it."""
+    if rest and INTRODUCES.match(trace_clause):
+        if STEPS.match(rest[0]) if trace_clause.endswith("：") else not CITED.match(rest[0]):
+            return rest
+    for i, clause in enumerate(rest):
+        if GOES_ON.match(clause):
+            return rest[i:]
+    return []
+
+
+def standing(head: list[str]) -> list[str]:
+    """The first clauses of a sentence, as many as are one when its end has gone."""
+    end, waiting = 0, False  # 如果 waits for its main clause
+    for i, clause in enumerate(head):
+        if OPENS.match(clause):
+            waiting = True
+        elif not LEAD.match(clause) and not (waiting and JOINS.match(clause)):
+            end, waiting = i + 1, False
+    return head[:end]
+
+
+def after_gap(sentence: str, gone: str) -> Rest:
+    """A sentence without a trace, after one of which `gone` is gone: it may rest on that."""
+    if not gone or not sentence.strip():
+        return Rest(sentence, "")
+    if POINTS.match(sentence) or gone == "all" and BACK.search(CLAUSE.match(sentence)[0]):
+        return Rest("", gone)
+    return Rest(CONNECTS[gone].sub("", sentence), "")
+
+
+def clean_rows(part: list[Placed], problems: dict[str, list[Place]], counts: Counter) -> list[Placed]:
+    """The rows with what is left of their thinking; `problems` gets the places of those of which too little is left,
+    `counts` what was done. A row's `instruction` is what its writer was told beside the question."""
+    kept = []
+    for place, row in part:
+        think, kinds = leave_out(row["question"], row["think"], row["answer"], row.get("instruction", ""))
+        counts.update(kinds, rows=1, changed=think != row["think"], before=len(row["think"]), after=len(think))
+        if len(think) < KEPT * len(row["think"]):
+            problems.setdefault(TOO_LITTLE, []).append(place)
+        else:
+            kept.append((place, row | {"think": think}))
+    return kept
+
+
+def describe(counts: Counter) -> str:
+    """What clean_rows did, for people."""
+    share = counts["after"] / counts["before"] if counts["before"] else 1
+    text = f"{counts['changed']}/{counts['rows']} 行的思考改过，保留 {share:.1%} 的字"
+    kinds = [f"{name} {counts[kind]} 处" for kind, name in KINDS.items() if counts[kind]]
+    return f"{text}；去掉的：{'，'.join(kinds)}" if kinds else text

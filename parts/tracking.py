@@ -13,12 +13,6 @@ from parts.terminal import explain_failed_write, in_main_thread, shorten
 
 RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
 PROJECT = "SWANLAB_PROJ_NAME"  # as SwanLab's first versions named it; it still reads that
-NAMES = {  # where a setting comes from, and what it may be
-    ("project", "name"): (" SWANLAB_PROJECT ", "要 1 到 100 个字符，只能是英文字母、数字和 _ - + ."),
-    ("project", "workspace"): (" SWANLAB_WORKSPACE ", "要 1 到 25 个字符，只能是英文字母、数字和 _ -"),
-    ("experiment", "name"): (" --run_name ", "要 1 到 512 个字符"),
-    ("mode",): (" SWANLAB_MODE ", "要 online、local、offline 或 disabled"),
-}
 SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
 
 
@@ -47,16 +41,22 @@ def time_limit():
             signal.signal(alarm, before)
 
 
-def read_settings(args, project: str, run_id: str | None):
+def is_on(args) -> bool:
+    """Whether this process is the one that writes to SwanLab."""
+    return "swanlab" in args.report_to and not args.process_index
+
+
+def read_settings(args, project: str, run_id: str | None = None):
     """(SwanLab's settings for this run, its mode). Raises SystemExit where the user has to mend something.
 
     SWANLAB_MODE is obeyed; without it: online with a key or an earlier login, else local. No prompt blocks a run.
     """
-    for name in [name for name, value in os.environ.items() if name.startswith("SWANLAB_") and not value.strip()]:
-        del os.environ[name]  # empty: as unset
+    for name, value in list(os.environ.items()):
+        if name.startswith("SWANLAB_") and not value.strip():  # empty: as unset
+            del os.environ[name]
     # SwanLab >= 0.8 reads SWANLAB_PROJECT as JSON settings and raises; older tutorials set it to a name.
-    if name := os.environ.pop("SWANLAB_PROJECT", None):
-        os.environ[PROJECT] = name
+    if "SWANLAB_PROJECT" in os.environ:
+        os.environ[PROJECT] = os.environ.pop("SWANLAB_PROJECT")
     import pydantic
     import swanlab
 
@@ -70,12 +70,16 @@ def read_settings(args, project: str, run_id: str | None):
             terminal={"proxy_type": "none"},
         )
     except ValueError as error:
-        name, wanted = "设置", shorten(str(error), 200)
+        why = str(error)
         if isinstance(error, pydantic.ValidationError):  # whose text would show what was given, such as a key
-            found = error.errors()[0]
-            name, wanted = NAMES.get(found["loc"], (name, shorten(found["msg"], 200)))
-        raise SystemExit(f"错误：SwanLab 的{name}不能用：{wanted}；请改正，或加 --report_to none。") from None
-    mode = settings.mode if "mode" in settings.model_fields_set else "online" if settings.api_key else "local"
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}：{first['msg']}"
+        raise SystemExit(
+            f"错误：SwanLab 的设置不能用（{shorten(why, 200)}）；"
+            "请改正 --run_name 或 SWANLAB_ 开头的环境变量，或加 --report_to none。"
+        ) from None
+    chosen = "mode" in settings.model_fields_set
+    mode = settings.mode if chosen else "online" if settings.api_key else "local"
     if mode == "online" and not settings.api_key:
         raise SystemExit(
             "错误：SWANLAB_MODE=online 需要先登录：swanlab login；"
@@ -86,14 +90,14 @@ def read_settings(args, project: str, run_id: str | None):
 
 def check(args, project: str) -> None:
     """Raises SystemExit where SwanLab's settings have to be mended; before anything is loaded."""
-    if "swanlab" in args.report_to and not args.process_index:
-        read_settings(args, project, None)
+    if is_on(args):
+        read_settings(args, project)
 
 
 def start(args, project: str, config: dict[str, object], goes_on: bool = False) -> None:
     """Begin the SwanLab run that Trainer's own callback then writes to, or go on with the unfinished one. Only rank 0
     does. What fails here, such as the network, makes the run a local one and never ends the training."""
-    if "swanlab" not in args.report_to or args.process_index:
+    if not is_on(args):
         return
     import swanlab
 
@@ -142,7 +146,7 @@ def end(state: str = "success") -> None:
 
 def log_texts(args, name: str, texts: list[str], step: int | None = None) -> None:
     """Texts in the SwanLab run, if this training has one; without a step after all that is there."""
-    if "swanlab" in args.report_to and not args.process_index:
+    if is_on(args):
         import swanlab
 
         swanlab.log({name: [swanlab.Text(text) for text in texts]}, step=step)
@@ -151,6 +155,6 @@ def log_texts(args, name: str, texts: list[str], step: int | None = None) -> Non
 def finish(args, samples: list[str]) -> None:
     """The replies as text in the SwanLab run, and the end of that run."""
     log_texts(args, "Prediction", samples)
-    if "swanlab" in args.report_to and not args.process_index:
+    if is_on(args):
         end()
         Path(args.output_dir, RUN_ID_FILE).unlink(missing_ok=True)

@@ -119,6 +119,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def as_flags(values: dict) -> list[str]:
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def together(script: str, *flags, cwds, own=((), ()), machines: int = 1, status: int = 0, **more) -> list[str]:
+    """What each of two processes says that are started as torchrun starts them, but forked, in these folders; both end
+    with `status`. `own`: flags of each. On two machines each is the first one of its own."""
+    started = []
+    port = str(free_port())
+    for rank in range(2):
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+        world |= {"LOCAL_RANK": str(rank // machines), "LOCAL_WORLD_SIZE": str(2 // machines)}
+        started.append(Started(script, [*flags, *own[rank]], cwds[rank], os.environ | world, **more))
+    ends = [process.wait(100) for process in started]
+    assert ends == [status] * 2, "\n".join(process.stdout for process in started)
+    return [process.stdout for process in started]
+
+
 # ---- trainings ----------------------------------------------------------------------------------------------------
 
 
@@ -128,9 +146,9 @@ def arguments(model: str | Path, lora: bool = False, **changes):
     import train_lora
 
     values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "report_to": "none"}
-    values |= {"sample_tokens": 4, "eval_samples": 0}
-    cls = train_lora.LoraArguments if lora else train.TrainArguments
-    return cls(model_name=str(model), **values | {"disable_tqdm": True} | changes)
+    values |= {"sample_tokens": 4}
+    make = train_lora.arguments if lora else train.arguments
+    return make(model_name=str(model), **values | {"disable_tqdm": True} | changes)
 
 
 def run(model: str | Path, lora: bool = False, callbacks=(), **changes):
@@ -165,8 +183,8 @@ def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jso
     import train_lora
     from parts import models
 
-    cls = train_lora.LoraArguments if lora else train.TrainArguments
-    args = cls(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
+    make = train_lora.arguments if lora else train.arguments
+    args = make(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
     model = models.load_weights(str(model_path), args.device, args.load_in_4bit)
     model = model.to(dtype) if dtype else model
     model = train_lora.add_adapter(model, args) if lora else model
@@ -263,7 +281,7 @@ def card_arguments(lora=False, **changes):
     import train
     import train_lora
 
-    return memory_budget.card_arguments(train_lora.LoraArguments if lora else train.TrainArguments, **changes)
+    return memory_budget.card_arguments(train_lora.arguments if lora else train.arguments, **changes)
 
 
 def load_attentive(tiny_model, device: str = "cpu"):
@@ -374,7 +392,7 @@ def import_all() -> None:
 
     import inference_lora  # noqa: F401
     import train_lora  # noqa: F401
-    from parts import conversation, packed_trainer, tracking  # noqa: F401
+    from parts import arguments, conversation, packed_trainer, tracking  # noqa: F401
 
     gc.freeze()
 

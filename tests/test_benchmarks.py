@@ -7,7 +7,6 @@ from pathlib import Path
 
 import decode_speed
 import defaults
-import many_gpus
 import memory_budget
 import numpy as np
 import pytest
@@ -69,7 +68,7 @@ def test_arms_run_in_turn_in_processes_of_their_own(capsys):
 
 def test_memory_budget_runs_under_a_cap():
     found = memory_budget.run_one("LoRA", cap=4, small=True, steps=1)
-    assert found["tokens_per_second"] > 0 and 0 < found["estimate_gb"] < 4 and found["plan"].endswith("optim")
+    assert found["tokens_per_second"] > 0 and 0 < found["estimate_gb"] < 4 and found["plan"].endswith("adamw")
 
 
 def test_memory_budget_plans_for_cards_that_are_not_here(capsys):
@@ -85,20 +84,6 @@ def test_memory_budget_plans_for_cards_that_are_not_here(capsys):
         ("12", "LoRA"): "yes",
         ("12", "QLoRA"): "yes",
     }
-
-
-def test_many_gpus():
-    """By hand; and a row of the table."""
-    model = many_gpus.build("Qwen3-1.7B", False, None)
-    size = sum(p.nbytes for p in model.parameters())
-    output = model.get_output_embeddings().weight.nbytes
-    assert size == pytest.approx(2 * 1.72e9, rel=0.01)
-    assert many_gpus.traffic(model, 1, 8, False) == (2 * 7 / 8 * size, 0)
-    assert many_gpus.traffic(model, 1, 8, True) == (7 / 8 * (3 * size - output), 0)
-    assert many_gpus.traffic(model, 2, 8, True)[1] == (3 * size - output) / 2
-    assert many_gpus.flops(model, False, 0, 788, 788) == pytest.approx(6 * 788 * size / 2, rel=0.04)
-    parts = many_gpus.row("Qwen3-1.7B", False, 2, 8, True, 1).split(" | ")
-    assert parts[:3] == ["| 1.7B", "full", "2 x 8 --fsdp"] and float(parts[3]) < 12
 
 
 def test_data_speed():

@@ -44,7 +44,7 @@ def test_it_fails_when_something_that_should_run_does_not(workspace, tiny_model,
 
     verdict = proof.Verdict(False, "与普通算子相差 9.0%", expected)
     monkeypatch.setattr(diagnosis, "verdicts_of", lambda trainer: {"融合算子 Liger": verdict})
-    args = train.TrainArguments(model_name=str(tiny_model), check=True, report_to="none")
+    args = train.arguments(model_name=str(tiny_model), check=True, report_to="none")
     if status:
         with pytest.raises(SystemExit, match="1"):
             train.check(args)

@@ -1,19 +1,20 @@
-"""Every flag of transformers.TrainingArguments acts, or is refused by its name: none is left out."""
+"""Each flag that is shown acts; what does not act, or cannot be meant, is refused in one sentence, before torch is
+imported where the command line says it."""
 
 import os
 import re
+import subprocess
 import sys
-from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from helpers import build_trainer, make_rows, same, save
+from helpers import ROOT, SCRIPTS, arguments, build_trainer, make_rows, refused, run, same, save
 
+import data
+import train
 import train_lora
-from parts import run_settings
-from parts.arguments import parse_flags
-from parts.flags import REFUSED
+from parts import checkpoints, flags, optimizers, run_settings
 
 ACTS = {  # seen in the weights or the log of three steps: another value, and what it needs beside it
     "per_device_train_batch_size": (2, {}),
@@ -21,173 +22,70 @@ ACTS = {  # seen in the weights or the log of three steps: another value, and wh
     "max_steps": (2, {}),
     "learning_rate": (1e-2, {}),
     "lr_scheduler_type": ("constant", {}),
-    "lr_scheduler_kwargs": ({"num_cycles": 2.0}, {"lr_scheduler_type": "cosine"}),
     "warmup_steps": (2, {}),
-    "optim": ("sgd", {}),
-    "optim_args": ("momentum=0.9", {"optim": "sgd"}),
     "weight_decay": (0.5, {}),
-    "adam_beta1": (0.5, {}),
     "adam_beta2": (0.5, {}),
-    "adam_epsilon": (0.1, {}),
     "gradient_accumulation_steps": (2, {}),
-    "max_grad_norm": (0.01, {"optim": "sgd"}),
-    "label_smoothing_factor": (0.5, {"full_logits": True}),
-    "bf16": (True, {}),
-    "neftune_noise_alpha": (5.0, {}),
+    "max_grad_norm": (0.01, {}),
     "seed": (1, {}),
-    "data_seed": (1, {}),
-    "train_sampling_strategy": ("sequential", {}),
-    "dataloader_drop_last": (True, {"max_steps": -1}),
-    "logging_strategy": ("epoch", {"logging_steps": 10}),
     "logging_steps": (2, {}),
-    "logging_first_step": (True, {"logging_steps": 2}),
-    "include_num_input_tokens_seen": ("all", {}),
-    "skip_memory_metrics": (False, {}),
-    "eval_strategy": ("epoch", {}),
-    "eval_steps": (1, {"eval_strategy": "steps"}),
-    "eval_delay": (2, {"eval_strategy": "steps", "eval_steps": 1}),
-    "eval_on_start": (True, {"eval_strategy": "steps", "eval_steps": 1}),
+    "eval_steps": (1, {}),
+    "eval_on_start": (True, {}),
+    "lora_rank": (4, {"lora": True}),
+    "lora_alpha": (8, {"lora": True}),
+    "lora_dropout": (0.5, {"lora": True}),
+    "target_modules": (["q_proj"], {"lora": True}),
+    "use_rslora": (True, {"lora": True}),
+    "use_dora": (True, {"lora": True}),
 }
 SETS = {  # seen in what the Trainer makes of it
     "run_name": ("x", lambda trainer: trainer.args.run_name == "x"),
-    "log_level": ("error", lambda trainer: transformers.logging.get_verbosity() == transformers.logging.ERROR),
     "use_cpu": (True, lambda trainer: trainer.model.device.type == "cpu"),
-    "full_determinism": (True, lambda trainer: torch.are_deterministic_algorithms_enabled()),
-    "activation_checkpointing": (True, lambda trainer: trainer.plan.checkpoint_every == 1),
-    "gradient_checkpointing": (True, lambda trainer: trainer.plan.checkpoint_every == 1),
+    "checkpoint_every": (1, lambda trainer: trainer.plan.checkpoint_every == 1),
+    "batch_tokens": (99, lambda trainer: trainer.plan.batch_tokens == 99),
+    "memory_gb": (2.0, lambda trainer: trainer.plan.free == 1.5e9),
     "save_total_limit": (7, lambda trainer: trainer.limit == 7),
-    "dataloader_num_workers": (1, lambda trainer: trainer.get_train_dataloader().num_workers == 1),
+    "save_steps": (200, lambda trainer: trainer.args.save_steps == 200),
+    "full_logits": (True, lambda trainer: trainer.args.full_logits),
 }
-ELSEWHERE = {
-    "several processes or machines": "fsdp deepspeed average_tokens_across_devices ddp_find_unused_parameters "
-    "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank "
-    "log_on_each_node log_level_replica",
-    "a GPU": "fp16 tf32 use_liger_kernel liger_kernel_config torch_empty_cache_steps dataloader_pin_memory",
-    "a compiler, for longer than a test may take": "torch_compile torch_compile_backend torch_compile_mode",
-    "a process that loads data": "dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context",
-    "a package that is not installed here": "optim_target_modules project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id",
-    "no other value than its default": "greater_is_better",
-    "the tests of saving, continuing and SwanLab": "output_dir save_strategy save_steps load_best_model_at_end "
-    "metric_for_best_model resume_from_checkpoint restore_callback_states_from_checkpoint "
-    "ignore_data_skip report_to disable_tqdm",
+ELSEWHERE = {  # flags that other tests see acting
+    "the trainings of all tests": "train_file val_file max_length model_name output_dir report_to",
+    "test_hub": "model_revision",
+    "test_train, test_safe_trainer": "early_stopping_patience overwrite_output_dir resume_from_checkpoint",
+    "test_optimizers, test_kernels, test_rehearsal, test_diagnosis": "optimizer fast_kernels rehearse check",
+    "test_gpu": "offload_activations",
+    "test_samples": "eval_samples sample_tokens",
+    "test_fsdp, test_processes": "fsdp ddp_timeout",
+    "test_qlora": "load_in_4bit",
 }
-ELSEWHERE = {name: where for where, names in ELSEWHERE.items() for name in names.split()}
-NAMES = [field.name for field in fields(transformers.TrainingArguments)]
-# In examples_per_step, where the processes may share a step otherwise.
-DECIDING = {*run_settings.SETTINGS, "per_device_train_batch_size"}
-DECIDING |= {"gradient_accumulation_steps"}
-ALIKE = ("eval_strategy", "eval_steps", "eval_delay")  # of the deciding ones, that decide which is the best checkpoint
+DECIDING = {*run_settings.SETTINGS, *run_settings.LORA_SETTINGS}
+DECIDING |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # in examples_per_step
+DECIDING -= {"eval_steps"}  # decides which is the best checkpoint
 
 
-def another(name: str):
-    """A value that is not the flag's default."""
-    field = train_lora.LoraArguments.__dataclass_fields__[name]
-    default = field.default if field.default_factory is MISSING else None
-    return not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else "x"
+def parse(script: str, *words: str, **environment) -> subprocess.CompletedProcess:
+    """The script in a process of its own, which must not import torch."""
+    spy = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    spy += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", spy, str(ROOT / script), *words]
+    env = os.environ | {"PYTHONUTF8": "1"} | environment
+    return subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_flag_is_refused_or_acts(name):
-    kinds = [kind for kind in (REFUSED, ACTS, SETS, ELSEWHERE) if name in kind]
-    assert len(kinds) == 1, f"{name}: does it act?"
-    if kinds == [REFUSED]:
-        with pytest.raises(ValueError, match=f"^--{name}：{re.escape(REFUSED[name])}$"):
-            train_lora.LoraArguments(report_to="none", **{name: another(name)})
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_a_wrong_flag_need_no_torch(script):
+    shown = parse(script, "--help")
+    assert shown.returncode == 0 and shown.stdout.count("\n") <= 110, shown.stderr
+    wrong = parse(script, "--modle_path" if "inference" in script else "--train_fil", "x")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("错误：") and wrong.stderr.count("\n") == 1
+    assert re.search("你是不是想写 --(model_path|train_file)", wrong.stderr)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor：只和 --full_logits true 一起起作用"),
-        (
-            {"use_liger_kernel": True},
-            "--use_liger_kernel：只和 --fast_kernels false 一起起作用；不写它，能用的 Liger 算子已经在用",
-        ),
-        ({"liger_kernel_config": {"rope": True}}, "--liger_kernel_config：只和 --use_liger_kernel 一起起作用"),
-        ({"greater_is_better": True}, "--greater_is_better：这里能选的都是损失，越小越好"),
-        (
-            {"metric_for_best_model": "accuracy"},
-            "--metric_for_best_model accuracy：只有 eval_loss、eval_token_loss",
-        ),
-        (
-            {"load_best_model_at_end": False, "early_stopping_patience": 5},
-            "--early_stopping_patience：只和 --load_best_model_at_end true 及评估一起起作用",
-        ),
-        (
-            {"optim": "sgd", "optimizer": "kahan"},
-            "--optim：只和 --optimizer optim 一起起作用，不和 --optimizer kahan",
-        ),
-        (
-            {"optimizer": "8bit_in_backward", "max_grad_norm": 0.5},
-            "--max_grad_norm：--optimizer 8bit_in_backward 不裁剪梯度",
-        ),
-        (
-            {"project": "mine"},
-            "--project：只和 --report_to trackio 一起起作用；SwanLab 的项目名用 SWANLAB_PROJECT",
-        ),
-        (
-            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": '{"a": 1}'},
-            "--lr_scheduler_kwargs：constant 没有参数",
-        ),
-        (
-            {"lr_scheduler_type": "constant", "warmup_steps": 5},
-            "--warmup_steps：constant 不预热，constant_with_warmup 才预热",
-        ),
-        ({"eval_strategy": "no", "eval_delay": 5}, "--eval_delay：--eval_strategy no 时没有评估"),
-        ({"eval_strategy": "no", "eval_samples": 2}, "--eval_samples：--eval_strategy no 时没有评估"),
-        ({"eval_samples": -1}, "--eval_samples -1：要一个不小于 0 的整数"),
-        (
-            {"load_best_model_at_end": False, "early_stopping_patience": 0, "metric_for_best_model": "eval_token_loss"},
-            "--metric_for_best_model：只和 --load_best_model_at_end true 一起起作用",
-        ),
-        ({"eval_strategy": "epoch", "eval_steps": 7}, "--eval_steps：--eval_strategy epoch 时不按步评估"),
-        ({"eval_strategy": "epoch", "save_steps": 7}, "--save_steps：只和 --save_strategy steps 一起起作用"),
-        (
-            {"logging_strategy": "epoch", "logging_steps": 7},
-            "--logging_steps：只和 --logging_strategy steps 一起起作用",
-        ),
-        (
-            {"save_strategy": "epoch"},
-            "--save_strategy epoch：要和 --eval_strategy 一样，或是 best，或加 --load_best_model_at_end false",
-        ),
-        ({"eval_steps": 2, "save_steps": 3}, "--save_steps 3：要是 --eval_steps 2 的倍数"),
-        (
-            {"gradient_checkpointing": True, "checkpoint_every": 0},
-            "--gradient_checkpointing 和 --checkpoint_every 说的不一样；请只写 --checkpoint_every",
-        ),
-        ({"ddp_backend": "gloo"}, "--ddp_backend：只和 torchrun 一起起作用"),
-        ({"lr_scheduler_kwargs": "{bad"}, '--lr_scheduler_kwargs：要写成 JSON，例如 {"min_lr_rate": 0.1}'),
-    ],
-    ids=str,
-)
-def test_a_flag_that_acts_only_beside_another_says_so(changes, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        train_lora.LoraArguments(report_to="none", **changes)
-
-
-def test_no_samples_may_be_asked_for_where_there_is_no_evaluation():
-    assert train_lora.LoraArguments(report_to="none", eval_strategy="no", eval_samples=0).eval_samples == 0
-
-
-def test_a_secret_is_not_repeated():
-    with pytest.raises(ValueError, match="^--hub_token：") as error:
-        train_lora.LoraArguments(report_to="none", hub_token="a-secret")
-    assert "a-secret" not in str(error.value)
-
-
-def test_the_command_line_without_flags_gives_none(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_lora.py"])
-    assert parse_flags(train_lora.LoraArguments, "").optimizer is None  # and nothing is refused
-
-
-def test_every_name_is_a_flag():
-    """Of this version of transformers, or of the newest that is taken."""
-    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}
-    for names in (REFUSED, ACTS, SETS, ELSEWHERE):
-        assert set(names) <= {*NAMES, *newer}
-    assert not DECIDING & REFUSED.keys()
+def test_every_flag_of_the_table_is_seen_to_act_somewhere():
+    seen = [*ACTS, *SETS, *" ".join(ELSEWHERE.values()).split()]
+    assert sorted(seen) == sorted(flags.FLAGS)
+    fields = train.arguments(report_to="none").__dataclass_fields__
+    assert set(flags.FLAGS) <= set(fields) and flags.OPTIMIZERS == tuple(optimizers.OPTIMIZERS)
 
 
 @pytest.fixture(scope="module")
@@ -196,33 +94,18 @@ def outcome(tiny_model, tokenizer, tmp_path_factory):
     file, known = save(make_rows(9), tmp_path_factory.mktemp("rows") / "rows.jsonl"), {}
 
     def train_with(**changes):
-        if (key := str(changes)) not in known:
-            folder = tmp_path_factory.mktemp("out")
-            values = {"output_dir": str(folder), "eval_strategy": "no", "save_strategy": "no", "max_steps": 3}
-            values |= {"num_train_epochs": 1, "load_best_model_at_end": False}
+        key = str(sorted(changes.items()))
+        if key not in known:
+            values = {"max_steps": 3, "num_train_epochs": 1, "output_dir": str(tmp_path_factory.mktemp("out"))}
             trainer = build_trainer(tiny_model, tokenizer, file=file, **values | changes)
             trainer.train()
-            logs = [{k: v for k, v in log.items() if not re.search("second|runtime|memory", k)} for log in
-                    trainer.state.log_history]  # fmt: skip
+            logs = []
+            for log in trainer.state.log_history:
+                logs.append({k: v for k, v in log.items() if not re.search("second|runtime|memory", k)})
             known[key] = trainer.model.state_dict(), logs
         return known[key]
 
     return train_with
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "holds"),
-    [(name, *rest) for name, rest in SETS.items() if name in train_lora.LoraArguments.__dataclass_fields__],
-)
-def test_a_flag_sets_what_it_says(workspace, tiny_model, tokenizer, monkeypatch, name, value, holds):
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # full_determinism writes into it
-    before = transformers.logging.get_verbosity()
-    try:
-        assert not holds(build_trainer(tiny_model, tokenizer)) or name == "use_cpu"
-        assert holds(build_trainer(tiny_model, tokenizer, **{name: value}))
-    finally:
-        transformers.logging.set_verbosity(before)
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", ACTS)
@@ -230,5 +113,111 @@ def test_a_flag_that_acts_is_seen_and_those_that_decide_the_weights_are_kept(out
     value, needs = ACTS[name]
     (before, log), (after, other_log) = outcome(**needs), outcome(**needs, **{name: value})
     assert log != other_log or not same(before, after)
-    if name not in ALIKE:
+    if name != "eval_steps":
         assert same(before, after) == (name not in DECIDING)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_flag_sets_what_it_says(workspace, tiny_model, tokenizer, name):
+    value, holds = SETS[name]
+    assert not holds(build_trainer(tiny_model, tokenizer)) or name == "use_cpu"
+    assert holds(build_trainer(tiny_model, tokenizer, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stem"),
+    [
+        ({"sample_tokens": 0}, "--sample_tokens 0：要一个大于 0 的数"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan：要一个大于 0 的数"),
+        ({"num_train_epochs": float("inf")}, "--num_train_epochs inf：要一个大于 0 的数"),
+        ({"max_steps": 0}, "--max_steps 0：要一个大于 0 的数"),
+        ({"seed": 2**32}, "--seed 4294967296：要一个从 0 到 4294967295 的整数"),
+        ({"lora_rank": 0}, "--lora_rank 0：要一个大于 0 的数"),
+        ({"weight_decay": -0.1}, "--weight_decay -0.1：要一个不小于 0 的数"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 1.0：要一个从 0 到 1（不含 1）的数"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere：没有这个文件夹"),
+        ({"output_dir": ""}, "--output_dir 是空的"),
+        ({"memory_gb": 0.4}, "--memory_gb 0.4：驱动自己就要约 0.5 GB"),
+        ({"offload_activations": True, "use_cpu": True}, "--offload_activations 要 GPU"),
+        ({"offload_activations": True, "checkpoint_every": 0}, "--offload_activations：没有要重算的层"),
+        ({"eval_steps": 2, "save_steps": 3}, "--save_steps 3：要是 --eval_steps 2 的倍数"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "--warmup_steps：constant 不预热"),
+        ({"optimizer": "8bit_in_backward", "max_grad_norm": 0.5}, "--max_grad_norm：--optimizer 8bit_in_backward"),
+        ({"push_to_hub": True}, "push_to_hub：这里的训练不看这个设置"),
+        ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size：这里的训练不看这个设置"),
+        ({"eval_strategy": "no"}, "eval_strategy：这里的训练不看这个设置"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused_at_once(changes, stem):
+    refused(f"{stem}~", train_lora.arguments, report_to="none", **changes)
+
+
+def test_a_secret_is_not_repeated():
+    with pytest.raises(SystemExit, match="hub_token") as error:
+        train.arguments(report_to="none", hub_token="a-secret")
+    assert "a-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "stem"),
+    [
+        ("--deepspeed true", "--deepspeed：不再支持；放不下时请用 --fsdp true"),
+        ("--seed x", "--seed：要一个整数，不是 'x'"),
+        ("--optimizer sgd", "--optimizer：只能是 kahan、8bit、8bit_in_backward、adamw，不是 'sgd'"),
+        ("--check maybe", "--check：只能是 true 或 false，不是 'maybe'"),
+        ("--learning_rate", "--learning_rate 后面要有一个值"),
+        ("--optimizer 8bit", "--optimizer 8bit 要用 torchao；请先运行 pip install torchao"),
+        ("--load_in_4bit true", "--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes"),
+        ("--report_to wandb", "--report_to wandb 要用 wandb；请先运行 pip install wandb"),
+        ("--target_modules", "--target_modules 后面要有一个值"),
+    ],
+)
+def test_the_command_line_is_refused_in_one_sentence(words, stem, capsys, monkeypatch):
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)  # as where nothing optional is installed
+    monkeypatch.setattr(sys, "argv", ["train_lora.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        flags.parse("", train_lora.RECIPE)
+    said = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert said.startswith(f"错误：{stem}") and said.count("\n") <= 1
+
+
+def test_of_several_processes_on_a_machine_one_says_it():
+    assert parse("train.py", "--seed", "x", LOCAL_RANK="1").stderr == ""
+    assert parse("train.py", "--seed", "-1", LOCAL_RANK="1").stderr == ""
+
+
+def test_nothing_is_written_into_what_the_user_wished(workspace, tiny_model):
+    args = arguments(tiny_model, max_steps=2)
+    before = dict(vars(args))
+    train.train(args)
+    assert vars(args) == before
+
+
+def test_a_layer_that_is_not_there_is_named(workspace, tiny_model):
+    refused("--target_modules 用不了~wheel_proj~", run, tiny_model, lora=True, target_modules=["wheel_proj"])
+
+
+def test_patience_is_that_of_the_command_that_continues(workspace, tiny_model):
+    changes = {"max_steps": 40, "eval_steps": 1, "learning_rate": 1.0}
+    first = run(tiny_model, early_stopping_patience=3, **changes)
+    stopped = first.state.global_step
+    Path(data.OUTPUT_DIR, checkpoints.FINISHED_MARK).unlink()
+    again = run(tiny_model, early_stopping_patience=5, **changes)
+    evaluations = [log["eval_loss"] for log in again.state.log_history if "eval_loss" in log]
+    assert stopped < again.state.global_step == evaluations.index(min(evaluations)) + 1 + 5 < 40
+
+
+def test_one_process_trains_on_one_gpu(tiny_model):
+    """Also where a library has seen two before CUDA_VISIBLE_DEVICES could be set."""
+    args = arguments(tiny_model)
+    args._n_gpu = 2  # as Trainer's own arguments would have it
+    assert args.n_gpu == 1 and args.train_batch_size == train.BATCH_SIZE
+
+
+def test_deterministic_algorithms_can_be_asked_for_from_python(tiny_model, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # full_determinism writes into it
+    try:
+        assert arguments(tiny_model, full_determinism=True).full_determinism
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -11,7 +11,7 @@ from helpers import refused, run, weights
 from safetensors.torch import save_file
 
 import inference_lora
-from parts import checkpoints, hub, models
+from parts import checkpoints, models
 
 ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
 
@@ -30,7 +30,7 @@ def test_whatever_a_folder_holds_is_asked_and_an_adapter_is_not_trained(finished
     assert adapter.keys() == full.keys() == again.keys() and all(adapter[name].equal(again[name]) for name in again)
     assert not all(adapter[name].equal(full[name]) for name in full)
     merge = "请先合并：python inference_lora.py --model_path lora --merge_to output/merged"
-    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", hub.find_model, "lora", "")
+    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", models.find_model, "lora", "")
 
 
 def test_files_that_are_cut_off_or_missing(finished):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import run_script, same, weights
+from helpers import as_flags, run_script, same, weights
 
 import train
 import train_lora
@@ -50,7 +50,7 @@ def serve_kills(script: str, seed: str) -> None:
             return pid
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
-        flags = [str(part) for name, value in RUN.items() for part in (f"--{name}", value)]
+        flags = as_flags(RUN)
         sys.argv = [f"{script}.py", *flags, "--output_dir", folder]
         prepare()
         code = 1

@@ -9,13 +9,10 @@ from helpers import run
 
 from parts import log_lines
 
-SAMPLES = {"whole": 1.0, "leak": 1.0, "loop": 1.0, "overlap": 0.25, "seconds": 12.34}
 EVALUATION = {"loss": 1.1234, "token_loss": 1.1234, "think_loss": 1.1234, "answer_loss": 1.1234, "runtime": 123.4}
-EVALUATION |= {"clean_loss": 1.1234, "clean_think_loss": 1.1234, "clean_answer_loss": 1.1234}
 LONGEST = [
     {"loss": 1.1234, "grad_norm": 12.34, "learning_rate": 9.88e-5, "tokens_per_second": 4e4, "peak_memory_gb": 12.34},
     {f"eval_{name}": value for name, value in EVALUATION.items()},
-    {f"eval_sample_{name}": value for name, value in SAMPLES.items()},
 ]
 
 

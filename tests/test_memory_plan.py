@@ -101,11 +101,6 @@ def test_flags_are_obeyed():
         assert make_plan(args, on_meta(), LENGTHS)[:4] == (4096, 2, offload, "8bit")
 
 
-@pytest.mark.parametrize(("flag", "every"), [(True, 1), (False, 0), (None, None)])
-def test_trainers_own_flag_for_checkpointing_is_obeyed(flag, every):
-    assert card_arguments(gradient_checkpointing=flag).checkpoint_every == every
-
-
 def test_steps_in_the_backward_pass_need_the_whole_step_at_once():
     args = card_arguments(optimizer="8bit_in_backward", gradient_accumulation_steps=4, memory_gb=12)
     with pytest.raises(SystemExit, match="8bit_in_backward 要一个进程把一步的样本一次算完"):

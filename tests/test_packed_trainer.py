@@ -67,7 +67,7 @@ def test_one_by_one_accumulated_and_all_at_once_give_the_same_losses(workspace, 
     """Four examples a step: the published four batches of one with transformers' own loss and attention, against one
     batch of four."""
     published = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "checkpoint_every": 1}
-    published |= {"full_logits": True, "fast_kernels": False, "optimizer": "optim"}
+    published |= {"full_logits": True, "fast_kernels": False, "optimizer": "adamw"}
     reference = run(tiny_model, output_dir="published", **published)
     assert losses(run(tiny_model, output_dir="ours")) == pytest.approx(losses(reference), rel=1e-5)
 

@@ -31,14 +31,11 @@ def interrupt_twice() -> None:
         (signal.SIGTERM, False, 10, {"save_total_limit": 1}),  # an evaluation comes at this very step
         (signal.SIGTERM, False, 20, {}),  # the last step
         (signal.SIGTERM, False, 13, {"save_total_limit": 1}),
-        (signal.SIGTERM, False, 13, {"save_strategy": "no", "load_best_model_at_end": False}),
         # an evaluation that is not the best so far: of itself it saves nothing
-        (signal.SIGTERM, False, 10, {"save_strategy": "best", "learning_rate": 1.0}),
+        (signal.SIGTERM, False, 10, {"save_steps": 1000, "learning_rate": 1.0}),
         # 27 steps an epoch: in the second one, and at the end of the first
-        *(
-            (signal.SIGTERM, False, step, {"eval_strategy": "epoch", "eval_steps": 100, "max_steps": 32})
-            for step in (29, 27)
-        ),
+        (signal.SIGTERM, False, 29, {"eval_steps": 100, "max_steps": 32}),
+        (signal.SIGTERM, False, 27, {"eval_steps": 100, "max_steps": 32}),
     ],
 )
 def test_signal_saves_at_the_end_of_the_step_and_the_command_continues(
@@ -56,7 +53,7 @@ def test_signal_saves_at_the_end_of_the_step_and_the_command_continues(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     trainer = run_steps(tiny_model, lora, output_dir="resumed", **changes)
     evaluated = {log["step"] for log in trainer.state.log_history if "eval_loss" in log}
-    assert (step in evaluated) == (step in (10, 20, 27)), evaluated  # when it is due, not because of the signal
+    assert (step in evaluated) == (step in (10, 20)), evaluated  # when it is due, not because of the signal
     assert f"resumed from step {step}" in capfd.readouterr().out.splitlines()
     assert same(weights("resumed"), expected)
     assert len(checkpoints.folders("resumed")) <= changes.get("save_total_limit", 2)
@@ -86,9 +83,7 @@ def test_a_signal_is_saved_where_a_broken_checkpoint_of_that_step_lies(interrupt
 
 def test_a_signal_after_the_last_step_lets_the_results_be_saved(workspace, tiny_model):
     """Nothing is left to interrupt, and without checkpoints all would be lost."""
-    run_steps(
-        tiny_model, callbacks=[At(None, terminate)], save_strategy="no", load_best_model_at_end=False, max_steps=4
-    )
+    run_steps(tiny_model, callbacks=[At(None, terminate)], eval_steps=100, max_steps=4)
     assert Path(data.OUTPUT_DIR, checkpoints.FINISHED_MARK).is_file()
 
 
@@ -210,8 +205,7 @@ class Ruin(transformers.TrainerCallback):
     [
         ({"logging_steps": 1}, "(loss|grad_norm)"),
         ({"logging_steps": 100, "eval_steps": 3}, "eval_loss"),
-        ({"logging_steps": 100, "eval_strategy": "no", "save_steps": 3}, "weights"),
-        ({"logging_steps": 100, "eval_strategy": "no", "save_steps": 6, "max_steps": 8}, "weights"),
+        ({"logging_steps": 100, "max_steps": 8}, "weights"),  # the last step is saved without an evaluation
     ],
 )
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_of_it(workspace, tiny_model, changes, what):

@@ -6,7 +6,7 @@ import pytest
 from helpers import REAL, make_rows, refused
 
 from parts import shapes
-from parts.rows import Unusable, check
+from parts.rows import FIELDS, Unusable, check
 
 
 def turns(row: dict, role: str, text: str, users: tuple[str, str]) -> list[dict]:
@@ -22,11 +22,6 @@ FORMS = {
     "plain": lambda r: r,
     "wrapped": lambda r: r | {"think": f"<think>{r['think']}</think>"},
     "o1": lambda r: {"Question": r["question"], "Complex_CoT": r["think"], "Response": r["answer"]},
-    "distill": lambda r: {
-        "question": r["question"],
-        "reasoning (reasoning_content)": r["think"],
-        "response (content)": r["answer"],
-    },
     "chinese r1": lambda r: {"input": r["question"], "reasoning_content": r["think"], "content": r["answer"]},
     "chinese": lambda r: {"问题": r["question"], "思考": r["think"], "回答": r["answer"]},
     "alpaca": lambda r: {"instruction": r["question"], "input": "", "output": block(r)},
@@ -39,12 +34,6 @@ FORMS = {
     "closed only": lambda r: r | {"think": f"{r['think']}\n</think>"},
     "turns as text": lambda r: {"messages": json.dumps(turns(r, "role", "content", CHAT))},
     "turns as columns": lambda r: {"conversations": {"from": ["human", "gpt"], "value": [r["question"], block(r)]}},
-    "no turns": lambda r: {
-        "Question": r["question"],
-        "Complex_CoT": r["think"],
-        "Response": r["answer"],
-        "messages": None,
-    },
     "trl, thinking beside": lambda r: {
         "prompt": [{"role": " User ", "content": r["question"]}],
         "reasoning": r["think"],
@@ -62,9 +51,8 @@ def plain(loaded: list) -> list[dict]:
 def test_every_form_gives_the_plain_rows(form):
     rows = make_rows(5)
     if REAL.is_dir():
-        lines = (REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").split("\n")
-        real = [json.loads(line) for line in lines if line.strip()]
-        rows += [{field: row[field].strip() for field in ("question", "think", "answer")} for row in real]
+        for line in (REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").splitlines():
+            rows.append({field: json.loads(line)[field].strip() for field in FIELDS})
     assert plain(shapes.to_fields(list(enumerate(map(form, rows), 1)), "x.jsonl")[0]) == rows
 
 
@@ -76,14 +64,11 @@ def test_earlier_turns_are_kept_without_thinking():
     assert [[text.strip() for text in turn] for turn in row["history"]] == [[first["question"], first["answer"]]]
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [[], "x", [3], [{"role": "tool", "content": ""}], [{"role": []}],
-     turns(make_rows(1)[0], "role", "content", CHAT)[:1]]
-)  # fmt: skip
-def test_conversation_that_cannot_be_trained_on_is_named(messages):
-    [(_, row)], _ = shapes.to_fields([(1, {"messages": messages})], "x.jsonl")
-    assert isinstance(row, Unusable)
+def test_conversation_that_cannot_be_trained_on_is_named():
+    half = turns(make_rows(1)[0], "role", "content", CHAT)[:1]
+    for messages in ([], "x", [3], [{"role": "tool", "content": ""}], [{"role": []}], half):
+        [(_, row)], _ = shapes.to_fields([(1, {"messages": messages})], "x.jsonl")
+        assert isinstance(row, Unusable)
 
 
 def test_shapes_may_be_mixed():

@@ -1,5 +1,7 @@
-"""Data sets from files and hubs: each read and split by itself, held against each other, no question on both sides."""
+"""Data sets from files and hubs: each read and split by itself, held against each other, no question on both sides;
+answers that say nearly the same are found."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,11 @@ from helpers import make_row, make_rows, published, refused, run_script, save, w
 from hub_server import Hub
 
 import data
+from parts import sources
 
 pytestmark = pytest.mark.usefixtures("folder")
+DRAWN = random.Random(0)
+PHRASES = ["".join(DRAWN.choices([chr(0x4E00 + i) for i in range(2000)], k=12)) for _ in range(400)]
 
 
 def download(hub: Hub, *flags: str) -> str:
@@ -19,6 +24,10 @@ def download(hub: Hub, *flags: str) -> str:
 def fill(hub: Hub, **files: list[dict]) -> None:
     for name, rows in files.items():
         save(rows, hub.set / f"{name}.jsonl")
+
+
+def place(rows: list) -> list:
+    return list(enumerate(rows, 1))
 
 
 def test_several_sets_are_each_split_by_themselves(capsys):
@@ -58,26 +67,21 @@ def test_same_row_in_two_sets_is_one_row(capsys):
 
 
 WRONG = {
-    "a.jsonl#0": "--dataset a.jsonl#0：# 后面要一个不小于 2 的整数，例如 a.jsonl#500",
-    "a.jsonl#x": "--dataset a.jsonl#x：# 后面要一个不小于 2 的整数，例如 a.jsonl#500",
-    "a.jsonl b.jsonl a.jsonl": "--dataset a.jsonl b.jsonl a.jsonl：同一个数据集写了两次；请改正。",
-    "a.jsonl#5 a.jsonl": "--dataset a.jsonl a.jsonl：同一个数据集写了两次；请改正。",
+    "a.jsonl#0": "--dataset a.jsonl#0：# 后面要一个不小于 2 的整数~",
+    "a.jsonl#x": "--dataset a.jsonl#x：# 后面要一个不小于 2 的整数~",
+    "a.jsonl#5 a.jsonl": "--dataset a.jsonl#5 a.jsonl：同一个数据集写了两次~",
     "hf://": "--dataset hf:// 既不是已有的文件，~hub 上的请写 hf://owner/name~",
 }
 
 
-@pytest.mark.parametrize("names, message", WRONG.items())
-def test_what_cannot_be_meant_is_refused(names, message):
+@pytest.mark.parametrize("names", WRONG)
+def test_what_cannot_be_meant_is_refused(names):
     save(make_rows(20), "a.jsonl")
+    refused(WRONG[names], data.prepare, names.split())
     save(make_rows(20), "b.jsonl")
-    refused(message, data.prepare, names.split())
+    refused("~--sha256 只用于一个数据集~", data.prepare, ["a.jsonl", "b.jsonl"], sha256="00")
+    refused("a.jsonl 的 SHA-256 是 ~，不是 --sha256 00~", data.prepare, "a.jsonl", sha256="00")
     assert not Path("train.jsonl").exists()
-
-
-def test_checksum_belongs_to_one_set():
-    names = [save(make_rows(20), "a.jsonl"), save(make_rows(20), "b.jsonl")]
-    message = "--dataset a.jsonl b.jsonl：--revision 和 --sha256 只用于一个数据集；请改正。"
-    refused(message, data.prepare, names, sha256="00")
 
 
 @pytest.mark.parametrize("own", ["validation", "test"])
@@ -90,18 +94,12 @@ def test_own_part_of_a_hub_is_never_trained_on(hub, own):
     assert "划分      验证集是它自己的，10 行\n" in out
 
 
-def test_rows_of_an_own_part_that_cannot_be_used_are_reported_and_those_without_thinking_kept(hub):
+def test_rows_of_an_own_part_that_cannot_be_used_are_reported_and_its_tests_not_used(hub):
     odd = [make_row(101, answer=""), make_row(102, think=None)]
-    fill(hub, train=make_rows(30), validation=[*odd, *make_rows(109, first=103)])
+    fill(hub, train=make_rows(30), validation=[*odd, *make_rows(109, first=103)], test=make_rows(208, first=201))
     out = download(hub, "--dataset", "owner/name", "--without_thinking", "keep")
     assert "未采用    answer 为空：1 行（validation.jsonl 第 1 行）\n" in out
     assert make_row(102, think="") in written()[1] and [len(part) for part in written()] == [30, 8]
-
-
-def test_beside_a_validation_part_a_test_part_is_not_used(hub):
-    fill(hub, train=make_rows(30), dev=make_rows(109, first=101), test=make_rows(208, first=201))
-    out = download(hub, "--dataset", "owner/name")
-    assert [len(part) for part in written()] == [30, 9]
     assert "划分      不用它的 test.jsonl\n" in out
 
 
@@ -152,3 +150,73 @@ def test_answers_alone_are_named_as_rows_without_thinking():
         data.prepare("rows.jsonl")
     data.prepare("rows.jsonl", without_thinking="keep")
     assert [len(part) for part in written()] == [18, 2]
+
+
+FILES = {
+    "train": "medical_r1.jsonl data/train-00000-of-00001.parquet latest/contest.jsonl train_test_mix.jsonl",
+    "val": "data/validation-00000-of-00001.parquet zh/valid.jsonl dev.csv eval_data.json validation/0001.parquet",
+    "test": "test.jsonl train/test.jsonl testset.jsonl holdout/0.parquet",
+}
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_part_is_read_from_the_files_path(part):
+    assert {sources.part_of(file) for file in FILES[part].split()} == {part}
+
+
+@pytest.mark.parametrize("answers", [2, 3, 7, 30])
+def test_rows_of_one_question_are_in_one_part_and_neither_is_empty(answers):
+    rows = [make_row(i, answer=f"回答{j}") for j in range(answers) for i in range(5)]
+    rows += [make_row(9, history=[["问题1？", "先答"]])]  # it begins with question 1
+    train, val = sources.by_question(place(rows), 42, 0.9)
+    questions = [{sources.question_of(placed) for placed in part} for part in (train, val)]
+    assert train and val and questions[0].isdisjoint(questions[1])
+    assert sorted(number for number, _ in train + val) == list(range(1, len(rows) + 1))
+
+
+def test_two_questions_of_which_one_has_nearly_all_rows_are_two_parts():
+    rows = [make_row(1)] + [make_row(2, answer=str(i)) for i in range(99)]
+    assert {len(part) for part in sources.by_question(place(rows), 42, 0.9)} == {1, 99}
+
+
+def test_row_that_cannot_be_used_is_a_group_of_its_own():
+    for odd in (None, [], "x", {}, {"question": 3}, {"question": "问", "history": 3}, {"history": [3]}):
+        train, val = sources.by_question(place([odd, *make_rows(9), odd]), 42, 0.9)
+        assert len(train) == 9 and len(val) == 2
+
+
+def test_larger_sample_contains_the_smaller_one():
+    train, val = sources.by_question(place(make_rows(100)), 42, 0.9)
+    small, large = sources.sample(train, val, 10, 0.9), sources.sample(train, val, 50, 0.9)
+    assert [len(part) for part in small] == [9, 1] and [len(part) for part in large] == [45, 5]
+    assert all(part == more[: len(part)] for part, more in zip(small, large))
+    assert sources.sample(train, val, 1000, 0.9) == (train, val)
+
+
+def test_answers_that_share_a_third_of_their_passages_are_near_duplicates_whatever_their_order():
+    first, second, third = PHRASES[:12], PHRASES[20:32], PHRASES[40:52]
+    mixed = [first, second, third[:7] + first[:5], second[::-1], third[:10] + first[:2]]
+    assert sources.near_duplicates(["，".join(phrases) for phrases in mixed]) == [(0, 2), (1, 3), (2, 4)]
+    others = ["，".join(PHRASES[i * 4 : i * 4 + 4]) for i in range(50)]
+    copies = ["，".join(PHRASES[300:304])] * 30  # each with the first one
+    assert sources.near_duplicates(others + copies) == [(50, number) for number in range(51, 80)]
+
+
+def test_short_answers_and_what_all_say_are_no_duplicates():
+    assert sources.near_duplicates(["多喝水，多休息。"] * 3) == []
+    closing = "以上内容不能代替医生的诊断，如有不适请及时到正规医院就诊，并按照医生的建议用药和复查"
+    answers = ["，".join(PHRASES[i * 4 : i * 4 + 4]) + closing for i in range(60)]
+    assert sources.near_duplicates(answers) == []
+    assert sources.near_duplicates(answers[:5]) != []  # of so few, each passage counts
+
+
+def test_a_validation_row_whose_answer_stands_in_the_training_part_is_marked(capsys):
+    rows = [make_row(i, answer="".join(PHRASES[i * 5 : i * 5 + 5])) for i in range(20)]
+    data.prepare(save(rows, "rows.jsonl"))
+    (other, _), (marked, unmarked) = written()[0][:2], written()[1]
+    rows[int(marked["question"][2:-1])]["answer"] = other["answer"][:40] + "另外多休息。"
+    data.prepare(save(rows, "rows.jsonl"))
+    seen = {row["question"]: row.get("seen", False) for row in written()[1]}
+    assert seen == {marked["question"]: True, unmarked["question"]: False}
+    assert "训练集内 0 对；验证集 1/2 行与训练集近似" in capsys.readouterr().out
+    assert data.read_examples("val.jsonl")[0].keys() == {"question", "think", "answer"}

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import At, Started, arguments, crash, prepared, run, run_script, says, weights
+from helpers import At, Started, arguments, crash, prepared, run, run_script, weights
 from tracker import Tracker
 
 import data
 import train
-from parts import samples, terminal, tracking
+from parts import terminal, tracking
 
 KEY = "a-key-that-must-stay-a-secret"
-FLAGS = "--max_steps 2 --eval_steps 2 --logging_steps 1 --sample_tokens 1 --disable_tqdm true".split()
+FLAGS = "--max_steps 2 --eval_steps 2 --logging_steps 1 --sample_tokens 1".split()
 connections: list[tuple] = []  # what this process has connected to
 sys.addaudithook(lambda event, args: connections.append(args[1]) if event == "socket.connect" else None)
 
@@ -56,10 +56,7 @@ def same_weights(untracked) -> bool:
 
 def local_series(run: Path) -> list[list[dict]]:
     """The points of each series of a local run: index (the step) and data."""
-    return [
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for path in run.glob("logs/*/1000.log")
-    ]
+    return [list(map(json.loads, path.read_text("utf-8").splitlines())) for path in run.glob("logs/*/1000.log")]
 
 
 def login(monkeypatch, url: str) -> None:
@@ -76,37 +73,22 @@ def tracker_line(output: str) -> str:
 
 def test_local_run_holds_losses_speed_memory_configuration_and_samples(workspace, tiny_model, monkeypatch, capfd):
     monkeypatch.setenv("SWANLAB_PROJECT", "an-older-tutorial")  # crashes swanlab >= 0.8 when left in place
-    trainer = run(tiny_model, report_to="swanlab")
+    monkeypatch.setenv("SWANLAB_MODE", " ")  # as unset
+    trainer = run(tiny_model, eval_samples=2, report_to="swanlab")
     [folder] = Path("swanlog").glob("run-*")
     series = [[point["data"] for point in points] for points in local_series(folder)]
     for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"):
         logged = [log[key] for log in trainer.state.log_history if key in log]
         assert any(values == pytest.approx(logged) for values in series), key
-    samples = [text.read_text(encoding="utf-8") for text in folder.glob("media/text/*.txt")]
-    assert len(samples) == 3 and all("【问题】" in text and "【回答】" in text for text in samples)
+    texts = [text.read_text(encoding="utf-8") for text in folder.glob("media/text/*.txt")]
+    assert len(texts) == 2 * 2 + train.SAMPLES and all("【问题】" in text and "【回答】" in text for text in texts)
+    assert len({text.split("\n")[0] for text in texts}) == train.SAMPLES  # the same questions each time
     config = (folder / "files" / "config.yaml").read_text(encoding="utf-8")
     for part in ("model_name", "max_length", f"transformers: {transformers.__version__}", "learning_rate"):
         assert part in config
     line = tracker_line(capfd.readouterr().out)
     assert line.startswith("SwanLab：只记录在本地。查看：swanlab watch swanlog；")
     assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
-
-
-def test_the_samples_of_each_evaluation_are_texts_and_curves(workspace, tiny_model, monkeypatch):
-    monkeypatch.setattr(samples, "SHARE", 1e9)  # else not every evaluation of so short a run has them
-    trainer = run(tiny_model, eval_samples=2, report_to="swanlab")
-    [folder] = Path("swanlog").glob("run-*")
-    series = local_series(folder)
-    for key in ("whole", "leak", "loop", "overlap"):
-        logged = [
-            (log["step"], log[name]) for log in trainer.state.log_history if (name := f"eval_sample_{key}") in log
-        ]
-        assert len(logged) == 2 and any(
-            [(point["index"], point["data"]) for point in points] == logged for points in series
-        )
-    texts = [text.read_text(encoding="utf-8") for text in folder.glob("media/text/*.txt")]
-    assert len(texts) == 2 * 2 + train.SAMPLES
-    assert sorted(text.split("\n")[0] for text in texts).count(texts[0].split("\n")[0]) >= 2  # the same ones each time
 
 
 @pytest.mark.parametrize(("mode", "connects"), [("local", False), ("offline", False), ("online", True)])
@@ -122,72 +104,35 @@ def test_only_online_mode_connects_and_sends_samples(workspace, tiny_model, monk
     tracker_line(capfd.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"SWANLAB_MODE": "online"},
-            "SWANLAB_MODE=online 需要先登录：swanlab login；不登录，请设 SWANLAB_MODE=local，或加 --report_to none。",
-        ),
-        (
-            {"SWANLAB_MODE": "onlin"},
-            "SwanLab 的 SWANLAB_MODE 不能用：要 online、local、offline 或 disabled；请改正，或加 --report_to none。",
-        ),
-        (
-            {"SWANLAB_MODE": "local", "SWANLAB_PROJECT": "我的项目"},
-            "SwanLab 的 SWANLAB_PROJECT 不能用：要 1 到 100 个字符，只能是英文字母、数字和 _ - + .；"
-            "请改正，或加 --report_to none。",
-        ),
-        (
-            {"SWANLAB_WORKSPACE": "my team"},
-            "SwanLab 的 SWANLAB_WORKSPACE 不能用：要 1 到 25 个字符，只能是英文字母、数字和 _ -；"
-            "请改正，或加 --report_to none。",
-        ),
-        (
-            {"SWANLAB_MODE": "local", "SWANLAB_CORE_SKIP_STORE": "1", "SWANLAB_API_KEY": KEY},
-            "SwanLab 的设置不能用：~skip_store~；请改正，或加 --report_to none。",
-        ),
-        ({"SWANLAB_PROBE": "x"}, "SwanLab 的设置不能用：~probe~；请改正，或加 --report_to none。"),
-    ],
-)
-def test_settings_to_be_mended_end_the_run_before_anything_is_loaded(folder, monkeypatch, settings, message):
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as error:
+@pytest.mark.parametrize("setting", ["MODE=online", "MODE=onlin", "PROJECT=我的项目", "WORKSPACE=a b", f"PROBE={KEY}"])
+def test_settings_to_be_mended_end_the_run_before_anything_is_loaded(folder, monkeypatch, setting):
+    name, value = setting.split("=")
+    monkeypatch.setenv(f"SWANLAB_{name}", value)
+    with pytest.raises(SystemExit, match="^错误：.*，或加 --report_to none。$") as error:
         train.train(arguments("no model", report_to="swanlab"))
-    assert says(str(error.value), message), error.value
-    assert KEY not in str(error.value) and "input_value" not in str(error.value)  # where pydantic shows settings
+    assert name.lower() in str(error.value).lower() and KEY not in str(error.value)
     assert not Path(data.OUTPUT_DIR).exists()
 
 
-def test_an_empty_setting_is_none(workspace, monkeypatch):
-    for name in ("SWANLAB_MODE", "SWANLAB_PROJECT", "SWANLAB_WORKSPACE"):
-        monkeypatch.setenv(name, " ")
-    settings, mode = tracking.read_settings(arguments("no model"), "ours", None)
-    assert (settings.project.name, settings.project.workspace, mode) == ("ours", None, "local")
-
-
-@pytest.mark.parametrize("mode", ["401", "hang", "refused", "hang after login", "500 after login"])
-def test_server_that_does_not_let_a_run_begin(workspace, tiny_model, monkeypatch, untracked, capfd, mode):
+@pytest.mark.parametrize("mode", ["401", "refused", "hang after login", "no disk"])
+def test_training_goes_on_where_no_run_can_begin(workspace, tiny_model, monkeypatch, untracked, capfd, mode):
     monkeypatch.setattr(tracking, "SECONDS", 3)  # a busy machine also has to get the local run going in it
-    later = mode.removesuffix(" after login") if "after" in mode else ""
+    later = "hang" if mode == "hang after login" else ""
     with Tracker("ok" if later else mode, later) as tracker:
-        login(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else tracker.url)
+        if mode == "no disk":
+            monkeypatch.setenv("SWANLAB_LOG_DIR", "/proc/swanlog")
+        else:
+            login(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else tracker.url)
         started = time.monotonic()
         run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
         assert time.monotonic() - started < 25  # without a limit: 33 s refused, 75 s and more unanswered
     line = tracker_line(capfd.readouterr().out)
-    assert "online 模式无法开始" in line and "训练照常；只记录在本地。查看：swanlab watch swanlog" in line
-    assert same_weights(untracked)
-    assert any(len(points) == 2 for run in Path("swanlog").glob("run-*") for points in local_series(run))
-
-
-def test_training_goes_on_where_even_the_disk_refuses(workspace, tiny_model, monkeypatch, untracked, capfd):
-    monkeypatch.setenv("SWANLAB_LOG_DIR", "/proc/swanlog")
-    run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
-    line = tracker_line(capfd.readouterr().out)
-    assert "local 模式无法开始" in line and line.endswith("训练照常；不记录。")
-    assert same_weights(untracked)
+    assert "模式无法开始" in line and same_weights(untracked)
+    if mode == "no disk":
+        assert line.endswith("训练照常；不记录。")
+    else:
+        assert "训练照常；只记录在本地。查看：swanlab watch swanlog" in line
+        assert any(len(points) == 2 for path in Path("swanlog").glob("run-*") for points in local_series(path))
 
 
 def train_within_a_second(*flags: str) -> None:
@@ -196,13 +141,13 @@ def train_within_a_second(*flags: str) -> None:
     terminal.run_main(train.main)
 
 
-@pytest.mark.parametrize(
-    ("after_points", "interrupt"), [("hang", False), ("close", True)], ids=["hangs", "refuses, then Ctrl-C"]
-)
-def test_server_that_dies_during_training(workspace, tiny_model, untracked, after_points, interrupt):
-    """In a process of its own, because a wait without limit would also keep that from ending."""
+@pytest.mark.parametrize("after_points", ["hang", "401", "close"])
+def test_server_that_dies_during_training(workspace, tiny_model, untracked, after_points):
+    """In a process of its own, because a wait without limit would also keep that from ending; the last one is ended by
+    Ctrl-C."""
+    interrupt = after_points == "close"
     flags = ["--model_name", tiny_model, *FLAGS]
-    flags += ["--max_steps", "100000", "--eval_strategy", "no"] if interrupt else []
+    flags += ["--max_steps", "100000", "--eval_steps", "100000"] if interrupt else []
     with Tracker(after_points=after_points) as tracker:
         env = os.environ | {"SWANLAB_API_KEY": KEY, "SWANLAB_API_HOST": tracker.url}
         process = Started("tests/test_tracking.py", flags, workspace, env, call="train_within_a_second")
@@ -220,45 +165,26 @@ def test_server_that_dies_during_training(workspace, tiny_model, untracked, afte
         assert same_weights(untracked) and text.splitlines()[-1].startswith("训练完成")
 
 
-def test_server_that_refuses_at_the_end(workspace, tiny_model, monkeypatch, untracked, capfd):
-    with Tracker(after_points="401") as tracker:
-        login(monkeypatch, tracker.url)
-        run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
-    assert "SwanLab：没有全部上传（服务器拒绝接收）。补传本地的记录：" in capfd.readouterr().out
-    assert same_weights(untracked)
-
-
-def killed_and_resumed(tiny_model) -> None:
-    """A run that stops after step 5, one after a checkpoint, and the same command again, up to step 8."""
-    args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "eval_samples": 2, "report_to": "swanlab"}
-    with pytest.raises(EOFError):
-        run(tiny_model, callbacks=[At(6, crash)], **args)
-    tracking.end("aborted")  # what is registered for the end of the process
-    run(tiny_model, **args)
-
-
-def test_resumed_online_run_is_continued_without_a_point_twice(workspace, tiny_model, monkeypatch):
-    monkeypatch.setattr(samples, "SHARE", 1e9)  # at each evaluation, however short the run
+@pytest.mark.parametrize("online", [True, False])
+def test_a_resumed_run_goes_on_in_the_same_one(workspace, tiny_model, monkeypatch, online):
+    """On the site without a point twice; in the local folder as a second one with the same id, by which both can be
+    uploaded into one run. Another training is another run."""
+    args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "report_to": "swanlab"}
     with Tracker() as tracker:
-        login(monkeypatch, tracker.url)
-        killed_and_resumed(tiny_model)
-        first, second = tracker.experiments
-        assert first == second
-        assert len(tracker.points) == len(set(tracker.points))
-        assert sorted(step for key, step in tracker.points if key == "train/loss") == list(range(1, 9))
-        assert sorted(step for key, step in tracker.points if key == "eval/sample_whole") == [4, 8]
+        if online:
+            login(monkeypatch, tracker.url)
+        with pytest.raises(EOFError):
+            run(tiny_model, callbacks=[At(6, crash)], **args)
+        tracking.end("aborted")  # what is registered for the end of the process
+        run(tiny_model, **args)
         assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
-        run(tiny_model, max_steps=1, sample_tokens=1, report_to="swanlab", overwrite_output_dir=True)
-        assert tracker.experiments[2] != first  # another training is another run
-
-
-def test_resumed_local_run_is_a_second_one_that_carries_on_the_steps(workspace, tiny_model, monkeypatch):
-    killed_and_resumed(tiny_model)
-    first, second = sorted(Path("swanlog").glob("run-*"))
-    assert first.name.split("-")[-1] == second.name.split("-")[-1]  # the id by which both can be uploaded into one run
-    steps = [[[point["index"] for point in points] for points in local_series(run)] for run in (first, second)]
-    assert [1, 2, 3, 4, 5] in steps[0] and [5, 6, 7, 8] in steps[1]
-    assert all(len(points) == len(set(points)) for run in steps for points in run)
+        run(tiny_model, **args | {"max_steps": 1, "overwrite_output_dir": True})
+    if online:
+        first, second, third = tracker.experiments
+        assert sorted(step for key, step in tracker.points if key == "train/loss") == [1, *range(1, 9)]
+    else:
+        first, second, third = (path.name.split("-")[-1] for path in sorted(Path("swanlog").glob("run-*")))
+    assert first == second != third
 
 
 def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, tiny_model, monkeypatch, capfd):
@@ -266,9 +192,8 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", "remote", "add", "origin", "https://user:git-token@example.com/x.git"], check=True)
     monkeypatch.setenv("SWANLAB_MODE", "local")
-    stored = Path(".swanlab", ".netrc")
-    stored.parent.mkdir()
-    stored.write_text(f"machine https://api.swanlab.cn\nlogin x\npassword {KEY}\n")
+    Path(".swanlab").mkdir()
+    (stored := Path(".swanlab", ".netrc")).write_text(f"machine https://api.swanlab.cn\nlogin x\npassword {KEY}\n")
     stored.chmod(0o600)
     flags = ("--model_name", tiny_model, *FLAGS, "--output_dir", "stored")
     result = run_script("train.py", *flags, cwd=workspace, env=os.environ | {"SWANLAB_DEBUG": "1"}, fresh=True)
@@ -282,7 +207,6 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     files = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.parts[0] != ".git"}
     assert {"config.yaml", "debug.log", "README.md", "trainer_state.json"} <= {path.name for path in files}
     for path, content in files.items():
-        assert KEY.encode() not in content and b"git-token" not in content, path
-        if path.parts[0] in ("swanlog", "screen.txt"):  # training_args.bin is Trainer's, with every argument in it
-            for secret in ("host-of-a-person", sys.executable):
-                assert secret.encode() not in content, (secret, path)
+        ours = path.parts[0] in ("swanlog", "screen.txt")  # training_args.bin is Trainer's, with every argument in it
+        for secret in (KEY, "git-token", *(("host-of-a-person", sys.executable) if ours else ())):
+            assert secret.encode() not in content, (secret, path)

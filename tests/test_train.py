@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import ROOT, arguments, losses, make_row, make_rows, opening, refused, run, save, weights
+from helpers import ROOT, arguments, losses, make_row, opening, refused, run, save, weights
 
 import data
 import train
@@ -77,16 +77,6 @@ def test_a_finished_run_is_not_overwritten_without_being_told(workspace, tiny_mo
     assert before == {path: path.stat().st_mtime_ns for path in Path(data.OUTPUT_DIR).rglob("*")}
     trainer = run(tiny_model, max_steps=4, overwrite_output_dir=True)
     assert trainer.state.global_step == 4 and len(losses(trainer)) == 4  # anew, not continued
-
-
-def test_fewer_rows_than_a_batch_are_no_training(workspace, monkeypatch, tiny_model):
-    from parts import models
-
-    save(make_rows(3), "three.jsonl")
-    monkeypatch.delattr(models, "load_weights")  # nothing is loaded
-    message = "训练集只有 3 条，不满一批（4 条），一步也训练不了；请去掉 --dataloader_drop_last，"
-    message += "或减小 --per_device_train_batch_size。"
-    refused(message, run, tiny_model, train_file="three.jsonl", dataloader_drop_last=True)
 
 
 def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(workspace, tiny_model, monkeypatch):

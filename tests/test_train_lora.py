@@ -53,7 +53,7 @@ def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
 
 def test_adapters_have_the_dtype_of_the_weights(workspace, tiny_model):
     model = models.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16)
-    model = train_lora.add_adapter(model, train_lora.LoraArguments())
+    model = train_lora.add_adapter(model, train_lora.arguments())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -62,7 +62,7 @@ def test_saving_an_adapter_asks_no_hub(tiny_model, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *names: asked.append(names))
     model = models.load_weights(str(tiny_model), torch.device("cpu"))
-    args = train_lora.LoraArguments(model_name="Qwen/Qwen3-1.7B", report_to="none")
+    args = train_lora.arguments(model_name="Qwen/Qwen3-1.7B", report_to="none")
     train_lora.add_adapter(model, args).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == "Qwen/Qwen3-1.7B" and asked == []

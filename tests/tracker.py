@@ -17,9 +17,8 @@ class Handler(BaseHTTPRequestHandler):
         tracker = self.server.tracker
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         tracker.requests.append((self.command, self.path, body.decode("utf-8", "replace")))
-        mode = tracker.later if tracker.later and "/login/" not in self.path else tracker.mode
-        if tracker.after_points and tracker.points:
-            mode = tracker.after_points
+        later = tracker.later if "/login/" not in self.path else ""
+        mode = (tracker.after_points if tracker.points else "") or later or tracker.mode
         if mode == "hang":
             tracker.closing.wait()
         elif mode == "close":

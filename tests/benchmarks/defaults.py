@@ -56,9 +56,9 @@ def fit(model: str, train_file: str, val_file: str, lora: bool = False, **change
     import train_lora
 
     values = {"report_to": "none", "disable_tqdm": True} | COMMON | changes
-    cls = train_lora.LoraArguments if lora else train.TrainArguments
+    make = train_lora.arguments if lora else train.arguments
     with open("log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        args = cls(
+        args = make(
             model_name=model, train_file=train_file, val_file=val_file, output_dir=tempfile.mkdtemp(dir="."), **values
         )
         return train.train(args, train_lora.add_adapter if lora else None)
@@ -119,7 +119,7 @@ def run_seed(seed: int, questions: list[str], rates: list[float], small: bool) -
     helpers.load_attentive(start).save_pretrained(start)  # learns twice as fast as from the usual small weights
     result = {"leaks": {}, "traces": {}, "losses": {}}
     for text in ("raw", "clean"):
-        settings = LEARNING | {"seed": seed, "eval_strategy": "no"} | (SMALL if small else {})
+        settings = LEARNING | {"seed": seed, "eval_steps": 10**6} | (SMALL if small else {})
         trainer = fit(start, f"{text}.jsonl", "val.jsonl", **settings)
         tokens = 8 if small else REPLY_TOKENS
         result["leaks"][text], result["traces"][text] = leaks(trainer, questions, tokens, seed)

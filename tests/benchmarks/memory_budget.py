@@ -64,13 +64,13 @@ def saved_by_4_bits(model) -> float:
     return sum(weight.numel() for weight in weights) * (2 - NF4_BITS / 8)
 
 
-def card_arguments(cls, **flags) -> SimpleNamespace:
+def card_arguments(make, **flags) -> SimpleNamespace:
     """Arguments as the plan reads them, of one process on a CUDA card that this machine need not have."""
     import torch
 
-    real = cls(report_to="none", **flags)
+    real = make(report_to="none", **flags)
     here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
-    here |= {name: getattr(real, name) for name in ("trains_adapter", "lora_dropout", "sharded")}
+    here |= {name: getattr(real, name) for name in ("trains_adapter",)}
     return SimpleNamespace(**vars(real) | here)
 
 
@@ -84,8 +84,8 @@ def plan_only(cap: float) -> None:
 
     models.quiet_libraries()
     for kind, (script, _) in KINDS.items():
-        cls = train_lora.LoraArguments if script == "train_lora" else train.TrainArguments
-        args = card_arguments(cls, memory_gb=cap)
+        make = train_lora.arguments if script == "train_lora" else train.arguments
+        args = card_arguments(make, memory_gb=cap)
         model = train_speed.build_model(False, "meta")
         with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
             model = model if kind == "full" else train_lora.add_adapter(model, args)

@@ -325,7 +325,7 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
         memory_plan.apply(SimpleNamespace(checkpoint_every=every, offload=False), model)
         trainer = PackedTrainer.__new__(PackedTrainer)  # without what Trainer sets up
         trainer.model, trainer.kernels = model, SimpleNamespace(varlen=fused)
-        trainer.args = SimpleNamespace(full_logits=False, average_tokens_across_devices=True)
+        trainer.args = SimpleNamespace(full_logits=False)
         trainer.accelerator = SimpleNamespace(num_processes=1)
         model.get_decoder().register_forward_hook(trainer.keep_hidden)
         count = torch.ones((), dtype=torch.long, device="meta")

@@ -22,9 +22,9 @@ SAMPLES = ROOT / "tests" / "demo" / "medical.jsonl"
 QUESTION = "糖尿病患者应该怎样选择碳水化合物？"
 # From random weights a model learns by heart in few steps only with a warm-up and a short memory of gradients.
 TRAINING = [
-    *("--learning_rate", "5e-3", "--warmup_steps", "30", "--adam_beta2", "0.95", "--gradient_checkpointing", "false"),
+    *("--learning_rate", "5e-3", "--warmup_steps", "30", "--adam_beta2", "0.95", "--checkpoint_every", "0"),
     *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
-    *("--disable_tqdm", "true", "--sample_tokens", "160"),
+    *("--sample_tokens", "160"),
 ]
 
 

@@ -68,7 +68,7 @@ def memory_table() -> dict[str, dict[str, float]]:
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**n["shape"])).to(torch.bfloat16)
     step = n["tokens"] * train.BATCH_SIZE
     one, whole = (n["tokens"], step), (step, step)
-    table = {"published recipe": memory_parts(model, "optim", *one)}
+    table = {"published recipe": memory_parts(model, "adamw", *one)}
     # All logits and their gradients at once, in place of chunks of them.
     table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - loss.LOSS_BYTES) / 1e9
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
@@ -86,7 +86,7 @@ def memory_table() -> dict[str, dict[str, float]]:
 def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool = False) -> dict[str, float]:
     """The plan's estimate, with the gradients apart from what else a step takes."""
     args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, full_logits=False, gradient_accumulation_steps=1)
-    args.world_size, args.sharded, args.deepspeed = 1, None, False
+    args.world_size, args.fsdp = 1, False
     weights, states, peak, reserve = memory.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     gradients *= not optimizer.endswith("in_backward")
