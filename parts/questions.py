@@ -57,7 +57,7 @@ def read(path: str) -> list[Row]:
     suffix = Path(path).suffix.lower()
     if suffix not in (".txt", *row_files.SUFFIXES):
         kinds = "、".join(row_files.SUFFIXES)
-        raise SystemExit(f"错误：--questions {path} 应是 .txt（一行一个问题）或 {kinds}（每行有 question 字段）文件。")
+        raise SystemExit(f"错误：--questions {path} 应是 .txt（一行一个问题）或 {kinds}（每行有 question 字段）。")
     if path.endswith(RESULTS):  # the scores would be written over it
         raise SystemExit(f"错误：--questions {path}：这样的名字是分数的；请给问题的文件换一个名字。")
     try:

@@ -56,8 +56,8 @@ class Comparison:
         for candidate in self.candidates[1:]:
             pairs = []
             for row, ours, other in zip(self.rows, self.candidates[0].replies, candidate.replies):
-                answers = [scores.written(reply, "answer") for reply in (ours, other)]
-                pairs.append(judge.Pair(scores.asked(row), scores.reference(row, "answer") or "", *answers))
+                answers = [scores.written(reply) for reply in (ours, other)]
+                pairs.append(judge.Pair(scores.asked(row), scores.reference(row) or "", *answers))
             verdicts, problem = judge.Judge(endpoint, prompt).compare(pairs, record, console)
             if problem:
                 console.print(problem, style="yellow", markup=False, soft_wrap=True)
@@ -101,10 +101,10 @@ class Comparison:
         last. `difference` is by how much the first answer and another differ at most in ROUGE-L."""
         cases = []
         for i, row in enumerate(self.rows):
-            case = {"question": scores.asked(row), "reference": scores.reference(row, "answer"), "difference": None}
+            case = {"question": scores.asked(row), "reference": scores.reference(row), "difference": None}
             case["replies"] = [show(candidate.name, candidate.replies[i], row) for candidate in self.candidates]
             if case["reference"]:
-                answers = [scores.written(candidate.replies[i], "answer") for candidate in self.candidates]
+                answers = [scores.written(candidate.replies[i]) for candidate in self.candidates]
                 shared = [scores.rouge(answer, case["reference"])[-1] for answer in answers]
                 case["difference"] = max(abs(share - shared[0]) for share in shared)
             case["verdicts"] = "；".join(VERDICTS[verdicts[i]] for verdicts in self.verdicts)

@@ -120,18 +120,16 @@ def find_traces(row: Row, reply: Reply) -> list[traces.Trace]:
     return traces.find(reply.thinking, asked(row), reply.answer)
 
 
-def reference(row: Row, field: str) -> str | None:
-    """Return the row's own text to hold a reply against, or None."""
-    text = row.get(field)
+def reference(row: Row) -> str | None:
+    """Return the row's own answer to hold a reply's against, or None."""
+    text = row.get("answer")
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) and clean(text) else None
 
 
-def written(reply: Reply, field: str) -> str:
-    """Return what is held against a reference: of a reply that was cut off inside its thinking nothing, and it shares
-    nothing with any."""
-    if reply.form == "unclosed":
-        return ""
-    return reply.thinking if field == "think" else reply.answer
+def written(reply: Reply) -> str:
+    """Return the answer that is held against a reference: that of a reply that was cut off inside its thinking is none,
+    and shares nothing with any."""
+    return "" if reply.form == "unclosed" else reply.answer
 
 
 @lru_cache(maxsize=4096)
@@ -171,24 +169,25 @@ def strangers(questions: list[str], references: list[str], seed: int) -> list[in
 def overlap(rows: list[Row], replies: list[Reply], seed: int) -> list[Score]:
     """Return how much the answers share with those of the rows that have one; and once more without the rows that stand
     in the training part too, where there are both."""
-    known = [(row, reply) for row, reply in zip(rows, replies) if reference(row, "answer")]
+    known = [(row, reply) for row, reply in zip(rows, replies) if reference(row)]
     if not known:
         return []
-    texts = [written(reply, "answer") for _, reply in known]
-    references = [reference(row, "answer") for row, _ in known]
+    texts, references = [written(reply) for _, reply in known], [reference(row) for row, _ in known]
     others = strangers([row["question"] for row, _ in known], references, seed)
     values = numpy.array([rouge(*pair) for pair in zip(texts, references)])
     floors = numpy.array([rouge(text, references[i]) for text, i in zip(texts, others or [])])
     new = numpy.array([not row.get("seen") for row, _ in known])
-    parts = [("", "", slice(None))]
+    parts = {"": slice(None)}
     if new.any() and not new.all():
-        parts.append(("_new", "（新题）", new))
+        parts["_new"] = new
     scores = []
-    for ending, remark, part in parts:
+    for ending, part in parts.items():
         for i, (kind, name) in enumerate(ROUGE.items()):
-            floor = ratio(numpy.stack([floors[part, i], numpy.ones(len(floors[part]))], axis=1)) if others else None
-            key = f"answer_{kind}{ending}"
-            scores.append(make_score(key, f"回答 {name}{remark}", "0–1", values[part, i], floor=floor, seed=seed))
+            floor = None
+            if others:
+                floor = ratio(numpy.stack([floors[part, i], numpy.ones(len(values[part]))], axis=1))
+            name = f"回答 {name}（新题）" if ending else f"回答 {name}"
+            scores.append(make_score(f"answer_{kind}{ending}", name, "0–1", values[part, i], floor=floor, seed=seed))
     return scores
 
 

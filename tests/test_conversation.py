@@ -48,20 +48,14 @@ def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
     return seen
 
 
-def test_a_chat_remembers_what_was_answered(model, tokenizer, monkeypatch, capsys):
-    assert chat(model, tokenizer, monkeypatch, "头痛？", "多久？", "然后？") == [[], ["头痛？"], ["头痛？", "多久？"]]
-    assert "没有回答" not in capsys.readouterr().out
+def test_a_chat_remembers_what_was_answered_and_goes_on_after_what_is_too_long(model, tokenizer, monkeypatch, capsys):
+    assert chat(model, tokenizer, monkeypatch, "头痛？", "头" * 99_999, "然后？") == [[], ["头痛？"], ["头痛？"]]
+    assert capsys.readouterr().out.count("错误：这个问题连同之前的对话有 ") == 1
 
 
 def test_a_reply_that_ended_in_its_thinking_is_not_remembered(model, thinking_only, monkeypatch, capsys):
     assert chat(model, thinking_only, monkeypatch, "头痛？", "多久？") == [[], []]
     assert capsys.readouterr().out.count("（没有回答，这一问不算在对话里。）") == 2
-
-
-def test_a_question_that_is_too_long_is_refused_and_the_chat_goes_on(model, tokenizer, monkeypatch, capsys):
-    model.config.max_position_embeddings = 100
-    assert chat(model, tokenizer, monkeypatch, "头" * 500, "痛？") == [[], []]
-    assert capsys.readouterr().out.count("错误：这个问题连同之前的对话有 ") == 1
 
 
 def test_what_may_go_beyond_the_context_is_said_before_anything_is_answered(model, tokenizer, capsys):
@@ -95,16 +89,10 @@ def shown(tokenizer, reply: str) -> str:
         ("<think>想<think>再想</think>答<think>又", "【思考】\n想再想\n【回答】\n答\n【思考】\n又\n"),
     ],
 )
-def test_thinking_and_answer_stream_under_their_headings(tokenizer, reply, expected):
+def test_thinking_and_answer_stream_under_their_headings(tokenizer, thinking_only, reply, expected):
     assert shown(tokenizer, reply) == expected
-
-
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [("想", "【思考】\n想\n"), ("想\n</think>\n\n答", "【思考】\n想\n\n【回答】\n答\n")],
-)
-def test_what_the_prompt_opens_streams_as_thinking(thinking_only, reply, expected):
-    assert shown(thinking_only, reply) == expected
+    if reply.startswith("<think>\n"):  # or the prompt has opened it
+        assert shown(thinking_only, reply.removeprefix("<think>\n")) == expected
 
 
 def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):

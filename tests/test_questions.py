@@ -145,16 +145,6 @@ def test_it_goes_on_where_it_stopped(folder, answer):
     assert [path.name for path in folder.iterdir()] == ["replies.jsonl"]
 
 
-def test_ctrl_c_keeps_what_is_answered(workspace, tiny_model):
-    flags = ["--model_path", tiny_model, "--questions", "train.jsonl", "--max_new_tokens", "700"]
-    process, path = Started("inference.py", flags, workspace), Path("replies.jsonl")
-    while not (path.is_file() and path.stat().st_size) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and "Traceback" not in process.stdout, process.stdout
-    assert f"已答的 {len(read_lines(path))} 条在 {path}，再运行同一命令会接着答" in process.stdout
-
-
 def test_a_full_disk_keeps_what_is_answered(folder, answer):
     """A file that takes no more is what a full disk is, to one who writes."""
     rows = [{"question": f"第 {i} 问：" + LONG} for i in range(6)]
@@ -187,15 +177,6 @@ def test_a_file_that_somebody_writes_is_left_to_them(folder, answer):
     assert not Path("replies.jsonl").exists()
 
 
-def test_batches_hold_every_prompt_once_and_fit():
-    lengths = dict(enumerate([10, 3000, 40, 500, 500, 7] * 20))
-    batches = questions.make_batches(lengths, new_tokens=2000, max_tokens=10_000)
-    assert sorted(i for batch in batches for i in batch) == list(lengths)
-    assert all(len(batch) * (max(lengths[i] for i in batch) + 2000) <= 10_000 for batch in batches)
-    assert [len(batch) for batch in questions.make_batches(dict.fromkeys(range(130), 9), 10, 10**9)] == [64, 64, 2]
-    assert questions.make_batches({4: 9, 7: 9}, 10, 1) == [[4], [7]]  # too little memory: one at a time
-
-
 def test_models_are_loaded_one_after_another(finished):
     """The second one when nothing holds the first one any more."""
     candidates = questions.list_candidates(ROWS, "full", None, "a.jsonl", ["lora"])
@@ -224,60 +205,15 @@ def test_a_model_that_cannot_be_asked_is_refused_before_another_answers(finished
     assert not Path("replies.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        (["none.jsonl"], "--compare_with none.jsonl 里有 0 条回复，而问题有 3 个；请检查路径~"),
-        (["part.jsonl"], "--compare_with part.jsonl 里有 1 条回复，而问题有 3 个；~先用写它的命令答完。"),
-        (["other.jsonl"], "other.jsonl 第 1 行不是对 --questions 里问题的回复，或多了一次；~"),
-        (["rows.jsonl"], "rows.jsonl 第 1 行不是 inference.py 写的回复；~"),
-        (["r.taken-model.jsonl", "a-b"], "r.taken-model.jsonl 第 1 行不是 inference.py 写的回复；~"),
-        (["taken/model"], "r.taken-model.jsonl 第 1 行不是 inference.py 写的回复；~"),
-        (["a/b", "a-b"], "--compare_with a/b a-b：有两个是同一个，或名字太像；~"),
-    ],
-)
-def test_files_that_cannot_be_compared_are_named(folder, others, message):
-    write({}, path="part.jsonl")
-    write({}, path="other.jsonl", rows=[{"question": "别的？"}])
-    Path("rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
-    Path("r.taken-model.jsonl").write_text("mine\n", encoding="utf-8")
-    refused(message, questions.list_candidates, ROWS, "some/model", None, "r.jsonl", others)
-    assert not Path("r.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\n",
-        "头痛？",
-        '{"question": "头痛？", "think": "想", "answer": "答"}',  # a row of data, its line not ended
-        "[" * 100_000,
-    ],
-    ids=range(4),
-)
-def test_a_file_that_is_no_file_of_replies_stays_as_it_is(folder, content):
-    Path("r.jsonl").write_text(content, encoding="utf-8")
-    refused("r.jsonl 第 1 行不是 inference.py 写的回复；它不会被改写，~", questions.read_replies, "r.jsonl", ROWS, BY)
-    assert Path("r.jsonl").read_text(encoding="utf-8") == content
-
-
-@pytest.mark.parametrize("change", [{"form": "two"}, {"tokens": "5"}, {"by": None}, {"think": None}, {"complete": 1}])
-def test_a_line_that_somebody_changed_is_refused(folder, change):
-    refused("r.jsonl 第 2 行不是 inference.py 写的回复；~", questions.read_replies, write({}, change), ROWS, BY)
-
-
-@pytest.mark.parametrize(
-    "asked", [[{"question": "别的？"}], ROWS[:2], [ROWS[0], ROWS[1], {"question": "头痛？", "history": [["甲", "乙"]]}]]
-)
-def test_replies_to_other_questions_are_refused(folder, asked):
-    message = f"r.jsonl 第 {1 if len(asked) == 1 else 3} 行不是对 --questions 里问题的回复，或多了一次；~"
-    refused(message, questions.read_replies, write({}, {}, {}), asked, BY)
+def test_an_adapter_is_known_by_its_folder_before_its_training_has_ended(interrupted):
+    """Its folder has nothing but checkpoints then."""
+    folders = ("lora", "lora/checkpoint-10", "full", "full/checkpoint-10", "none", "Qwen/Qwen3-1.7B")
+    assert [checkpoints.holds_adapter(folder) for folder in folders] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"seed": 1}, "--seed 是 42，现在是 1"),
         ({"max_new_tokens": 9, "no_thinking": True}, "--no_thinking 是 False，现在是 True；--max_new_tokens 是 30，~"),
         ({"weights": "4567"}, "权重 是 0123，现在是 4567"),
         ({"model": "Qwen/Qwen3-1.7B", "weights": None}, "~模型 是 output/full，现在是 Qwen/Qwen3-1.7B"),
@@ -292,50 +228,64 @@ def test_replies_that_were_made_otherwise_are_refused(folder, change, what):
     assert len(questions.read_replies(write({}), ROWS, BY | {"model": "moved"}).replies) == 1
 
 
-def test_a_place_where_nothing_can_be_written(folder):
-    Path("r.jsonl").mkdir()
-    for path in ("/proc/no/r.jsonl", "r.jsonl"):
-        refused(f"无法写入 --replies {path}（~）；请换一个位置。", questions.require_writable, path)
-    questions.require_writable("new.jsonl")
-    assert [path.name for path in folder.iterdir()] == ["r.jsonl"]
-
-
-def test_what_data_py_saw_in_the_training_part_is_known(folder):
-    rows = [{"question": "甲？", "answer": "答", "seen": True}, {"question": "乙？", "answer": None, "seen": "False"}]
-    Path("q.jsonl").write_text(as_jsonl(rows), encoding="utf-8")
-    assert [row["seen"] for row in questions.read("q.jsonl")] == [True, False]
+def test_what_is_no_reply_or_no_reply_to_these_questions_is_refused_and_stays(folder):
+    row = '{"question": "头痛？", "think": "想", "answer": "答"}'  # of data, its line not ended
+    for content in ("\n", "头痛？", row, "[" * 100_000):
+        Path("r.jsonl").write_text(content, encoding="utf-8")
+        refused("r.jsonl 第 1 行不是 inference.py 写的回复；~", questions.read_replies, "r.jsonl", ROWS, BY)
+        assert Path("r.jsonl").read_text(encoding="utf-8") == content
+    for change in ({"form": "two"}, {"tokens": "5"}, {"by": None}, {"think": None}, {"complete": 1}):
+        refused("r.jsonl 第 2 行不是 inference.py 写的回复；~", questions.read_replies, write({}, change), ROWS, BY)
+    after_a_turn = {"question": "头痛？", "history": [["甲", "乙"]]}
+    for asked, line in (([{"question": "别的？"}], 1), (ROWS[:2], 3), ([*ROWS[:2], after_a_turn], 3)):
+        message = f"r.jsonl 第 {line} 行不是对 --questions 里问题的回复，或多了一次；~"
+        refused(message, questions.read_replies, write({}, {}, {}), asked, BY)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "part"),
+    ("others", "message"),
     [
-        ("missing.jsonl", None, "无法读取 --questions missing.jsonl"),
-        ("q.docx", b"x", "应是 .txt"),
-        ("q.txt", b" \n\n", "q.txt 里没有问题"),
-        ("q.txt", "头痛？".encode("gbk"), "q.txt 第 1 行不是 UTF-8"),
-        ("q.jsonl", b"", "q.jsonl 是空文件"),
-        ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：没有问题"),
-        ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行：没有问题"),
-        ("q.jsonl", b"{", "q.jsonl 第 1 行不是合法的 JSON"),
-        ("q.scores.json", b"[]", "q.scores.json：这样的名字是分数的；请给问题的文件换一个名字"),
+        (["none.jsonl"], "--compare_with none.jsonl 里有 0 条回复，而问题有 3 个；请检查路径~"),
+        (["part.jsonl"], "--compare_with part.jsonl 里有 1 条回复，~先用写它的命令答完。"),
+        (["other.jsonl"], "other.jsonl 第 1 行不是对 --questions 里问题的回复，或多了一次；~"),
+        (["taken/model"], "r.taken-model.jsonl 第 1 行不是 inference.py 写的回复；~"),
+        (["a/b", "a-b"], "--compare_with a/b a-b：有两个是同一个，或名字太像；~"),
     ],
-    ids=str,
 )
-def test_files_without_questions_get_one_sentence(folder, name, content, part):
-    if content is not None:
-        Path(name).write_bytes(content)
-    with pytest.raises(SystemExit, match=f"^错误：[^\n]*{part}[^\n]*$"):
-        questions.read(name)
+def test_files_that_cannot_be_compared_are_named(folder, others, message):
+    write({}, path="part.jsonl")
+    write({}, path="other.jsonl", rows=[{"question": "别的？"}])
+    Path("r.taken-model.jsonl").write_text("mine\n", encoding="utf-8")
+    refused(message, questions.list_candidates, ROWS, "some/model", None, "r.jsonl", others)
+    assert not Path("r.jsonl").exists()
 
 
-def test_every_file_of_replies_has_scores_of_its_own():
-    named = {name: [str(path) for path in questions.result_paths(name)] for name in ("a/r.jsonl", "r.v1", "r.v2")}
-    assert named["a/r.jsonl"] == ["a/r.scores.json", "a/r.scores.html"]
-    assert len({path for paths in named.values() for path in paths}) == 6
+def test_places_and_batches(folder):
+    Path("r.jsonl").mkdir()
+    for path in ("/proc/no/r.jsonl", "r.jsonl"):
+        refused(f"无法写入 --replies {path}（~）；请换一个位置。", questions.require_writable, path)
+    assert questions.result_paths("r.v1") != questions.result_paths("r.v2")
     assert questions.path_beside("out/r.jsonl", "Qwen/Qwen3-1.7B") == "out/r.Qwen-Qwen3-1.7B.jsonl"
+    lengths = dict(enumerate([10, 3000, 40, 500, 500, 7] * 20))
+    batches = questions.make_batches(lengths, new_tokens=2000, max_tokens=10_000)
+    assert sorted(i for batch in batches for i in batch) == list(lengths)
+    assert all(len(batch) * (max(lengths[i] for i in batch) + 2000) <= 10_000 for batch in batches)
+    assert questions.make_batches({4: 9, 7: 9}, 10, 1) == [[4], [7]]  # too little memory: one at a time
 
 
-def test_an_adapter_is_known_by_its_folder_before_its_training_has_ended(interrupted):
-    """Its folder has nothing but checkpoints then."""
-    folders = ("lora", "lora/checkpoint-10", "full", "full/checkpoint-10", "none", "Qwen/Qwen3-1.7B")
-    assert [checkpoints.holds_adapter(folder) for folder in folders] == [True, True, False, False, False, False]
+def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
+    rows = [{"question": "甲？", "answer": "答", "seen": True}, {"question": "乙？", "answer": None, "seen": "False"}]
+    Path("q.jsonl").write_text(as_jsonl(rows), encoding="utf-8")
+    assert [row["seen"] for row in questions.read("q.jsonl")] == [True, False]
+    for name, content, message in (
+        ("missing.jsonl", None, "无法读取 --questions missing.jsonl~"),
+        ("q.docx", b"x", "--questions q.docx 应是 .txt~"),
+        ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),
+        ("q.txt", "头痛？".encode("gbk"), "q.txt 第 1 行不是 UTF-8~"),
+        ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：没有问题~"),
+        ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行：没有问题~"),
+        ("q.scores.json", b"[]", "--questions q.scores.json：这样的名字是分数的~"),
+    ):
+        if content is not None:
+            Path(name).write_bytes(content)
+        refused(message, questions.read, name)

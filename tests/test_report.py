@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, text
-from helpers import contents, opening, refused, run_script
+from helpers import opening, run_script
 from rich.console import Console
 
 from parts import report, traces
@@ -227,14 +227,6 @@ def test_largest_differences_come_first_and_the_list_leads_to_them():
     page = compare(many[:1] * 241, many[1:] * 241, rows=ROWS[:1] * 241).to_html("页", "提醒")
     assert page.count('<section class="case') == 241 and len(page.encode()) < 6e6
     assert "<details><summary>按" in page  # the list is folded
-
-
-def test_page_that_cannot_be_written_leaves_what_was_there(folder):
-    Path("r.scores.html").mkdir()
-    Path("r.scores.json").write_text("旧")
-    before = contents(folder)
-    refused("写 r.scores.json 失败（~", compare(GOOD).write, "r.jsonl", "提醒", Console(record=True))
-    assert contents(folder) == before
 
 
 def test_a_model_that_never_closes_its_thinking_and_one_token_get_a_table(finished):

@@ -7,7 +7,7 @@ import time
 
 import numpy
 import pytest
-from helpers import REAL, ROOT, SAMPLES
+from helpers import ROOT, SAMPLES
 
 from parts import scores
 from parts.encoding import Reply
@@ -82,12 +82,6 @@ def test_five_rows_worked_out_by_hand():
     assert not [key for key in without if key.startswith(("traces", "think"))]
 
 
-def test_a_stranger_has_another_question_and_another_reference():
-    assert scores.strangers(["问", "问", "另问"], ["甲", "乙", "丙"], SEED) in ([2, 2, 0], [2, 2, 1])
-    assert scores.strangers(["问", "另问"], ["甲", "甲"], SEED) is None
-    assert lines(ROWS[:1], REPLIES[:1])["answer_rouge1"]["floor"] is None
-
-
 @pytest.mark.parametrize("reference", [None, "", "\u200b", 3, "水\ud83d"])
 def test_rows_without_a_reference_are_left_out_of_the_overlaps_alone(reference):
     rows = [{"question": "头痛？", "answer": "多喝水。"}, {"question": "感冒？", "answer": reference}]
@@ -118,12 +112,6 @@ def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
 )
 def test_loops_are_found_wherever_they_are(text, expected):
     assert scores.loops(text) == expected
-
-
-def test_published_texts_do_not_loop():
-    files = [SAMPLES, *([REAL / "medical_r1_120.jsonl"] if REAL.is_dir() else [])]
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    assert not [row for row in rows if scores.loops(row["think"]) or scores.loops(row["answer"])]
 
 
 def test_two_hundred_and_forty_one_replies_take_seconds():
