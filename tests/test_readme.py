@@ -20,7 +20,7 @@ import inference
 import inference_lora
 import train
 import train_lora
-from parts import modelfile
+from parts.model import export as modelfile
 
 READMES = ("README.md", "README_EN.md")
 TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
