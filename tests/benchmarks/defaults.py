@@ -8,9 +8,9 @@ rows). They are not part of this project. Real trainings, by train.py's and trai
 about a million random parameters (tests/demo/tiny_model.py), one example a step.
 
 Each seed, which draws weights, order and replies, learns ROWS twice from nothing, as `data.py --raw` writes them and as
-`data.py` does. Both models answer the validation questions; parts/rows/traces.py counts in their thinking. Then the model of
-the cleaned rows is fine-tuned on 40 questions of the demo, rows of another style, and the outcome is the loss on its 20
-other questions, as train.py has it: of the best weights, two evaluations an epoch.
+`data.py` does. Both models answer the validation questions; parts/rows/traces.py counts in their thinking. Then the
+model of the cleaned rows is fine-tuned on 40 questions of the demo, rows of another style, and the outcome is the
+loss on its 20 other questions, as train.py has it: of the best weights, two evaluations an epoch.
 
 Intervals are 95 %, bootstrap; seeds and validation rows are drawn apart, so that either can have made a difference.
 Such a model cannot say how good replies are, nor where an absolute learning rate is best: small models learn best at

@@ -1,5 +1,5 @@
-"""What is read at a library's start is there before the first library is imported, and the user's own stays; a card that
-torch cannot use, or only in part, is said in one sentence before anything is loaded."""
+"""What is read at a library's start is there before the first library is imported, and the user's own stays; a card
+that torch cannot use, or only in part, is said in one sentence before anything is loaded."""
 
 import os
 import platform
