@@ -69,12 +69,12 @@ def prepare(
     counts = sources.read_names(named, revision, sha256)
     refuse_overwriting(train_file, val_file, list(counts))
     loaded = []
-    for name, count in counts.items():
+    for name in counts:
         published = name.removeprefix("ms://") == DATASET_NAME
         divide = partial(sources.by_row if published else sources.by_question, seed=SEED, share=TRAIN_SHARE)
-        loaded.append(sources.load(name, count, revision, sha256, len(counts) > 1, published, divide))
+        loaded.append(sources.load(name, revision, sha256, len(counts) > 1, published, divide))
     problems: dict[str, list[rows.Place]] = {}
-    train, val, lines = sources.join(loaded, TRAIN_SHARE, without_thinking == "keep", problems)
+    train, val, lines = sources.join(loaded, counts.values(), TRAIN_SHARE, without_thinking == "keep", problems)
     if raw:
         lines.append("清理      没有（--raw）")
     else:
@@ -86,11 +86,10 @@ def prepare(
         remedy = "请按下面的原因改正" if problems else "请提供更多不同的行"
         if traces.TOO_LITTLE in problems:
             remedy += "，或加 --raw 照原文写"
-        reasons = [f"\n  {line}" for line in rows.describe_problems(problems)]
-        raise SystemExit(
-            f"错误：{total} 行中可用的有 {len(train) + len(val)} 行，"
-            f"划分后{'验证集' if train else '训练集'}为空；{remedy}。{''.join(reasons)}"
+        text = (
+            f"{total} 行中可用的有 {len(train) + len(val)} 行，划分后{'验证集' if train else '训练集'}为空；{remedy}。"
         )
+        raise SystemExit("\n  ".join([f"错误：{text}", *rows.describe_problems(problems)]))
     lines.append(sources.mark_seen(train, val))
     write(train_file, train, val_file, val, {"sources": [source.origin for source in loaded], "raw": raw})
     print(rows.summary(lines, {train_file: train, val_file: val}, problems))

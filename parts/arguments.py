@@ -17,8 +17,8 @@ gc.enable()
 
 # Fields of TrainingArguments that are no flags, and act all the same for those who call the training from Python.
 ACTS_FROM_PYTHON = (
-    "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism dataloader_num_workers disable_tqdm "
-    "log_level logging_first_step"
+    "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism train_sampling_strategy disable_tqdm "
+    "dataloader_num_workers log_level logging_first_step"
 ).split()
 
 

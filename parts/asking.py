@@ -6,15 +6,9 @@ from functools import partial
 
 from parts import endpoint, terminal, web
 
-NEEDS = {  # a flag, and the one without which it would do nothing
-    "replies": "questions",
-    "compare_with": "questions",
-    "judge": "compare_with",
-    "judge_model": "judge",
-    "host": "web",
-    "port": "web",
-    "auth": "web",
-}
+# A flag, and the one without which it would do nothing.
+NEEDS = {"replies": "questions", "compare_with": "questions", "judge": "compare_with", "judge_model": "judge"}
+NEEDS |= dict.fromkeys(("host", "port", "auth"), "web")
 
 
 def build_parser(description: str, **defaults) -> terminal.Parser:

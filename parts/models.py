@@ -78,23 +78,19 @@ def load_tokenizer(path: str):
     """The tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is not there, or
     writes no such turns."""
     if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):  # else transformers would make an empty one
-        raise SystemExit(
-            f"错误：{path} 里没有分词器（{'、'.join(TOKENIZER_FILES)} 都没有）；如果它没有下载完，请把文件补齐，"
-            "或把这个文件夹改名后重新下载。"
-        )
+        files = "、".join(TOKENIZER_FILES)
+        raise SystemExit(f"错误：{path} 里没有分词器（{files} 都没有）；请把文件补齐，或把它改名后重新下载。")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template:
-            encode_messages(
-                tokenizer, [{"role": role, "content": "？"} for role in ("system", "user")], prompt_only=True
-            )
+            probe = [{"role": role, "content": "？"} for role in ("system", "user")]
+            encode_messages(tokenizer, probe, prompt_only=True)
     except Exception as error:  # tokenizers raises that itself; of a broken template jinja tells only when it is used
         raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
     if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
-        raise SystemExit(
-            f"错误：{path} 的分词器没有{END_OF_TURN if tokenizer.chat_template else '对话模板'}；"
-            "如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，否则请换一个用 Qwen3 模板的模型。"
-        )
+        missing = END_OF_TURN if tokenizer.chat_template else "对话模板"
+        remedy = "如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，否则请换一个用 Qwen3 模板的模型。"
+        raise SystemExit(f"错误：{path} 的分词器没有{missing}；{remedy}")
     tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TURN

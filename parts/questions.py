@@ -36,11 +36,7 @@ class Candidate:
     revision: str | None = None
     by: dict | None = None  # what makes its replies: model, weights (of a local folder, else None), and SETTINGS
     trained: tuple | None = None  # where its weights are, a models.Trained, once replies are missing
-    replies: list[Reply] = field(default_factory=list)  # to all questions, in their order
-
-    @property
-    def is_file(self) -> bool:
-        return self.name == self.path
+    replies: list[Reply] = field(default_factory=list)  # to all questions, in their order, once they are there
 
 
 class Known(NamedTuple):
@@ -50,6 +46,9 @@ class Known(NamedTuple):
     by: dict | None  # what made them
     lines: bytes  # those that were written to their end
 
+    def in_order(self) -> list[Reply]:
+        return [self.replies[i] for i in sorted(self.replies)]
+
 
 def read(path: str) -> list[Row]:
     """Return rows with `question`, `history`, perhaps `think` and `answer`, and `seen`, which is True where data.py saw
@@ -58,7 +57,7 @@ def read(path: str) -> list[Row]:
     suffix = Path(path).suffix.lower()
     if suffix not in (".txt", *row_files.SUFFIXES):
         kinds = "、".join(row_files.SUFFIXES)
-        raise SystemExit(f"错误：--questions {path} 应是 .txt（一行一个问题）或 {kinds}（每行有 question 字段）文件。")
+        raise SystemExit(f"错误：--questions {path} 应是 .txt（一行一个问题）或 {kinds}（每行有 question 字段）。")
     if path.endswith(RESULTS):  # the scores would be written over it
         raise SystemExit(f"错误：--questions {path}：这样的名字是分数的；请给问题的文件换一个名字。")
     try:
@@ -74,37 +73,35 @@ def read(path: str) -> list[Row]:
         raise SystemExit(f"错误：--questions {path} 里没有问题；请每行写一个问题。")
     rows = []
     for (_, raw), (number, row) in zip(loaded, shapes.to_fields(loaded, path, answered=False)[0]):
-        if isinstance(row, Unusable):
-            raise SystemExit(f"错误：{path} 第 {number} 行：{row}；请改正这一行。")
-        question = row.get("question") if isinstance(row, dict) else None
-        if not isinstance(question, str) or not clean(question):
-            raise SystemExit(f"错误：{path} 第 {number} 行没有问题；每行需要一个不为空的 question 字段。")
-        history, problem = check_history(row.get("history") or [])
-        if problem:
-            raise SystemExit(f"错误：{path} 第 {number} 行的 {problem}；请改正这一行。")
-        rows.append(row | {"question": clean(question), "history": history, "seen": raw.get("seen") is True})
+        question, history, problem = "", [], None
+        if isinstance(row, dict) and isinstance(row.get("question"), str):
+            question = clean(row["question"])
+            history, problem = check_history(row.get("history") or [])
+        if isinstance(row, Unusable) or problem or not question:
+            problem = row if isinstance(row, Unusable) else problem or "没有问题，需要一个不为空的 question 字段"
+            raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。")
+        rows.append(row | {"question": question, "history": history, "seen": raw.get("seen") is True})
     return rows
 
 
-def list_candidates(
-    rows: list[Row], name: str, revision: str | None, replies: str, others: list[str]
-) -> list[Candidate]:
-    """Return the model `name`, whose replies go into the file `replies`, and those that it is compared with. It raises
-    SystemExit, before anyone looks for a model, for files that cannot be written, that hold anything but replies to
-    these questions, or not all of them where that is needed."""
+def list_candidates(rows: list[Row], name: str, revision: str | None, replies: str, others: list) -> list[Candidate]:
+    """Return the model `name`, whose replies go into the file `replies`, and those that it is compared with; earlier
+    files with their replies. It raises SystemExit, before anyone looks for a model, for files that cannot be written,
+    that hold anything but replies to these questions, or not all of them where that is needed."""
     candidates = [Candidate(name, replies, revision)]
-    for other in others:
-        candidates.append(Candidate(other, path_beside(replies, other)))
+    candidates += [Candidate(other, path_beside(replies, other)) for other in others]
     if len({os.path.realpath(candidate.path) for candidate in candidates[1:]}) < len(others):
         raise SystemExit(f"错误：--compare_with {' '.join(others)}：有两个是同一个，或名字太像；请去掉一个。")
     for candidate in candidates:
         path = candidate.path
-        if not candidate.is_file:
+        known = read_replies(path, rows)
+        if candidate.name != path:
             require_writable(path)
-        known = len(read_replies(path, rows).replies)
-        if candidate.is_file and known < len(rows):
-            remedy = "请检查路径，或先用写它的命令答完。"
-            raise SystemExit(f"错误：--compare_with {path} 里有 {known} 条回复，而问题有 {len(rows)} 个；{remedy}")
+        elif len(known.replies) < len(rows):
+            remedy = f"而问题有 {len(rows)} 个；请检查路径，或先用写它的命令答完。"
+            raise SystemExit(f"错误：--compare_with {path} 里有 {len(known.replies)} 条回复，{remedy}")
+        else:
+            candidate.by, candidate.replies = known.by, known.in_order()
     return candidates
 
 
@@ -215,27 +212,22 @@ def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin: 
     returns the Conversation in which one is asked."""
     from parts import models
 
-    for candidate in candidates:
-        if candidate.is_file:
-            continue
+    asked = [candidate for candidate in candidates if not candidate.replies]
+    for candidate in asked:
         folder = models.find_local(candidate.name)
         weights = checkpoints.weights_sha256(folder)[:16] if folder else None
         name = f"{candidate.name}@{candidate.revision}" if candidate.revision else candidate.name
         candidate.by = {"model": name, "weights": weights} | settings
         if len(read_replies(candidate.path, rows, candidate.by).replies) < len(rows):
             # What was found is what is loaded: a training that goes on may write a better checkpoint meanwhile.
-            found = str(folder or candidate.name)
-            candidate.trained = models.find_trained(found, candidate.revision, not settings["no_thinking"])
-    for candidate in candidates:
-        if candidate.is_file:
-            known = read_replies(candidate.path, rows)
-        else:
-            with hold(candidate.path):
-                known = complete(rows, candidate, begin)
-        candidate.by, candidate.replies = known.by, [known.replies[i] for i in range(len(rows))]
+            name = str(folder or candidate.name)
+            candidate.trained = models.find_trained(name, candidate.revision, not settings["no_thinking"])
+    for candidate in asked:
+        with hold(candidate.path):
+            complete(rows, candidate, begin)
 
 
-def complete(rows: list[Row], candidate: Candidate, begin: Callable) -> Known:
+def complete(rows: list[Row], candidate: Candidate, begin: Callable) -> None:
     """Bring a model's file to all replies, in the order of the questions. The model is loaded where some are missing,
     and gone when this returns."""
     from accelerate.utils.memory import clear_device_cache
@@ -246,10 +238,10 @@ def complete(rows: list[Row], candidate: Candidate, begin: Callable) -> Known:
     if len(known.replies) < len(rows):
         ask_missing(rows, candidate, known, begin(*models.load(candidate.trained)))
         clear_device_cache(garbage_collection=True)
-    lines = [to_line(row, known.replies[i], candidate.by) for i, row in enumerate(rows)]
+    candidate.replies = known.in_order()
+    lines = [to_line(row, reply, candidate.by) for row, reply in zip(rows, candidate.replies)]
     with terminal.explain_failed_write(candidate.path, KEPT):
         row_files.write({candidate.path: "".join(lines)})
-    return known
 
 
 def ask_missing(rows: list[Row], candidate: Candidate, known: Known, conversation) -> None:

@@ -74,8 +74,7 @@ def pad_left(prompts: list[list[int]], longest: int, padding: int, device) -> tu
 
 
 def room_in_memory(model) -> int:
-    """Return how many tokens of prompts and replies a batch may have, for their keys and values to fit into the GPU's
-    memory."""
+    """Return the tokens of prompts and replies that a batch may have: their keys and values have to fit the GPU."""
     if model.device.type != "cuda":
         return BATCH_TOKENS
     return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes(model)

@@ -14,8 +14,10 @@ from parts.questions import Candidate
 from parts.rows import Row
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
-FLOOR = "乱配：同样的回答各与另一题的参考比，是底线。重合只比字面，不是医学上的对错。"
-NEW = "（新题）：不算 seen 的行，那些在训练集里有近似的题。"
+NOTES = {  # below a table with these scores
+    "answer_rougeL": "乱配：同样的回答各与另一题的参考比，是底线。重合只比字面，不是医学上的对错。",
+    "answer_rougeL_new": "（新题）：不算 seen 的行，那些在训练集里有近似的题。",
+}
 DIFFERS = "差：前减后。不同：差的 95 % 区间（成对自助法）不含 0，且至少六题不一样。"
 JUDGED = "评审看问题、参考和两个回答，两种先后各问一次，两次都选同一个才算较好。评审也是模型，不是医生。"
 VERDICTS = {judge.WIN: "前者较好", judge.TIE: "平", judge.LOSS: "后者较好", judge.FAILED: "没有裁决"}
@@ -35,40 +37,14 @@ class Table(NamedTuple):
     notes: list[str]  # lines below the table
 
 
-class Judged(NamedTuple):
-    """What a judge said of the first model's answers beside another's."""
-
-    judge: str  # the model that judged, its address where none told its name
-    verdicts: list[str]  # one a question, of VERDICTS
-
-
-class Shown(NamedTuple):
-    """One reply on the page."""
-
-    name: str  # of its model
-    reply: Reply
-    pieces: list[tuple[str, str]]  # of its thinking: a text, and the kind of trace that it is, or ""
-    traces: str  # which kinds there are, and how often
-    problem: str  # of the reply's form, "" when it is whole
-
-
-class Case(NamedTuple):
-    """One question on the page."""
-
-    question: str
-    reference: str | None
-    replies: list[Shown]
-    difference: float | None  # by how much the first answer and another differ at most in ROUGE-L
-    verdicts: str
-
-
 class Comparison:
     """The first candidate's replies to the questions of `rows`, and the others' beside them. `seed` is that of the
     intervals."""
 
     def __init__(self, rows: list[Row], candidates: list[Candidate], seed: int):
         self.rows, self.candidates = rows, candidates
-        self.judged: list[Judged] = []  # of each candidate but the first, once a judge was asked
+        self.judge = ""  # the model that judged, its address where none told its name
+        self.verdicts: list[list[str]] = []  # on each candidate but the first: one a question, of VERDICTS
         self.scores = []
         for candidate in candidates:
             thinking = not candidate.by.get("no_thinking")
@@ -80,12 +56,13 @@ class Comparison:
         for candidate in self.candidates[1:]:
             pairs = []
             for row, ours, other in zip(self.rows, self.candidates[0].replies, candidate.replies):
-                answers = [scores.written(reply, "answer") for reply in (ours, other)]
-                pairs.append(judge.Pair(scores.asked(row), scores.reference(row, "answer") or "", *answers))
+                answers = [scores.written(reply) for reply in (ours, other)]
+                pairs.append(judge.Pair(scores.asked(row), scores.reference(row) or "", *answers))
             verdicts, problem = judge.Judge(endpoint, prompt).compare(pairs, record, console)
             if problem:
                 console.print(problem, style="yellow", markup=False, soft_wrap=True)
-            self.judged.append(Judged(endpoint.model or endpoint.url, verdicts))
+            self.verdicts.append(verdicts)
+            self.judge = endpoint.model or endpoint.url
 
     def differences(self, other: int) -> list[dict]:
         """Return those of all that is counted of both. Not of the speed: that is the machine's and the batches'."""
@@ -95,17 +72,15 @@ class Comparison:
     def tables(self) -> list[Table]:
         """Return the first one's scores, its differences from each other, and the verdicts on both."""
         first = self.candidates[0]
-        found = [score_table(f"{first.name}：{len(self.rows)} 个问题", [score.as_json() for score in self.scores[0]])]
-        for i, other in enumerate(self.candidates[1:], 1):
-            table = difference_table(f"{first.name}（前）与 {other.name}（后）相比", self.differences(i))
+        tables = [score_table(f"{first.name}：{len(self.rows)} 个问题", [score.as_json() for score in self.scores[0]])]
+        for i, other in enumerate(self.candidates[1:]):
+            tables.append(difference_table(f"{first.name}（前）与 {other.name}（后）相比", self.differences(i + 1)))
             if changes := questions.describe_changes(other.by, first.by, questions.SETTINGS):
-                table.notes.append(f"注意：后者不是这样问的（{changes}）。")
-            found.append(table)
-            if self.judged:
-                heading = f"评审 {self.judged[i - 1].judge}：{first.name}（前）与 {other.name}（后）"
-                rows = judge.describe(judge.tally(self.judged[i - 1].verdicts))
-                found.append(Table(heading, ["", "前者"], rows, [JUDGED]))
-        return found
+                tables[-1].notes.append(f"注意：后者不是这样问的（{changes}）。")
+            if self.verdicts:
+                heading = f"评审 {self.judge}：{first.name}（前）与 {other.name}（后）"
+                tables.append(Table(heading, ["", "前者"], judge.describe(judge.tally(self.verdicts[i])), [JUDGED]))
+        return tables
 
     def to_json(self) -> str:
         """Return everything that the tables show, and each other one's own scores. A difference is the first one minus
@@ -116,25 +91,25 @@ class Comparison:
             model["scores"] = [score.as_json() for score in self.scores[i]]
             if i > 0:
                 model["differences"] = self.differences(i)
-            if i > 0 and self.judged:
-                judged = self.judged[i - 1]
-                model["judge"] = {"model": judged.judge} | judge.tally(judged.verdicts)
+            if i > 0 and self.verdicts:
+                model["judge"] = {"model": self.judge} | judge.tally(self.verdicts[i - 1])
             models.append(model)
         return json.dumps({"models": models}, ensure_ascii=False, indent=1) + "\n"
 
-    def cases(self) -> list[Case]:
-        """Return all questions, the largest differences first and those without a reference last."""
+    def cases(self) -> list[dict]:
+        """Return all questions as the page shows them, the largest differences first and those without a reference
+        last. `difference` is by how much the first answer and another differ at most in ROUGE-L."""
         cases = []
         for i, row in enumerate(self.rows):
-            reference, difference = scores.reference(row, "answer"), None
-            replies = [candidate.replies[i] for candidate in self.candidates]
-            if reference:
-                shared = [scores.rouge(scores.written(reply, "answer"), reference)[-1] for reply in replies]
-                difference = max(abs(share - shared[0]) for share in shared)
-            shown = [show(candidate.name, reply, row) for candidate, reply in zip(self.candidates, replies)]
-            verdicts = "；".join(VERDICTS[judged.verdicts[i]] for judged in self.judged)
-            cases.append(Case(scores.asked(row), reference, shown, difference, verdicts))
-        return sorted(cases, key=lambda case: 1 if case.difference is None else -case.difference)
+            case = {"question": scores.asked(row), "reference": scores.reference(row), "difference": None}
+            case["replies"] = [show(candidate.name, candidate.replies[i], row) for candidate in self.candidates]
+            if case["reference"]:
+                answers = [scores.written(candidate.replies[i]) for candidate in self.candidates]
+                shared = [scores.rouge(answer, case["reference"])[-1] for answer in answers]
+                case["difference"] = max(abs(share - shared[0]) for share in shared)
+            case["verdicts"] = "；".join(VERDICTS[verdicts[i]] for verdicts in self.verdicts)
+            cases.append(case)
+        return sorted(cases, key=lambda case: 1 if case["difference"] is None else -case["difference"])
 
     def to_html(self, title: str, notice: str) -> str:
         """Return the page."""
@@ -176,14 +151,12 @@ def label(line: dict) -> str:
 
 
 def score_table(heading: str, lines: list[dict]) -> Table:
-    rows, notes = [], []
+    rows = []
     for line in lines:
-        floor = number(line["floor"], line["unit"]) if line["floor"] is not None else ""
+        floor = "" if line["floor"] is None else number(line["floor"], line["unit"])
         rows.append([label(line), str(line["n"]), number(line["value"], line["unit"]), interval(line), floor])
-    keys = {line["key"] for line in lines}
-    for key, note in (("answer_rougeL", FLOOR), ("answer_rougeL_new", NEW)):
-        if key in keys:
-            notes.append(note)
+    keys = [line["key"] for line in lines]
+    notes = [note for key, note in NOTES.items() if key in keys]
     return Table(heading, ["指标", "条数", "值", "95 % 区间", "乱配"], rows, notes)
 
 
@@ -211,8 +184,9 @@ def print_table(console, table: Table) -> None:
     console.print("\n".join(table.notes), style="dim", markup=False)
 
 
-def show(name: str, reply: Reply, row: Row) -> Shown:
-    """Return a reply as it stands on the page, with the traces in its thinking."""
+def show(name: str, reply: Reply, row: Row) -> dict:
+    """Return a reply as it stands on the page: `pieces` are its thinking, each a text and the kind of trace that it is,
+    or ""; `problem` is that of its form."""
     pieces, end = [], 0
     kinds: Counter[str] = Counter()
     for trace in scores.find_traces(row, reply):
@@ -223,11 +197,9 @@ def show(name: str, reply: Reply, row: Row) -> Shown:
     pieces.append((reply.thinking[end:], ""))
     counted = "、".join(kind if times == 1 else f"{kind} {times} 处" for kind, times in kinds.items())
     problem = PROBLEMS.get(reply.form, "")
-    if not problem and not reply.answer:
-        problem = "没有回答"
-    elif not problem and not reply.complete:
-        problem = "回答没有写完"
-    return Shown(name, reply, pieces, counted, problem)
+    if not problem and not (reply.answer and reply.complete):
+        problem = "回答没有写完" if reply.answer else "没有回答"
+    return {"name": name, "reply": reply, "pieces": pieces, "traces": counted, "problem": problem}
 
 
 def name_unseen(value: object) -> object:

@@ -65,13 +65,12 @@ def parse(path: Path, content: bytes) -> list[tuple[int, object]]:
 
 def decode(path: Path, line_number: int, line: bytes) -> str:
     """One line as text."""
-    marked = [name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)]
-    if b"\0" in line and not marked:
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)), "GB18030")
+    if b"\0" in line and encoding == "GB18030":
         raise SystemExit(f"错误：{path} 第 {line_number} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        encoding = marked[0] if marked else "GB18030"
         raise SystemExit(
             f"错误：{path} 第 {line_number} 行不是 UTF-8 编码（该行第 {error.start + 1} 字节）；"
             f"请另存为 UTF-8，例如：iconv -f {encoding} -t UTF-8 {path} > utf8{path.suffix}"

@@ -9,6 +9,7 @@ from parts.terminal import shorten
 FIELDS = ("question", "think", "answer")
 THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what check says of a row without thinking
 TAG = re.compile(r"</?think(?:ing)?>")
+SURROGATE = re.compile("[\ud800-\udfff]")
 # White space, controls, marks of width 0 and fillers: nothing is seen of them.
 INVISIBLE = (
     r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
@@ -44,58 +45,56 @@ def clean(text: str) -> str:
 def check(row: object, thinkless: bool = True) -> tuple[Row | None, str | None]:
     """(clean row, None), or (None, what is wrong with it). `thinkless`: a thinking of "" stands for none, and is
     taken."""
+    try:
+        return clean_row(row, thinkless), None
+    except ValueError as problem:
+        return None, str(problem)
+
+
+def check_history(history: object) -> tuple[list[list[str]] | None, str | None]:
+    """(clean earlier turns, None), or (None, what is wrong with them)."""
+    try:
+        return clean_history(history), None
+    except ValueError as problem:
+        return None, str(problem)
+
+
+def clean_row(row: object, thinkless: bool) -> Row:
+    """Raises ValueError with what is wrong, as the two functions below do."""
     if not isinstance(row, dict):
-        return None, str(row) if isinstance(row, Unusable) else "不是对象"
-    if missing := [field for field in FIELDS if field not in row]:
-        return None, f"缺少字段 {missing[0]}"
+        raise ValueError(row if isinstance(row, Unusable) else "不是对象")
     cleaned = {}
     for field in FIELDS:
-        problem = None
-        if field == "think" and row[field] == "" and thinkless:
-            cleaned[field] = ""
-        else:
-            cleaned[field], problem = check_text(field, row[field], answered=field != "question")
-        if problem:
-            return None, problem
-    history, problem = check_history(row.get("history") or [])
-    if problem:
-        return None, problem
-    return cleaned | {"history": history} if history else cleaned, None
+        if field not in row:
+            raise ValueError(f"缺少字段 {field}")
+        no_thinking = field == "think" and row[field] == "" and thinkless
+        cleaned[field] = "" if no_thinking else clean_field(field, row[field], answered=field != "question")
+    history = clean_history(row.get("history") or [])
+    return cleaned | {"history": history} if history else cleaned
 
 
 def are_pairs(history: object) -> bool:
     return isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)
 
 
-def check_history(history: object) -> tuple[list[list[str]] | None, str | None]:
-    """(clean earlier turns, None), or (None, what is wrong with them)."""
+def clean_history(history: object) -> list[list[str]]:
     if not are_pairs(history):
-        return None, "history 不是 [[问题, 回答], …]"
-    cleaned = []
-    for pair in history:
-        (asked, asked_problem), (said, said_problem) = (check_text("history", pair[i], i == 1) for i in (0, 1))
-        if asked_problem or said_problem:
-            return None, asked_problem or said_problem
-        cleaned.append([asked, said])
-    return cleaned, None
+        raise ValueError("history 不是 [[问题, 回答], …]")
+    return [[clean_field("history", asked, False), clean_field("history", said, True)] for asked, said in history]
 
 
-def check_text(field: str, text: object, answered: bool) -> tuple[str | None, str | None]:
-    """(clean text, None), or (None, what is wrong with it). `answered`: by the model, not by a person."""
-    if text is None:
-        return None, f"{field} 为 null"
+def clean_field(field: str, text: object, answered: bool) -> str:
+    """`answered`: by the model, not by a person."""
     if not isinstance(text, str):
-        return None, f"{field} 不是文本"
+        raise ValueError(f"{field} 为 null" if text is None else f"{field} 不是文本")
     text = clean(text)
     if not text:
-        return None, f"{field} 为空"
+        raise ValueError(f"{field} 为空")
     if answered and TAG.search(text):  # the template writes them; these would be learnt as text
-        return None, f"{field} 含 <think> 或 </think> 标签"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return None, f"{field} 含无效字符（不成对的代理码点）"
-    return text, None
+        raise ValueError(f"{field} 含 <think> 或 </think> 标签")
+    if SURROGATE.search(text):
+        raise ValueError(f"{field} 含无效字符（不成对的代理码点）")
+    return text
 
 
 def topic(row: dict) -> str:
@@ -147,7 +146,8 @@ def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[s
     """One line per kind of problem: how many rows, and where the first ones are."""
     lines = []
     for problem, places in problems.items():
-        first, more = sorted(places)[:most], " 等" if len(places) > most else ""
+        first = sorted(places)[:most]
+        more = " 等" if len(places) > most else ""
         where = f"第 {'、'.join(map(str, first))}{more} 行"
         if isinstance(first[0], tuple):
             where = "、".join(f"{file} 第 {number} 行" for file, number in first) + more
@@ -169,6 +169,6 @@ def summary(lines: list[str], parts: dict[str, list[Placed]], problems: dict[str
         lines.append(f"字符数    {field}：平均 {mean:.0f}，中位数 {median:.0f}，最长 {max(lengths)}")
     if turns := sum("history" in row for row in rows):
         lines.append(f"多轮对话  {turns} 行")
-    lines += ["", "示例（训练集第 1 行）"]
-    lines += [f"  {name}：{shorten(rows[0][field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]
+    question, think, answer = (shorten(rows[0][field]) for field in FIELDS)
+    lines += ["", "示例（训练集第 1 行）", f"  问题：{question}", f"  思考：{think}", f"  回答：{answer}"]
     return "\n".join(lines)

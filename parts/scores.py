@@ -1,5 +1,5 @@
-"""What can be counted of replies: whole or not, loops, traces in the thinking, lengths, the words that they share with a
-reference, speed; with 95 % intervals, and the differences of two models. None of it says whether a reply is medically
+"""What can be counted of replies: whole or not, loops, traces in the thinking, lengths, the words that they share with
+a reference, speed; with 95 % intervals, and the differences of two models. None of it says whether a reply is medically
 right. Knows no file and no model."""
 
 import math
@@ -38,31 +38,28 @@ class Score(NamedTuple):
     floor: float | None = None  # where each answer is held against another question's reference
 
     @property
-    def n(self) -> int:
-        """How many replies count."""
-        return int(self.counts.any(axis=1).sum())
-
-    @property
     def value(self) -> float | None:
         return ratio(self.counts)
 
     def as_json(self) -> dict:
+        """Return the figures, None where there is none; `n` is how many replies count."""
         low, high = middle(self.draws)
-        known = {"key": self.key, "name": self.name, "n": self.n, "value": self.value}
-        return known | {"low": low, "high": high, "floor": self.floor, "unit": self.unit}
+        n = int(self.counts.any(axis=1).sum())
+        figures = {"n": n, "value": self.value, "low": low, "high": high, "floor": self.floor}
+        return {"key": self.key, "name": self.name} | figures | {"unit": self.unit}
 
     def compare(self, other: "Score") -> dict:
         """Hold this score against another model's on the same questions, by the paired bootstrap. `differs` only where
         the interval leaves 0, and enough rows are unlike."""
         assert (self.key, len(self.counts)) == (other.key, len(other.counts)), (self.key, other.key)
-        difference = low = high = None
+        figures = {"n": len(self.counts), "value": self.value, "other": other.value, "difference": None}
+        low, high = middle(self.draws - other.draws)
         if self.value is not None and other.value is not None:
-            difference = self.value - other.value
-            low, high = middle(self.draws - other.draws)
+            figures["difference"] = self.value - other.value
         unlike = int((self.counts != other.counts).any(axis=1).sum())
         differs = low is not None and not low <= 0 <= high and unlike >= LEAST_UNLIKE
-        known = {"key": self.key, "name": self.name, "n": len(self.counts), "value": self.value, "other": other.value}
-        return known | {"difference": difference, "low": low, "high": high, "differs": differs, "unit": self.unit}
+        figures |= {"low": low, "high": high, "differs": differs}
+        return {"key": self.key, "name": self.name} | figures | {"unit": self.unit}
 
 
 def ratio(counts: numpy.ndarray) -> float | None:
@@ -79,8 +76,8 @@ def middle(draws: numpy.ndarray) -> tuple[float | None, float | None]:
 
 @lru_cache(maxsize=8)
 def draw(rows: int, seed: int) -> numpy.ndarray:
-    """Return [DRAWS, rows]: how often each row is in each draw, with replacement. The draws are the same for all models,
-    which makes their differences paired."""
+    """Return [DRAWS, rows]: how often each row is in each draw, with replacement. The draws are the same for all
+    models, which makes their differences paired."""
     return numpy.random.default_rng(seed).multinomial(rows, numpy.full(rows, 1 / rows), DRAWS)
 
 
@@ -105,11 +102,6 @@ def loops(text: str) -> bool:
     return False
 
 
-def in_loop(reply: Reply) -> bool:
-    """Whether one of its two texts loops."""
-    return loops(reply.thinking) or loops(reply.answer)
-
-
 def whole(reply: Reply, thinking: bool = True) -> bool:
     """Whether there is an answer, after exactly one thinking that is closed and not empty; or after none, where none
     was asked for."""
@@ -128,18 +120,16 @@ def find_traces(row: Row, reply: Reply) -> list[traces.Trace]:
     return traces.find(reply.thinking, asked(row), reply.answer)
 
 
-def reference(row: Row, field: str) -> str | None:
-    """Return the row's own text to hold a reply against, or None."""
-    text = row.get(field)
+def reference(row: Row) -> str | None:
+    """Return the row's own answer to hold a reply's against, or None."""
+    text = row.get("answer")
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) and clean(text) else None
 
 
-def written(reply: Reply, field: str) -> str:
-    """Return what is held against a reference: of a reply that was cut off inside its thinking nothing, and it shares
-    nothing with any."""
-    if reply.form == "unclosed":
-        return ""
-    return reply.thinking if field == "think" else reply.answer
+def written(reply: Reply) -> str:
+    """Return the answer that is held against a reference: that of a reply that was cut off inside its thinking is none,
+    and shares nothing with any."""
+    return "" if reply.form == "unclosed" else reply.answer
 
 
 @lru_cache(maxsize=4096)
@@ -151,8 +141,8 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def rouge(text: str, reference: str) -> list[float]:
-    """Return F1 of each of ROUGE over words, from 0 to 1, as rouge-score defines it: n-grams that both have, as often as
-    both have them, and the longest common subsequence. Only letters are compared."""
+    """Return F1 of each of ROUGE over words, from 0 to 1, as rouge-score defines it: n-grams that both have, as often
+    as both have them, and the longest common subsequence. Only letters are compared."""
     from rapidfuzz.distance import LCSseq
 
     one, other = words(text), words(reference)
@@ -179,24 +169,25 @@ def strangers(questions: list[str], references: list[str], seed: int) -> list[in
 def overlap(rows: list[Row], replies: list[Reply], seed: int) -> list[Score]:
     """Return how much the answers share with those of the rows that have one; and once more without the rows that stand
     in the training part too, where there are both."""
-    known = [(row, reply) for row, reply in zip(rows, replies) if reference(row, "answer")]
+    known = [(row, reply) for row, reply in zip(rows, replies) if reference(row)]
     if not known:
         return []
-    texts = [written(reply, "answer") for _, reply in known]
-    references = [reference(row, "answer") for row, _ in known]
+    texts, references = [written(reply) for _, reply in known], [reference(row) for row, _ in known]
     others = strangers([row["question"] for row, _ in known], references, seed)
     values = numpy.array([rouge(*pair) for pair in zip(texts, references)])
     floors = numpy.array([rouge(text, references[i]) for text, i in zip(texts, others or [])])
     new = numpy.array([not row.get("seen") for row, _ in known])
-    parts = [("", "", slice(None))]
+    parts = {"": slice(None)}
     if new.any() and not new.all():
-        parts.append(("_new", "（新题）", new))
+        parts["_new"] = new
     scores = []
-    for ending, remark, part in parts:
+    for ending, part in parts.items():
         for i, (kind, name) in enumerate(ROUGE.items()):
-            floor = ratio(numpy.stack([floors[part, i], numpy.ones(len(floors[part]))], axis=1)) if others else None
-            key = f"answer_{kind}{ending}"
-            scores.append(make_score(key, f"回答 {name}{remark}", "0–1", values[part, i], floor=floor, seed=seed))
+            floor = None
+            if others:
+                floor = ratio(numpy.stack([floors[part, i], numpy.ones(len(values[part]))], axis=1))
+            name = f"回答 {name}（新题）" if ending else f"回答 {name}"
+            scores.append(make_score(f"answer_{kind}{ending}", name, "0–1", values[part, i], floor=floor, seed=seed))
     return scores
 
 
@@ -210,7 +201,7 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
 
     add("whole", "完整的回复", "%", [whole(reply, thinking) for reply in replies])
     add("stopped", "自己停下", "%", [reply.complete for reply in replies])
-    add("loops", "原地打转", "%", [in_loop(reply) for reply in replies])
+    add("loops", "原地打转", "%", [loops(reply.thinking) or loops(reply.answer) for reply in replies])
     if thinking:
         kinds = [{trace.kind for trace in find_traces(row, reply)} for row, reply in zip(rows, replies)]
         add("traces", "思考有制作的痕迹", "%", [bool(found) for found in kinds])

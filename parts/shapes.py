@@ -10,9 +10,8 @@ from parts.terminal import shorten
 # Lower-case names of leading sets; the field's own name goes before all of them.
 ALIASES = {
     "question": ("问题", "instruction", "input", "prompt", "query", "problem"),
-    "think": (
-        *("思考", "思考过程", "complex_cot", "reasoning_content", "reasoning (reasoning_content)", "reasoning"),
-        *("thinking", "cot"),
+    "think": "思考,思考过程,complex_cot,reasoning_content,reasoning (reasoning_content),reasoning,thinking,cot".split(
+        ","
     ),
     "answer": ("回答", "答案", "response", "response (content)", "output", "content", "completion"),
 }
@@ -28,28 +27,29 @@ def to_fields(loaded: list[Placed], source: str, answered: bool = True) -> tuple
     A row that cannot be read becomes rows.Unusable. `answered`: whether the rows need answers, or may be questions
     alone. Raises SystemExit when no row's columns are recognised, or two of them could be one field.
     """
-    taken: dict[tuple, dict[str, list[str]]] = {}  # for each set of columns: those of each field
-    found, mappings, known = [], {}, None
+    chosen: dict[tuple, dict[str, list[str]]] = {}  # for each set of columns: those of each field
+    converted, mappings, unknown = [], {}, False
     for place, row in loaded:
         if isinstance(row, dict):
             named = {strip_invisible(name): value for name, value in row.items()}
-            row, columns = (named, tuple(named)) if len(named) == len(row) else (SAME_FIELD_TWICE, ())
-        if isinstance(row, dict):
-            if turns := turns_of(row):
-                mappings[f"{turns} 的各轮 -> question、think、answer，不用其中的 system"] = known = True
-                row = from_turns(row[turns], answered)
+            row = named if len(named) == len(row) else SAME_FIELD_TWICE
+        if isinstance(row, dict) and (turns := turns_of(row)):
+            mappings[f"{turns} 的各轮 -> question、think、answer，不用其中的 system"] = True
+            row = from_turns(row[turns], answered)
+        elif isinstance(row, dict):
+            columns = tuple(row)
+            if columns not in chosen:
+                chosen[columns] = {field: choose(field, columns, source, answered) for field in FIELDS}
+            fields = chosen[columns]
+            if fields["question"] and (fields["answer"] or not answered):
+                mappings[describe(fields, columns)] = True
             else:
-                if columns not in taken:
-                    taken[columns] = {field: choose(field, columns, source, answered) for field in FIELDS}
-                fields = taken[columns]
-                if fields["question"] and (fields["answer"] or not answered):
-                    mappings[describe(fields, columns)] = known = True
-                known = bool(known)  # None: no row had columns to be recognised
-                row = from_columns(row, fields, answered)
-        found.append((place, row))
-    if known is False:
+                unknown = True
+            row = from_columns(row, fields, answered)
+        converted.append((place, row))
+    if unknown and not mappings:
         raise SystemExit(describe_unknown(loaded, source))
-    return found, "；".join(filter(None, mappings)) or None
+    return converted, "；".join(filter(None, mappings)) or None
 
 
 def turns_of(row: dict) -> str | None:
@@ -92,14 +92,14 @@ def quote(names: list[str]) -> str:
 def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> object:
     """One row of columns. Values that are no text stay as they are: the check names them."""
     values = {field: row[names[0]] for field, names in fields.items() if names and names[0] in row}
-    told = [name for name in row if name.lower() == "instruction" and name not in fields["question"]]
-    values |= {"instruction": row[told[0]]} if told else {}  # what the writer of the thinking was told; cleaning asks
-    history = next((parse(value) for name, value in row.items() if name.lower() == "history"), None)
+    history = None
+    for name, value in row.items():
+        if name.lower() == "instruction" and name not in fields["question"]:
+            values["instruction"] = value  # what the writer of the thinking was told; traces.py asks
+        elif name.lower() == "history":
+            history = parse(value)
     if isinstance(values.get("question"), list) or isinstance(values.get("answer"), list):  # TRL's prompt, completion
-        parts = (("user", values.get("question")), ("assistant", values.get("answer")))
-        turns = [part if isinstance(part, list) else [{"role": role, "content": part}] for role, part in parts if part]
-        found = from_turns(sum(turns, []), answered)
-        return found | {"think": found.get("think") or values.get("think")} if isinstance(found, dict) else found
+        return from_lists(values, answered)
     if len(fields["question"]) > 1:
         texts = [row.get(name) for name in fields["question"]]
         odd = [text for text in texts if text is not None and not isinstance(text, str)]
@@ -112,6 +112,16 @@ def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> obj
     if isinstance(history, list) and history:  # a text, such as a patient's, is a column like any other
         values["history"] = history
     return values
+
+
+def from_lists(values: dict, answered: bool) -> object:
+    """One row of which the question or the answer is a list of turns."""
+    turns = []
+    for role, field in (("user", "question"), ("assistant", "answer")):
+        if part := values.get(field):
+            turns += part if isinstance(part, list) else [{"role": role, "content": part}]
+    row = from_turns(turns, answered)
+    return row | {"think": row.get("think") or values.get("think")} if isinstance(row, dict) else row
 
 
 def parse(value: object) -> object:

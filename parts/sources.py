@@ -8,6 +8,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -38,7 +39,6 @@ class Source(NamedTuple):
     train: list[Placed]
     val: list[Placed]
     own_val: bool  # whether its hub keeps that part for validation
-    count: int | None  # of rows that are wanted of it; None: all
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -76,12 +76,12 @@ def part_of(file: str) -> str:
 def choose_files(dataset: str, names: list[str]) -> list[str]:
     """The data files among the `names` of a hub's data set; where there are several formats, those of one."""
     _, _, inside = hub.split(dataset)
-    inside = inside.strip("/")
     formats: dict[str, list[str]] = {suffix: [] for suffix in row_files.SUFFIXES}
     for name in sorted(names):
-        wanted = not inside or name == inside or name.startswith(inside + "/")
         # Metadata that the hub keeps beside the data has these names.
-        if wanted and not Path(name).name.startswith(("dataset_info", "configuration")):
+        if f"/{name}/".startswith(f"/{inside}".rstrip("/") + "/") and not re.search(
+            r"(^|/)(dataset_info|configuration)[^/]*$", name
+        ):
             formats.get(Path(name).suffix.lower(), []).append(name)
     there = [files for files in formats.values() if files]
     if not there:
@@ -140,9 +140,7 @@ def read_own_val(read, files: dict[str, list[str]]) -> tuple[list[Placed], list[
     return [], []
 
 
-def load(
-    dataset: str, count: int | None, revision: str | None, sha256: str | None, several: bool, fixed: bool, divide
-) -> Source:
+def load(dataset: str, revision: str | None, sha256: str | None, several: bool, fixed: bool, divide) -> Source:
     """One data set, recognised, and split by `divide(rows)` unless a hub keeps a part of it for validation; `fixed`: by
     that in any case. `sha256` is the checksum that it must have; of several files, that of their contents in order of
     their names."""
@@ -158,16 +156,12 @@ def load(
     if not files["train"]:
         raise SystemExit(f"错误：{dataset} 里只有验证或测试的部分，不用来训练；请换一个数据集。")
 
+    local = "" in contents
+    shown = dataset if local else f"{dataset}（{'、'.join(contents)}）"
     read = partial(read_files, dataset, contents, marked=several or len(contents) > 1)
     placed, mapping = read(files["train"])
     own, used = read_own_val(read, files)
-    train, val = divide(placed)
-    if own:
-        train, val = train + val, sum(divide(own), [])
-
-    local = "" in contents
-    shown = dataset if local else f"{dataset}（{'、'.join(contents)}）"
-    lines = [f"数据来源  {shown}：共 {len(train) + len(val)} 行", f"SHA-256   {checksum}"]
+    lines = [f"数据来源  {shown}：共 {len(placed) + len(own)} 行", f"SHA-256   {checksum}"]
     if mapping:
         lines.append(f"读作      {mapping}")
     if own:
@@ -176,7 +170,10 @@ def load(
         lines.append(f"划分      不用它的 {'、'.join(unused)}")
     # The folder of a local file may name people.
     origin = {"source": Path(dataset).name if local else shown, "revision": revision, "sha256": checksum}
-    return Source(lines, origin, train, val, bool(own), count)
+    train, val = divide(placed)
+    if own:
+        train, val = train + val, sum(divide(own), [])
+    return Source(lines, origin, train, val, bool(own))
 
 
 # ---- dividing -------------------------------------------------------------------------------------------------------
@@ -222,26 +219,26 @@ def sample(train: list, val: list, count: int | None, share: float) -> tuple[lis
 
 
 def join(
-    sources: list[Source], share: float, thinkless: bool, problems: dict[str, list[Place]]
+    sources: list[Source], counts: Iterable[int | None], share: float, thinkless: bool, problems: dict[str, list[Place]]
 ) -> tuple[list[Placed], list[Placed], list[str]]:
-    """(train, val, what to say) of the clean rows of all sources, `share` of a sample to train on. No question is in a
-    training part and in a validation part; `problems` gathers what is left out."""
+    """(train, val, what to say) of the clean rows of all sources, of each at most its count, `share` of a sample to
+    train on. No question is in a training part and in a validation part; `problems` gathers what is left out."""
     parts, seen_train, seen_val = [], set(), set()
-    for source in sources:
+    for source, count in zip(sources, counts):
         train = rows.keep_usable(source.train, problems, seen_train, thinkless)
         val = rows.keep_usable(source.val, problems, seen_val, thinkless)
         if source.own_val:
             train = rows.leave_out(train, rows.topics(val), IN_VAL, problems)
         else:
             val = rows.leave_out(val, rows.topics(train), IN_TRAIN, problems)
-        parts.append(sample(train, val, source.count, share))
+        parts.append(sample(train, val, count, share))
     all_train, all_val, lines = [], [], []
-    for source, (train, val) in zip(sources, parts):
+    for source, count, (train, val) in zip(sources, counts, parts):
         others = [placed for _, other in parts if other is not val for placed in other]
         train = rows.leave_out(train, rows.topics(others), IN_VAL, problems)  # validation parts stay as they are
         lines += source.lines
-        if source.count or len(sources) > 1:
-            most = f"，最多取 {source.count} 行" if source.count else ""
+        if count or len(sources) > 1:
+            most = f"，最多取 {count} 行" if count else ""
             lines.append(f"采用      训练 {len(train)} 行，验证 {len(val)} 行{most}")
         all_train += train
         all_val += val

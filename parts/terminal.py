@@ -133,10 +133,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.5)
-            hint = f"你是不是想写 {nearest[0]}？" if nearest else ""
-            self.error(f"{name}：{self.gone.get(name) or f'没有这个参数。{hint}全部参数见 --help'}")
+            flag = unknown[0].partition("=")[0]
+            names = [name.lstrip("-") for name in self._option_string_actions]
+            nearest = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
+            hint = f"你是不是想写 --{nearest[0]}？" if nearest else ""
+            self.error(f"{flag}：{self.gone.get(flag) or f'没有这个参数。{hint}全部参数见 --help'}")
         return values
 
     def error(self, message: str):

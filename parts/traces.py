@@ -158,17 +158,14 @@ def find(think: str, question: str, answer: str = "", instruction: str = "", sho
     was told beside the question. `shown`: was_shown, where it is known; else an answer that was given is found only
     where that is beyond doubt."""
     shown = was_shown(think, question, instruction) if shown is None else shown
-    kinds = {"two": [TWO]}
+    patterns = [("two", TWO)]
     if not PROCESS.search(question + answer):
-        kinds["process"] = [PROCESS]
+        patterns.append(("process", PROCESS))
     if not ASKS_AS_DOCTOR.search(question):
-        kinds["doctor"] = [DOCTOR]
+        patterns.append(("doctor", DOCTOR))
     if not SEVERAL.search(question.rstrip("？?。")):
-        kinds["two"].append(TWO_PARTS)
-    found = []
-    for kind, patterns in kinds.items():
-        for pattern in patterns:
-            found += [Trace(kind, *match.span()) for match in pattern.finditer(think)]
+        patterns.append(("two", TWO_PARTS))
+    found = [Trace(kind, *match.span()) for kind, pattern in patterns for match in pattern.finditer(think)]
     for match in ANSWER.finditer(think) if re.search("答案|回答|回复", think) else ():
         if SOMEBODYS.search(match[0]) or shown and not is_planned(think, match):
             found.append(Trace("answer", *match.span()))
@@ -207,14 +204,11 @@ OPENS = re.compile(
     "^(?:[^，]{0,3}(?:如果|虽然|尽管|即使|假如|假设|既然|由于|除了|无论|不管|不仅|不但|不只|与其|只有|只要|当)|(?:但|不过|所以|而)?因为|一方面|一是)"
 )
 JOINS = re.compile("^(?:比如|例如|或|以及|包括|和|而且|并且|还有|如)")
-# A clause with a trace that only says where the next ones come from, and what of those is about the trace all the same.
+# A clause with a trace that only says where the next one comes from; unless that is about the trace all the same.
 INTRODUCES = re.compile(
-    rf"^\s*(?:但是?|不过|而|所以|因此|然后)?(?:{BY}[^，]*，|(?:总结|整理|回顾)?(?:一下|下来)?(?:我的|整个)?(?:思考|推理|思维)[^，]{{0,6}}(?:应该是?|是)?："
-    r"|(?:在|作为)[^，]*(?:中|里|时|过程)，)$"
-)
-STEPS = re.compile("^(?:先|首先|第一|从|需要|要|应该|我)")
-CITED = re.compile(
-    "^(?:可能)?(?:已|没|里面|其中|都|它|这|那|还没|也没|并没|不需要|用户(?:已|没)|上面)|^[^，。]{0,12}(?:提到|没有?提)"
+    rf"^\s*(?:但是?|不过|而|所以|因此|然后)?(?:(?:{BY}[^，]*|(?:在|作为)[^，]*(?:中|里|时|过程))，"
+    r"(?!(?:可能)?(?:已|没|里面|其中|都|它|这|那|还没|也没|并没|不需要|用户(?:已|没)|上面)|[^，。]{0,12}(?:提到|没有?提))"
+    r"|(?:总结|整理|回顾)?(?:一下|下来)?(?:我的|整个)?(?:思考|推理|思维)[^，]{0,6}(?:应该是?|是)?：(?=先|首先|第一|从|需要|要|应该|我))"
 )
 BUT = re.compile("^(?:但是?|不过)，?")
 GOES_ON = re.compile("^(?:但|不过)(?:可能|还|也|我|仍)*(?:需要|应该|应当|要|得|更|根据|还有|用户的问题)(?!是)")
@@ -297,9 +291,8 @@ def cut_sentence(sentence: str, inside: list[Trace]) -> Rest:
 
 def going_on(trace_clause: str, rest: list[str]) -> list[str]:
     """Of the clauses behind one with a trace those that can do without it."""
-    if rest and INTRODUCES.match(trace_clause):
-        if STEPS.match(rest[0]) if trace_clause.endswith("：") else not CITED.match(rest[0]):
-            return rest
+    if rest and INTRODUCES.match(trace_clause + rest[0]):
+        return rest
     for i, clause in enumerate(rest):
         if GOES_ON.match(clause):
             return rest[i:]

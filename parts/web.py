@@ -55,7 +55,7 @@ def read_history(messages: list[dict]) -> list[list[str]]:
         text = "".join(part.get("text", "") for part in message["content"])
         if message["role"] == "user":
             turns.append([text, ""])
-        elif turns and not (message["metadata"] or {}).get("title"):
+        elif turns and not (message.get("metadata") or {}).get("title"):
             turns[-1][1] += text
     return [turn for turn in turns if turn[1].strip()]
 
@@ -94,7 +94,8 @@ class Page:
         """Show the page; returns what closes it, and its URL."""
         import gradio
 
-        chatbot = gradio.Chatbot(scale=1, show_label=False, buttons=["copy"], editable="user", placeholder=example)
+        look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
+        chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)
         box = {"show_label": False, "submit_btn": True, "stop_btn": True}
         textbox = gradio.Textbox(label="问题", placeholder="输入问题，回车发送", max_lines=8, autofocus=True, **box)
         texts = {"title": title, "description": notice}

@@ -107,10 +107,9 @@ class Handler(BaseHTTPRequestHandler):
     def listing(self, files: dict[str, bytes], step: str | None) -> None:
         """The list of files in ModelScope's form, in Hugging Face's, or what that hub says of a repository."""
         if step in ("/files", "/tree"):
-            entries = []
-            for path, data in files.items():
-                digest = hashlib.sha256(data).hexdigest()
-                entries.append({"Path": path, "Type": "blob", "Size": len(data), "Sha256": digest})
+            entries = [{"Path": path, "Type": "blob", "Size": len(data)} for path, data in files.items()]
+            for entry in entries:
+                entry["Sha256"] = hashlib.sha256(files[entry["Path"]]).hexdigest()
             self.reply({"Code": 200, "Success": True, "Data": {"Files": entries}})
         elif step == "tree":
             self.reply([{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files.items()])
@@ -138,8 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         for action in data["actions"]:
             path = hub.inbox / name / action["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            lfs = action["type"] == "lfs"
-            path.write_bytes(hub.blobs[action["sha256"]] if lfs else base64.b64decode(action["content"]))
+            path.write_bytes(hub.blobs.get(action.get("sha256")) or base64.b64decode(action["content"]))
         self.reply({"Code": 200, "Success": True, "Data": {"oid": COMMIT}})
 
     def file(self, data: bytes | None) -> None:

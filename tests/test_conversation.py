@@ -13,7 +13,7 @@ from rich.console import Console
 
 import data
 import inference
-from parts import models, system_prompt
+from parts import decoding, models, replies, system_prompt
 from parts.conversation import Conversation, ReplyStreamer
 from parts.encoding import encode_messages
 
@@ -31,6 +31,10 @@ def thinking_only(tokenizer):
     return tokenizer
 
 
+def converse(model, tokenizer, to_messages=data.to_messages, thinking=True, most=6) -> Conversation:
+    return Conversation(model, tokenizer, to_messages, thinking, most, seed=42)
+
+
 def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
     """The history that each question was asked with."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n\n"))
@@ -40,13 +44,13 @@ def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
         seen.append([turn[0] for turn in history])
         return data.to_messages(question, history=history)
 
-    Conversation(model, tokenizer, True, max_new_tokens=6, seed=42).chat(to_messages)
+    converse(model, tokenizer, to_messages).chat()
     return seen
 
 
-def test_a_chat_remembers_what_was_answered(model, tokenizer, monkeypatch, capsys):
-    assert chat(model, tokenizer, monkeypatch, "头痛？", "多久？", "然后？") == [[], ["头痛？"], ["头痛？", "多久？"]]
-    assert "没有回答" not in capsys.readouterr().out
+def test_a_chat_remembers_what_was_answered_and_goes_on_after_what_is_too_long(model, tokenizer, monkeypatch, capsys):
+    assert chat(model, tokenizer, monkeypatch, "头痛？", "头" * 99_999, "然后？") == [[], ["头痛？"], ["头痛？"]]
+    assert capsys.readouterr().out.count("错误：这个问题连同之前的对话有 ") == 1
 
 
 def test_a_reply_that_ended_in_its_thinking_is_not_remembered(model, thinking_only, monkeypatch, capsys):
@@ -54,26 +58,15 @@ def test_a_reply_that_ended_in_its_thinking_is_not_remembered(model, thinking_on
     assert capsys.readouterr().out.count("（没有回答，这一问不算在对话里。）") == 2
 
 
-def test_a_question_that_is_too_long_is_refused_and_the_chat_goes_on(model, tokenizer, monkeypatch, capsys):
-    model.config.max_position_embeddings = 100
-    assert chat(model, tokenizer, monkeypatch, "头" * 500, "痛？") == [[], []]
-    said = capsys.readouterr().out
-    assert said.count("错误：这个问题连同之前的对话有 ") == 1 and "模型最多读 100 个；请缩短。" in said
-
-
 def test_what_may_go_beyond_the_context_is_said_before_anything_is_answered(model, tokenizer, capsys):
-    conversation = Conversation(model, tokenizer, True, max_new_tokens=100, seed=42)
+    conversation = converse(model, tokenizer, most=100)
     asked = [data.to_messages(question) for question in ("头痛？", "头" * 30, "痛" * 200)]
     lengths = [len(encode_messages(tokenizer, messages, prompt_only=True)) for messages in asked]
     names = ["第 1 个问题", "第 2 个问题", "第 3 个问题"]
-    model.config.max_position_embeddings = lengths[0] + 100
+    model.config.max_position_embeddings = most = lengths[0] + 100
     assert conversation.check_lengths(asked[:2], names[:2]) == lengths[:2]
-    most = lengths[0] + 100
     assert f"（第 2 个问题加上 --max_new_tokens 100 超过模型的上下文 {most} 个 token：" in capsys.readouterr().out
-    with pytest.raises(
-        SystemExit, match=f"^错误：第 3 个问题连同之前的对话有 {lengths[2]} 个 token，模型最多读 {most} "
-    ):
-        conversation.check_lengths(asked, names)
+    refused(f"第 3 个问题连同之前的对话有 {lengths[2]} 个 token~", conversation.check_lengths, asked, names)
 
 
 def shown(tokenizer, reply: str) -> str:
@@ -96,23 +89,17 @@ def shown(tokenizer, reply: str) -> str:
         ("<think>想<think>再想</think>答<think>又", "【思考】\n想再想\n【回答】\n答\n【思考】\n又\n"),
     ],
 )
-def test_thinking_and_answer_stream_under_their_headings(tokenizer, reply, expected):
+def test_thinking_and_answer_stream_under_their_headings(tokenizer, thinking_only, reply, expected):
     assert shown(tokenizer, reply) == expected
-
-
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [("想", "【思考】\n想\n"), ("想\n</think>\n\n答", "【思考】\n想\n\n【回答】\n答\n")],
-)
-def test_what_the_prompt_opens_streams_as_thinking(thinking_only, reply, expected):
-    assert shown(thinking_only, reply) == expected
+    if reply.startswith("<think>\n"):  # or the prompt has opened it
+        assert shown(thinking_only, reply.removeprefix("<think>\n")) == expected
 
 
 def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
     """It would think in circles; and it is compared with its tuned self."""
     shutil.copytree(tiny_model, tmp_path / "base")
     (tmp_path / "base/generation_config.json").write_text('{"do_sample": false, "eos_token_id": 0}', encoding="utf-8")
-    model, tokenizer = inference.load_trained(str(tmp_path / "base"))
+    model, tokenizer = models.load_trained(str(tmp_path / "base"))
     found = model.generation_config
     assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.6, 0.95, 20)
     assert found.eos_token_id == [tokenizer.eos_token_id, 0]
@@ -121,45 +108,50 @@ def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
 def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, tokenizer):
     args = inference.build_parser("", "").parse_args(["头痛？", "--max_new_tokens", "1"])
     seen = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
-    )
+
+    def note(_, args, kwargs):
+        seen.append(kwargs["input_ids"][0].tolist())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     for tokens in (tokenizer, system_prompt.with_default(tokenizer, "另一个")):
-        inference.predict(model, tokens, args)
+        inference.ask(args, inference.begin(args, model, tokens))
     asked = [data.to_messages("头痛？", system=system) for system in (data.SYSTEM_PROMPT, "另一个")]
     assert seen == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
 
 
-def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished):
-    template = Path("full/chat_template.jinja")
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished, name):
+    template = Path(name, "chat_template.jinja")
     template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
-    refused(
-        "full 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。",
-        inference.load_trained,
-        "full",
-        thinking=False,
-    )
+    refused(f"{name} 的对话模板不能关闭思考；请去掉 --no_thinking，~", models.load_trained, name, thinking=False)
+
+
+def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
+    """Without it no layer is another one, and the loop is transformers'."""
+    used = []
+    monkeypatch.setattr(decoding, "fuse_norms", lambda model: used.append("norms"))
+    monkeypatch.setattr(replies, "fast_loop", lambda *_: used.append("loop"))
+    for fast in (True, False):
+        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast).ask("头痛？")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where norms are fused
+    for fast in (True, False):
+        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast)
+    assert used == ["loop", "norms"]
 
 
 def test_a_reply_streams_as_it_is_written_and_comes_whole_at_last(model, thinking_only):
     recite(model, thinking_only, ["想一想\n</think>\n\n多喝水"], pause=0.01)
-    *parts, whole = Conversation(model, thinking_only, True, 100, seed=42).stream(data.to_messages("头痛？"))
+    *parts, whole = converse(model, thinking_only, most=100).stream(data.to_messages("头痛？"))
     assert whole[:4] == ("想一想", "多喝水", True, "one")
     assert len(parts) > 3 and not any(part.complete for part in parts)
     assert all(whole.thinking.startswith(part.thinking.rstrip("\ufffd")) for part in parts)
     assert parts[0].answer == "" and parts[-1][:2] == whole[:2]
 
 
-def test_a_seed_makes_a_streamed_reply_repeatable(model, tokenizer):
-    conversation, asked = Conversation(model, tokenizer, True, 20, seed=42), data.to_messages("头痛？")
-    texts = [list(conversation.stream(asked, seed))[-1].answer for seed in (7, 7, 8, None, None)]
-    assert texts[0] == texts[1] and len(set(texts)) == 4
-
-
 @pytest.mark.parametrize("closed", [None, threading.Event()])
 def test_a_stream_that_is_left_stops_the_model_and_the_next_begins(model, tokenizer, closed):
     prompts = recite(model, tokenizer, ["想" * 3000, "答"], pause=0.01)
-    conversation, asked = Conversation(model, tokenizer, True, 3000, seed=42), data.to_messages("头痛？")
+    conversation, asked = converse(model, tokenizer, most=3000), data.to_messages("头痛？")
     stream = conversation.stream(asked, closed=closed)
     next(stream)
     if closed:
@@ -175,7 +167,7 @@ def test_what_fails_while_a_reply_streams_is_raised_where_it_is_read(model, toke
         raise RuntimeError("broken")
 
     hook = model.register_forward_hook(fail)
-    conversation, asked = Conversation(model, tokenizer, True, 2, seed=42), data.to_messages("头痛？")
+    conversation, asked = converse(model, tokenizer, most=2), data.to_messages("头痛？")
     with pytest.raises(RuntimeError, match="^broken$"):
         list(conversation.stream(asked))
     hook.remove()

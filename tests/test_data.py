@@ -37,9 +37,7 @@ OUTPUTS = [
     ("sub", "val.jsonl", WRITE),
     ("train.jsonl", "rows.jsonl/val.jsonl", WRITE),
     ("train.jsonl", "v" * 300, WRITE),
-    ("train.jsonl", "", WRITE),
     ("train.jsonl", "/", WRITE),
-    ("train.jsonl", "sub/../train.jsonl", SAME),
     ("train.jsonl", "link/train.jsonl", SAME),
     ("train.jsonl", "train.jsonl.source.json", SAME),
     ("rows.jsonl", "val.jsonl", SOURCE),
@@ -110,13 +108,6 @@ def test_set_is_downloaded_with_its_data_files_in_the_order_of_their_names(hub, 
     rows = make_rows(20 if name else 2407)
     assert f"数据来源  {name or 'krisfu/delicate_medical_r1_data'}（{taken}）：共 {len(rows)} 行\n" in result.stdout
     assert written(folder / "work") == published(rows)
-
-
-def test_file_that_the_hub_has_renamed_is_not_read_twice(hub, folder):
-    save(make_rows(20), hub.set / "old.jsonl")
-    assert download(hub, folder, "--dataset", "owner/name").returncode == 0
-    (hub.set / "old.jsonl").rename(hub.set / "new.jsonl")
-    assert "owner/name（new.jsonl）：共 20 行" in download(hub, folder, "--dataset", "owner/name").stdout
 
 
 FAILED = {  # the set, and what is said of it

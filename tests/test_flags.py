@@ -166,11 +166,11 @@ def test_a_secret_is_not_repeated():
         ("--seed x", "--seed：要一个整数，不是 'x'"),
         ("--optimizer sgd", "--optimizer：只能是 kahan、8bit、8bit_in_backward、adamw，不是 'sgd'"),
         ("--check maybe", "--check：只能是 true 或 false，不是 'maybe'"),
-        ("--learning_rate", "--learning_rate：要写一个值"),
+        ("--learning_rate", "--learning_rate 后面要有一个值"),
         ("--optimizer 8bit", "--optimizer 8bit 要用 torchao；请先运行 pip install torchao"),
         ("--load_in_4bit true", "--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes"),
         ("--report_to wandb", "--report_to wandb 要用 wandb；请先运行 pip install wandb"),
-        ("--target_modules", "--target_modules：expected at least one argument"),
+        ("--target_modules", "--target_modules 后面要有一个值"),
     ],
 )
 def test_the_command_line_is_refused_in_one_sentence(words, stem, capsys, monkeypatch):

@@ -26,7 +26,7 @@ HERE = "tests/test_fsdp.py"
 LORA = "train_lora.py"
 CPU = torch.device("cpu")
 STEPS = {"max_steps": 8, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
-STEPS |= {"report_to": "none", "disable_tqdm": "true", "eval_samples": 0}
+STEPS |= {"report_to": "none"}
 ADAPTER = {"lora_dropout": 0, "lora_rank": 1}  # of half of the adapter's weights the second process has nothing
 # With a rehearsal, passes and recomputed layers on the way
 SHARDED = {"fsdp": "true", "per_device_train_batch_size": 2, "rehearse": "true", "batch_tokens": 130}

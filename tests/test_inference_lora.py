@@ -1,17 +1,15 @@
 """Adapters that cannot be asked get one sentence, and merging writes over nothing."""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import opening, refused, run, weights
+from helpers import refused, run, weights
 from safetensors.torch import save_file
 
-import inference
 import inference_lora
 from parts import checkpoints, models
 
@@ -25,45 +23,30 @@ def name_base(adapter: str, base: str) -> None:
     config.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def test_adapter_as_the_model_to_train_or_to_ask(finished):
+def test_whatever_a_folder_holds_is_asked_and_an_adapter_is_not_trained(finished):
+    """By its folder, by a checkpoint of it: in each the adapter, merged."""
+    adapter, full = models.load_trained("lora")[0].state_dict(), models.load_trained("full")[0].state_dict()
+    again = models.load_trained("lora/checkpoint-2")[0].state_dict()
+    assert adapter.keys() == full.keys() == again.keys() and all(adapter[name].equal(again[name]) for name in again)
+    assert not all(adapter[name].equal(full[name]) for name in full)
     merge = "请先合并：python inference_lora.py --model_path lora --merge_to output/merged"
     refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", models.find_model, "lora", "")
-    other = "{0} 要用另一个脚本来问：python {1} --model_path {0}"
-    refused(other.format("lora", "inference_lora.py"), inference.load_trained, "lora")
-    refused(other.format("full", "inference.py"), inference_lora.load_adapter, "full")
 
 
-def test_weights_that_are_cut_off(finished):
+def test_files_that_are_cut_off_or_missing(finished):
     for file in (Path("full/model.safetensors"), Path("lora/adapter_model.safetensors")):
         file.write_bytes(file.read_bytes()[:1000])
-    refused("full 里的模型无法读取（~）；请重新下载或重新训练。", inference.load_trained, "full")
+    refused("full 里的模型无法读取（~）；请重新下载或重新训练。", models.load_trained, "full")
     base = json.loads(Path("lora/adapter_config.json").read_text())["base_model_name_or_path"]
-    refused(ADAPTER.format(base, "~"), inference_lora.load_adapter, "lora")
+    refused(ADAPTER.format(base, "~"), models.load_trained, "lora")
+    Path("lora/adapter_model.safetensors").unlink()  # no hub is asked for it
+    refused(ADAPTER.format(base, "缺少 adapter_model.safetensors"), models.load_trained, "lora")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"base_model_name_or_path": null}'])
-def test_adapter_configuration_that_is_broken(finished, text):
+@pytest.mark.parametrize("text", ["", "[]", '{"base_model_name_or_path": null}', '{"base_model_name_or_path": "/no"}'])
+def test_adapter_configuration_that_is_broken_or_names_no_base(finished, text):
     Path("lora/adapter_config.json").write_text(text, encoding="utf-8")
-    unreadable = "lora/adapter_config.json 无法读取（~）；请重新运行 python train_lora.py"
-    no_base = "lora 的适配器需要基础模型 ，但它不在那里；请放回，或改 adapter_config.json 里的路径。"
-    refused(no_base if "null" in text else unreadable, inference_lora.load_adapter, "lora")
-
-
-def test_adapter_without_its_weights_asks_no_hub(finished):
-    Path("lora/adapter_model.safetensors").unlink()
-    base = json.loads(Path("lora/adapter_config.json").read_text())["base_model_name_or_path"]
-    refused(ADAPTER.format(base, "缺少 adapter_model.safetensors"), inference_lora.load_adapter, "lora")
-
-
-@pytest.mark.parametrize("folder", ["a_file", "full", "/proc/merged", ""])
-def test_merging_is_refused_into_anything_but_a_new_folder(tmp_path, monkeypatch, folder):
-    monkeypatch.chdir(tmp_path)
-    Path("a_file").write_text("x")
-    Path("full").mkdir()
-    Path("full", "model.safetensors").touch()
-    message = f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。"
-    with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
-        inference_lora.refuse_unless_empty(folder)
+    refused("lora/adapter_config.json 用不了（~）；~python train_lora.py", models.load_trained, "lora")
 
 
 @pytest.mark.parametrize("path", ["lora", "lora/checkpoint-2"])
@@ -75,7 +58,7 @@ def test_adapter_of_another_base(finished, tiny_model, path):
     name_base(path, "other")
     sums = [checkpoints.weights_sha256(folder) for folder in (tiny_model, "other")]
     message = "{} 的适配器不是在现在的 other 上训练的（权重的 SHA-256 应为 {}，现在是 {}）；请放回原来的基础模型。"
-    refused(message.format(path, *sums), inference_lora.load_adapter, path)
+    refused(message.format(path, *sums), models.load_trained, path)
 
 
 def test_adapter_without_a_record_of_its_base(finished, capsys):
@@ -85,15 +68,18 @@ def test_adapter_without_a_record_of_its_base(finished, capsys):
     tiny_model.build("wide", tiny_model.sample_texts(), hidden_size=128)
     Path("lora/run.json").unlink()
     name_base("lora", "wide")
-    refused(ADAPTER.format("wide", "~"), inference_lora.load_adapter, "lora")
-    assert "提示：lora 里没有训练的记录 run.json，无法核对 wide 的权重是否就是训练时的。" in capsys.readouterr().out
+    refused(ADAPTER.format("wide", "~"), models.load_trained, "lora")
+    assert "lora/run.json 无法读取" in capsys.readouterr().out
 
 
-def test_an_adapter_that_cannot_do_without_thinking_is_not_asked_to(finished):
-    template = Path("lora/chat_template.jinja")
-    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
-    message = "lora 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。"
-    refused(message, inference_lora.load_adapter, "lora", thinking=False)
+@pytest.mark.parametrize("folder", ["a_file", "full", "/proc/merged", ""])
+def test_merging_is_refused_into_anything_but_a_new_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("x")
+    Path("full").mkdir()
+    Path("full", "model.safetensors").touch()
+    message = f"{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。"
+    refused(message, inference_lora.refuse_unless_empty, folder)
 
 
 def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finished, tiny_model, monkeypatch):
@@ -104,7 +90,7 @@ def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finishe
     run("half", lora=True, max_steps=2, learning_rate=1e-1, output_dir="adapter")
     monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--model_path", "adapter", "--merge_to", "merged"])
     inference_lora.main()
-    exact = inference_lora.load_adapter("adapter")[0].state_dict()
+    exact = models.load_trained("adapter")[0].state_dict()
     merged = weights("merged")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert all(tensor.equal(exact[name].to(torch.bfloat16)) for name, tensor in merged.items())
@@ -113,22 +99,16 @@ def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finishe
     assert checkpoints.find_trained("merged") == Path("merged")
 
 
+def test_a_checkpoint_is_merged_too_and_a_whole_model_is_not(finished):
+    inference_lora.merge_to("merged", "lora/checkpoint-2")
+    assert checkpoints.find_trained("merged") == Path("merged")  # no unfinished run, although it has its run.json
+    assert not Path("merged/README.md").exists()  # the card is about the best weights
+    refused("full 里是完整的模型，不是 LoRA 适配器，不用合并；~", inference_lora.merge_to, "again", "full")
+
+
 @pytest.mark.parametrize("flags", [["感冒了？"], ["--chat"], ["--no_thinking"], ["--max_new_tokens", "9"]])
 def test_merging_asks_nothing(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--merge_to", "merged", *flags])
     with pytest.raises(SystemExit) as end:
         inference_lora.main()
     assert end.value.code == 2 and "--merge_to 只合并，不提问；请去掉 " in capsys.readouterr().err
-
-
-def test_a_checkpoint_is_merged_too(finished):
-    loaded = inference_lora.load_adapter("lora/checkpoint-2")
-    inference_lora.merge_to("merged", *loaded, "lora/checkpoint-2")
-    assert checkpoints.find_trained("merged") == Path("merged")  # no unfinished run, although it has its run.json
-    assert not Path("merged/README.md").exists()  # the card is about the best weights
-
-
-def test_adapter_whose_base_is_missing(finished):
-    name_base("lora", "/nowhere/base")
-    message = "lora 的适配器需要基础模型 /nowhere/base，但它不在那里；请放回，或改 adapter_config.json 里的路径。"
-    refused(message, inference_lora.load_adapter, "lora")

@@ -45,7 +45,7 @@ def test_it_says_what_was_trained(finished):
         *(f"{name} {getattr(saved, name)}" for name in ("temperature", "top_p", "top_k")),
         *("repeat_penalty 1.0", "num_ctx 8192"),
     ]
-    inference_lora.merge_to("merged", *inference_lora.load_adapter("lora"), "lora")
+    inference_lora.merge_to("merged", "lora")
     assert Path("merged/Modelfile").read_text(encoding="utf-8") == text and not Path("lora/Modelfile").exists()
 
 

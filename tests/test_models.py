@@ -12,7 +12,6 @@ import transformers
 from helpers import arguments, refused
 
 import data
-import inference
 import train
 from parts import encoding, models
 
@@ -23,11 +22,8 @@ ANOTHER = (
     "否则请换一个用 Qwen3 模板的模型。"
 )
 NO_TEMPLATE, NO_END = (ANOTHER.format("{}", what) for what in ("对话模板", "<|im_end|>"))
-NO_TOKENIZER = (
-    "{} 里没有分词器（tokenizer.json、vocab.json、tokenizer.model 都没有）；"
-    "如果它没有下载完，请把文件补齐，或把这个文件夹改名后重新下载。"
-)
-UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py，或用 --model_path 指定模型的文件夹。"
+NO_TOKENIZER = "{} 里没有分词器（tokenizer.json、vocab.json、tokenizer.model 都没有）；~"
+UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py~"
 NO_MODEL = "找不到模型 {}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
 BAD_MODELS = {  # a file of the model, its content (None: not there), the message
     "configuration missing": ("config.json", None, UNTRAINED),
@@ -60,7 +56,7 @@ def test_model_that_cannot_be_asked(tiny_model, tmp_path, monkeypatch, file, con
     Path("bad", file).unlink()
     if content is not None:
         Path("bad", file).write_bytes(content)
-    refused(message.format("bad", "~"), inference.load_trained, "bad")
+    refused(message.format("bad", "~"), models.load_trained, "bad")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +75,7 @@ def test_model_that_is_not_there(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
     Path("a_folder").mkdir()
-    refused(message.format(name), inference.load_trained, name)
+    refused(message.format(name), models.load_trained, name)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
@@ -172,7 +168,7 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_
     if weights:
         Path("bin", weights).write_bytes(pickle.dumps(Bomb()))
     message = "bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
-    refused(message, inference.load_trained, "bin")
+    refused(message, models.load_trained, "bin")
     assert not Path("exploded").exists()
 
 

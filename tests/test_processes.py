@@ -112,7 +112,7 @@ def test_machines_with_other_files_or_another_output_folder_are_refused(workspac
 
 def test_a_launcher_that_does_not_number_its_processes_is_refused(folder):
     ended = run_script("train.py", cwd=folder, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
-    assert ended.returncode == 2 and "WORLD_SIZE=2，却没有 LOCAL_RANK；请用 torchrun 启动" in ended.stdout
+    assert ended.returncode == 1 and "WORLD_SIZE=2，却没有 LOCAL_RANK；请用 torchrun 启动" in ended.stdout
     assert not os.listdir()
 
 

@@ -9,7 +9,7 @@ from helpers import history, losses, run, run_script, same, weights
 from parts import models, samples
 
 FLAGS = ("--max_steps", "6", "--eval_steps", "3", "--logging_steps", "1", "--sample_tokens", "4")
-FLAGS += ("--disable_tqdm", "true", "--report_to", "none", "--model_name")
+FLAGS += ("--report_to", "none", "--model_name")
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
     reason="bitsandbytes is optional and not installed; .ci/run has a run with it",

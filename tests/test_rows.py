@@ -57,31 +57,19 @@ def test_repeated_rows_are_left_out_and_rows_of_one_question_stay_together(first
     assert sorted(map(str, sum(written(), []) + left_out)) == sorted(map(str, rows[1:]))
 
 
-def test_many_problems_are_counted_by_kind_with_the_first_five_lines(capsys):
-    rows = make_rows(100)
-    for number in (3, 14, 15, 40, 60, 61, 98):
-        rows[number - 1]["think"] = "  "
-    rows[19]["answer"] = rows[49]["answer"] = None
-    # An empty line counts as a line but is no row.
-    Path("rows.jsonl").write_text(as_jsonl(rows).replace("\n", "\n\n", 1), encoding="utf-8")
-    data.prepare("rows.jsonl")
-    out = capsys.readouterr().out
-    assert "\n未采用    没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学\n" in out
-    assert "\n未采用    answer 为 null：2 行（第 21、51 行）\n" in out
-    assert "\n未采用    think 为空：7 行（第 4、15、16、41、61 等 行）\n" in out
-
-
-def test_summary_tells_counts_lengths_and_an_example(capsys):
-    data.prepare(save([make_row(i, think="思" * i) for i in (2, 150, 4)], "rows.csv"), "new/a.jsonl", "b.jsonl")
+def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
+    rows = [make_row(i, think="思" * i) for i in (2, 150, 4)] + [make_row(i, think=" ") for i in range(7)]
+    data.prepare(save(rows, "rows.csv"), "new/a.jsonl", "b.jsonl")
     checksum = hashlib.sha256(Path("rows.csv").read_bytes()).hexdigest()
-    assert capsys.readouterr().out == (
-        f"数据来源  rows.csv：共 3 行\nSHA-256   {checksum}\n"
-        "清理      0/3 行的思考改过，保留 100.0% 的字\n"
-        '近似重复  训练集内 0 对；验证集 0/1 行与训练集近似，标为 "seen": true\n'
-        "已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n未采用    0 行\n"
-        "字符数    question：平均 5，中位数 4，最长 6\n字符数    think：平均 52，中位数 4，最长 150\n"
-        "字符数    answer：平均 5，中位数 4，最长 6\n\n"
-        f"示例（训练集第 1 行）\n  问题：问题150？\n  思考：{'思' * 120}……\n  回答：回答150。\n"
+    out = capsys.readouterr().out
+    assert out.startswith(f"数据来源  rows.csv：共 10 行\nSHA-256   {checksum}\n清理      0/3 行的思考改过，")
+    assert "\n已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n" in out
+    assert "\n未采用    think 为空：7 行（第 4、5、6、7、8 等 行）\n" in out
+    assert "\n未采用    没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学\n" in out
+    assert "\n字符数    think：平均 52，中位数 4，最长 150\n" in out
+    first = data.read_examples("new/a.jsonl")[0]
+    assert out.endswith(
+        f"思考：{first['think'][:120]}{'……' * (len(first['think']) > 120)}\n  回答：{first['answer']}\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is counted of replies, and that it is what the libraries say when they are called directly."""
+"""What is counted of replies, that it is what rouge-score says, and how sure it is."""
 
 import json
 import subprocess
@@ -7,14 +7,13 @@ import time
 
 import numpy
 import pytest
-import rjieba
-import sacrebleu
-from helpers import REAL, ROOT, SAMPLES
-from rouge_score.rouge_scorer import RougeScorer
+from helpers import ROOT, SAMPLES
 
-from parts import intervals, overlaps, scores, traces
+from parts import scores
 from parts.encoding import Reply
+from parts.scores import make_score
 
+SEED = 42
 ROWS = [
     {"question": "头痛怎么办？", "think": "用户问头痛，先想原因。", "answer": "头痛可以先休息，多喝水。"},
     {"question": "感冒了要吃抗生素吗？", "think": "感冒多由病毒引起。", "answer": "一般不需要吃抗生素。"},
@@ -22,7 +21,6 @@ ROWS = [
     {"question": "How much water should I drink?", "answer": "Drink about two litres of water a day."},
     {"question": "发烧呢？", "answer": None},
 ]
-KINDS = overlaps.ROUGE | overlaps.CORPUS
 REPLIES = [
     Reply("用户问头痛，要想原因。根据用户提供的答案，休息即可。", "", True, "one", 10, 1.0),  # no answer
     Reply("感冒多由病毒引起。", "", False, "unclosed", 30, 1.0),
@@ -30,27 +28,35 @@ REPLIES = [
     Reply("Think.", "Drink two litres of water every day.", True, "one", 20, 2.0),
     Reply("想", "多喝水。", True, "one", 20, 2.0),  # nothing to hold it against
 ]
+# rouge-score 0.1.2 with rjieba's words says so of the third and the fourth row, and of a text that repeats words.
+MEASURED = {
+    ("规律作息，不喝咖啡。", "规律作息，少喝咖啡。"): [0.8333333333333334, 0.6, 0.8333333333333334],
+    ("Drink two litres of water every day.", "Drink about two litres of water a day."): [
+        *(0.823529411764706, 0.5333333333333333, 0.823529411764706),
+    ],
+    ("多喝水，多休息，多喝水。", "多喝水。多喝水，休息。"): [
+        *(0.7692307692307692, 0.3636363636363636, 0.6153846153846153),
+    ],
+    ("", "多喝水。"): [0, 0, 0],
+}
 
 
-def lines(rows=ROWS, replies=REPLIES, thinking: bool = True) -> dict[str, intervals.Line]:
-    return {each.key: intervals.line(each) for each in scores.measure(rows, replies, thinking)}
+def lines(rows=ROWS, replies=REPLIES, thinking: bool = True) -> dict[str, dict]:
+    return {score.key: score.as_json() for score in scores.measure(rows, replies, thinking, SEED)}
 
 
-class Jieba:
-    def tokenize(self, text: str) -> list[str]:
-        return [word for word in rjieba.cut(text) if word.strip()]
+def share(values, of=None) -> scores.Score:
+    return make_score("share", "份额", "%", values, of, seed=SEED)
 
 
-def directly(texts: list[str], references: list[str]) -> dict[str, float]:
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Jieba())
-    found = [scorer.score(reference, text) for text, reference in zip(texts, references)]
-    means = {kind: sum(each[kind].fmeasure for each in found) / len(found) for kind in found[0]}
-    corpus = {"bleu": sacrebleu.corpus_bleu(texts, [references], tokenize="zh").score}
-    return means | corpus | {"chrf": sacrebleu.corpus_chrf(texts, [references]).score}
+def test_rouge_is_what_rouge_score_says():
+    for (text, reference), expected in MEASURED.items():
+        assert scores.rouge(text, reference) == pytest.approx(expected, abs=1e-12)
 
 
 def test_five_rows_worked_out_by_hand():
     found = lines()
+    third, fourth = list(MEASURED.values())[:2]
     by_hand = {  # (n, value)
         "whole": (5, 2 / 5),
         "stopped": (5, 4 / 5),
@@ -62,133 +68,95 @@ def test_five_rows_worked_out_by_hand():
         "answer_length": (4, (0 + 10 + 36 + 4) / 4),  # the second one got to no answer
         "speed": (5, 100 / 8),
     }
+    for i, kind in enumerate(scores.ROUGE):
+        by_hand[f"answer_{kind}"] = (4, (third[i] + fourth[i]) / 4)
+        by_hand[f"answer_{kind}_new"] = (3, fourth[i] / 3)  # without the row that stands in the training part too
     for key, (n, value) in by_hand.items():
-        assert (found[key].n, found[key].value) == (n, pytest.approx(value)), key
-    references = [row["answer"] for row in ROWS[:4]]
-    answers = ["", "", "规律作息，不喝咖啡。", "Drink two litres of water every day."]
-    for key, value in directly(answers, references).items():
-        assert (found[f"answer_{key}"].n, found[f"answer_{key}"].value) == (4, pytest.approx(value)), key
-    new = [0, 1, 3]  # without the row that stands in the training part too
-    expected = directly([answers[place] for place in new], [references[place] for place in new])
-    for key, value in expected.items():
-        assert (found[f"answer_{key}_new"].n, found[f"answer_{key}_new"].value) == (3, pytest.approx(value)), key
-    thinkings = directly([REPLIES[0].thinking, ""], [row["think"] for row in ROWS[:2]])
-    for key in overlaps.ROUGE:
-        assert (found[f"think_{key}"].n, found[f"think_{key}"].value) == (2, pytest.approx(thinkings[key])), key
-    # 规律作息，不喝咖啡。 and 规律作息，少喝咖啡。, however they are cut: what both have, twice, of all words
-    one, other = Jieba().tokenize(answers[2]), Jieba().tokenize(references[2])
-    assert overlaps.rouge(answers[2], references[2])[0] == 2 * len(set(one) & set(other)) / len(one + other)
+        assert (found[key]["n"], found[key]["value"]) == (n, pytest.approx(value)), key
+    assert found.keys() - by_hand.keys() == {"traces_doctor", "traces_two", "traces_covert"}
+    others = scores.strangers([row["question"] for row in ROWS[:4]], [row["answer"] for row in ROWS[:4]], SEED)
+    floors = [scores.rouge(reply.answer, ROWS[i]["answer"])[0] for reply, i in zip(REPLIES, others)]
+    assert found["answer_rouge1"]["floor"] == pytest.approx(sum(floors) / 4) and found["whole"]["floor"] is None
+    without = lines(ROWS[:3], [Reply("", "多喝水。", True, "none"), REPLIES[4], Reply("", "", True, "none")], False)
+    assert without["whole"]["value"] == pytest.approx(1 / 3)  # where no thinking was asked for
+    assert not [key for key in without if key.startswith(("traces", "think"))]
 
 
-def test_the_floor_is_each_answer_against_another_questions():
-    references = [row["answer"] for row in ROWS[:4]]
-    others = overlaps.strangers([row["question"] for row in ROWS[:4]], references)
-    assert all(place != other for place, other in enumerate(others))
-    expected = directly(["", "", REPLIES[2].answer, REPLIES[3].answer], [references[place] for place in others])
-    for key, value in expected.items():
-        assert lines()[f"answer_{key}"].floor == pytest.approx(value)
-    assert overlaps.strangers(["问", "问", "另问"], ["甲", "乙", "丙"]) in ([2, 2, 0], [2, 2, 1])
-    assert overlaps.strangers(["问", "另问"], ["甲", "甲"]) is None  # the same answer would be no stranger
-    assert lines(ROWS[:1], REPLIES[:1])["answer_rouge1"].floor is None
-    assert lines()["whole"].floor is None
-
-
-def test_signatures_are_sacrebleus():
-    lines()
-    found = overlaps.signatures()
-    assert "tok:zh" in found["BLEU"] and "nrefs:1" in found["BLEU"] and "nc:6" in found["chrF"]
-
-
-@pytest.mark.parametrize("reference", [None, "", " \n", "\u200b", 3, ["多喝水"]])
+@pytest.mark.parametrize("reference", [None, "", "\u200b", 3, "水\ud83d"])
 def test_rows_without_a_reference_are_left_out_of_the_overlaps_alone(reference):
     rows = [{"question": "头痛？", "answer": "多喝水。"}, {"question": "感冒？", "answer": reference}]
     found = lines(rows, [REPLIES[4]] * 2)
-    assert found["answer_rouge1"].n == 1 and found["answer_rouge1"].value == 1 and found["whole"].n == 2
-    assert not [key for key in lines(rows[1:], [REPLIES[4]]) if "rouge" in key or "bleu" in key]
-
-
-def test_half_a_character_in_a_reference_is_no_error():
-    assert lines([{"question": "问", "answer": "水\ud83d"}], [REPLIES[4]])["answer_rouge1"].n == 1
+    assert found["answer_rouge1"]["n"] == (2 if reference == "水\ud83d" else 1) and found["whole"]["n"] == 2
 
 
 def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
     """Not even with the words that it wrote before it began to think."""
-    text = "头痛可以先休息，多喝水。"
-    for reply in (Reply(text, text, False, "unclosed"), Reply(text, "", False, "unclosed")):
-        found = lines([ROWS[0] | {"think": text}], [reply])
-        assert [
-            each.value for key, each in found.items() if "rouge" in key or key in ("answer_bleu", "answer_chrf")
-        ] == [0] * 8
-        assert (found["answer_length"].n, found["answer_length"].value) == (0, None)
-
-
-def test_without_thinking_none_is_expected():
-    replies = [Reply("", "多喝水。", True, "none"), Reply("想", "多喝水。", True, "one"), Reply("", "", True, "none")]
-    found = lines(ROWS[:3], replies, thinking=False)
-    assert found["whole"].value == pytest.approx(1 / 3)
-    assert not [key for key in found if key.startswith(("traces", "think"))]
-    assert lines(ROWS[:3], replies)["whole"].value == pytest.approx(1 / 3)  # the second
-
-
-def test_what_was_said_in_earlier_turns_is_what_the_asker_said(monkeypatch):
-    asked = []
-    monkeypatch.setattr(traces, "find", lambda think, question, answer="", instruction="": asked.append(question) or [])
-    scores.find_traces({"question": "多久？", "history": [["头痛？", "休息。"]]}, REPLIES[4])
-    assert asked == ["头痛？\n多久？"]
+    text = ROWS[0]["answer"]
+    found = lines(ROWS[:1], [Reply(text, text, False, "unclosed")])
+    assert [found[f"answer_{kind}"]["value"] for kind in scores.ROUGE] == [0, 0, 0]
+    assert (found["answer_length"]["n"], found["answer_length"]["value"]) == (0, None)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "expected"),
     [
-        "用户可能需要更多的信息。" * 20,
-        "想到这里，" + "哈" * 80,
-        "".join(f"{number}. 多喝水，注意休息，按时吃药。\n" for number in range(12)),
-        "先说别的。" * 2 + "The patient should rest and drink water. " * 8 + "然后结束了，就这样。",
+        ("用户可能需要更多的信息。" * 20, True),
+        ("想到这里，" + "哈" * 80, True),
+        ("".join(f"{number}. 多喝水，注意休息，按时吃药。\n" for number in range(12)), True),
+        ("先说别的。" * 2 + "The patient should rest and drink water. " * 8 + "然后结束了，就这样。", True),
+        ("", False),
+        ("多喝水，注意休息，按时吃药。" * 2, False),
+        ("| 药 | 量 |\n|" + "-" * 200 + "|", False),
+        ("每日3次，每次1片。" * 4, False),
     ],
 )
-def test_loops_are_found_wherever_they_are(text):
-    assert scores.loops(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "多喝水，注意休息，按时吃药。" * 2,
-        "| 药 | 量 |\n|" + "-" * 200 + "|",
-        "每日3次，每次1片。" * 4,
-        "用户问头痛。" * 3,
-    ],
-)
-def test_what_is_said_twice_or_is_short_is_no_loop(text):
-    assert not scores.loops(text)
-
-
-def test_published_texts_do_not_loop():
-    files = [SAMPLES, *([REAL / "medical_r1_120.jsonl"] if REAL.is_dir() else [])]
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    assert not [row for row in rows if scores.loops(row["think"]) or scores.loops(row["answer"])]
+def test_loops_are_found_wherever_they_are(text, expected):
+    assert scores.loops(text) == expected
 
 
 def test_two_hundred_and_forty_one_replies_take_seconds():
-    """Thinkings of 500 characters and answers of 400, other ones in each row, so that nothing is remembered."""
+    """Answers of 400 characters, other ones in each row, so that nothing is remembered; without torch."""
     generator = numpy.random.default_rng(0)
     sentences = [json.loads(line)["answer"] for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
-
-    def text(length: int) -> str:
-        return "".join(generator.choice(sentences, 12))[:length]
-
-    rows = [{"question": f"第 {i} 问", "think": text(500), "answer": text(400), "seen": i % 2 == 0} for i in range(241)]
-    replies = [Reply(text(500), text(400), True, "one", 500, 0.1) for _ in rows]
+    rows, replies = [], []
+    for i in range(241):
+        texts = ["".join(generator.choice(sentences, 12))[:400] for _ in range(2)]
+        rows.append({"question": f"第 {i} 问", "answer": texts[0], "seen": i % 2 == 0})
+        replies.append(Reply(texts[1], texts[1], True, "one", 500, 0.1))
     began = time.process_time()
     found = lines(rows, replies)
     assert time.process_time() - began < 10
-    assert found["answer_rougeL"].n == 241 and found["answer_rougeL_new"].n == 120
+    assert found["answer_rougeL"]["n"] == 241 and found["answer_rougeL_new"]["n"] == 120
+    code = "import sys; from parts import scores; scores.rouge('多喝水', '喝水'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
-def test_scores_need_no_download_and_no_torch():
-    """rouge-score brings nltk, which has data to fetch for other ends; an address it cannot have would be an error."""
-    code = "import sys, socket; socket.socket.connect = None; from parts import overlaps; "
-    code += "print(overlaps.statistics(['多喝水'], ['喝水'], True)['rougeL'][0, 0], 'torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.split() == [str(overlaps.rouge("多喝水", "喝水")[2]), "False"], result.stderr
+def test_an_interval_is_about_as_wide_as_the_formula_says():
+    line = share([1] * 80 + [0] * 160).as_json()
+    width = 1.96 * (1 / 3 * 2 / 3 / 240) ** 0.5  # of a share, by the normal distribution
+    assert (line["value"], line["n"]) == (pytest.approx(1 / 3), 240)
+    assert [line["low"], line["high"]] == pytest.approx([1 / 3 - width, 1 / 3 + width], abs=0.008)
+    assert share([1] * 80 + [0] * 160).as_json() == line  # seeded
+    few = share([5, 0, 7], of=[1, 0, 1]).as_json()  # the second row does not count
+    assert (few["n"], few["value"]) == (2, 6)
+    assert share([0, 0], of=[0, 0]).compare(share([1, 1]))["differs"] is False
+
+
+def test_pairs_show_a_difference_that_two_intervals_would_hide():
+    """Each row is a little better: the rows scatter far more than they differ."""
+    generator = numpy.random.default_rng(2)
+    values = generator.random(100)
+    better = share(values + 0.02 + generator.normal(0, 0.01, 100))
+    assert better.as_json()["low"] < share(values).as_json()["high"]
+    found = better.compare(share(values))
+    assert found["differs"] and 0 < found["low"] < found["difference"] < found["high"] < 0.03
+
+
+def test_chance_is_called_a_difference_about_once_in_twenty():
+    """Of 200 pairs of models that are the same; and never where a few rows alone are unlike."""
+    generator = numpy.random.default_rng(3)
+    pairs = [(share(generator.random(60) < 0.4), share(generator.random(60) < 0.4)) for _ in range(200)]
+    assert sum(one.compare(other)["differs"] for one, other in pairs) <= 20
+    same = [0] * 200
+    assert not share([1] * 5 + same).compare(share([0] * 5 + same))["differs"]
+    assert share([1] * 9 + same).compare(share([0] * 9 + same))["differs"]

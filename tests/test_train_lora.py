@@ -11,10 +11,9 @@ import transformers
 from helpers import run, weights
 
 import data
-import inference
 import inference_lora
 import train_lora
-from parts import encoding, models, replies
+from parts import encoding, models
 
 
 def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
@@ -40,10 +39,10 @@ def test_checkpoints_name_their_base_as_the_user_did(interrupted, tiny_model):
 
 def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
     trainer = run(tiny_model, lora=True, max_steps=2, learning_rate=1e-1)
-    model, tokenizer = inference_lora.load_adapter(data.LORA_OUTPUT_DIR)
-    inference_lora.merge_to("merged", model, tokenizer, data.LORA_OUTPUT_DIR)
+    model, tokenizer = models.load_trained(data.LORA_OUTPUT_DIR)
+    inference_lora.merge_to("merged", data.LORA_OUTPUT_DIR)
     ids = torch.tensor([encoding.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
-    plain, _ = inference.load_trained("merged")
+    plain, _ = models.load_trained("merged")
     with torch.no_grad():
         logits = [m.eval()(input_ids=ids).logits for m in (trainer.model, model, plain)]
         untuned = models.load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
@@ -89,7 +88,7 @@ def test_what_is_saved_is_asked_elsewhere_as_it_is_here(workspace, base, lora, c
     assert "aligned accordingly" not in capsys.readouterr().err
     folders = ["out", "out/checkpoint-2"]
     if lora:
-        inference_lora.merge_to("merged", *inference_lora.load_adapter("out"), "out")
+        inference_lora.merge_to("merged", "out")
         folders.append("merged")
     question = [{"role": "user", "content": "头痛？"}]
     for folder in folders:
@@ -109,5 +108,5 @@ def test_settings_of_a_models_own_are_kept(tiny_model, tokenizer):
     model = models.load_weights(str(tiny_model), torch.device("cpu"))
     model.generation_config.temperature = 0.3
     before = model.generation_config.to_dict()
-    replies.settle_generation(model, tokenizer)
+    models.settle_generation(model, tokenizer)
     assert model.generation_config.to_dict() == before

@@ -217,16 +217,18 @@ def make_small(path: Path) -> None:
 
 
 def photograph_web(browser) -> None:
-    """The page of the demo's model while it thinks."""
+    """The page when the demo's model has answered, its thinking folded."""
     flags = ["--model_path", "full", "--port", str(WEB_PORT)]
     command = [sys.executable, ROOT / "inference.py", "--web", "--max_new_tokens", "120", *flags]
     server = subprocess.Popen(command, cwd=DEMO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        page = browser.new_page(viewport={"width": 1000, "height": 560}, locale="zh-CN")
+        page = browser.new_page(viewport={"width": 1000, "height": 600}, locale="zh-CN")
         open_when_ready(page, f"http://127.0.0.1:{WEB_PORT}")
         page.get_by_role("textbox", name="问题").fill(QUESTION)
         page.get_by_role("textbox", name="问题").press("Enter")
         page.get_by_text("要点是").wait_for()
+        page.get_by_test_id("submit-button").wait_for()
+        page.wait_for_timeout(500)  # what folds does so slowly
         page.screenshot(path=IMAGES / "web.png")
         page.close()
     finally:
