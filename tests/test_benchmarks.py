@@ -8,20 +8,14 @@ from pathlib import Path
 import decode_speed
 import defaults
 import memory_budget
-import numpy as np
 import pytest
 import train_speed
 from helpers import ROOT, make_row, save
 
 
-def table(script: str, *flags: str) -> list[list[str]]:
-    """The cells of the rows that a benchmark prints, in a process of its own, the head left out."""
-    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *flags]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8")
-    assert result.returncode == 0, result.stderr
-    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
-    assert rows[1:], result.stderr
-    return rows[2:]
+def cells(output: str) -> list[list[str]]:
+    """The cells of the rows that a benchmark printed, the head included."""
+    return [line[2:-2].split(" | ") for line in output.splitlines() if line.startswith("| ")]
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +27,13 @@ def short(monkeypatch):
 
 @pytest.fixture
 def table_of(monkeypatch, capsys):
-    """The cells of the rows that a benchmark prints when its arms run in this process, the head left out."""
+    """What a benchmark prints when its arms run in this process, the head left out."""
 
     def fill(module, run_arm, *flags: str) -> list[list[str]]:
         monkeypatch.setattr(module, "in_turn", lambda arms, rounds: {name: [run_arm(name)] * rounds for name in arms})
         monkeypatch.setattr(sys, "argv", [module.__name__, "--small", *flags])
         module.main()
-        lines = capsys.readouterr().out.splitlines()
-        return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][2:]
+        return cells(capsys.readouterr().out)[2:]
 
     return fill
 
@@ -74,21 +67,15 @@ def test_memory_budget_runs_under_a_cap():
 def test_memory_budget_plans_for_cards_that_are_not_here(capsys):
     for cap in (4.0, 12.0):
         memory_budget.plan_only(cap)
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    fits = {(cap, kind): fit for cap, kind, fit, *_ in rows}
-    assert fits == {
-        ("4", "full"): "no",
-        ("4", "LoRA"): "no",
-        ("4", "QLoRA"): "yes",
-        ("12", "full"): "yes",
-        ("12", "LoRA"): "yes",
-        ("12", "QLoRA"): "yes",
-    }
+    rows = [row[:3] for row in cells(capsys.readouterr().out)]
+    assert [kind for cap, kind, fits in rows if cap == "4" and fits == "yes"] == ["QLoRA"]
+    assert [kind for cap, kind, fits in rows if cap == "12" and fits == "yes"] == ["full", "LoRA", "QLoRA"]
 
 
 def test_data_speed():
-    [row] = table("data_speed.py", "--rows", "200")
-    assert row[0] == "200"
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "data_speed.py", "--rows", "200"]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0 and cells(result.stdout)[-1][0] == "200", result.stderr
 
 
 def test_defaults(folder, monkeypatch, capsys):
@@ -96,16 +83,8 @@ def test_defaults(folder, monkeypatch, capsys):
     rows = [make_row(i, think=f"答案里已经提到了休息。思考{i}的要点是多喝水，按时睡觉。" * 2) for i in range(20)]
     monkeypatch.setattr(sys, "argv", ["defaults", "--small", "--data", save(rows, "rows.jsonl"), "--json", "out.json"])
     defaults.main()
-    printed = capsys.readouterr().out.splitlines()
-    cells = {line[2:-2].split(" | ")[0]: line[2:-2].split(" | ")[1:] for line in printed if line.startswith("| ")}
-    assert cells["explicit"][:2] == ["100%", "0%"]
-    one, two, lora = (float(cells[f"{defaults.RATES[0]:g}"][place].split()[0]) for place in (0, 1, 3))
+    rows = {name: row for name, *row in cells(capsys.readouterr().out)}
+    assert rows["explicit"][:2] == ["100%", "0%"]
+    one, two, lora = (float(rows[f"{defaults.RATES[0]:g}"][place].split()[0]) for place in (0, 1, 3))
     assert one == two > 0 and lora > 0  # --small: as many steps for both
     assert len(json.loads(Path("out.json").read_text())["rows"]) == 6 * 3 + 5  # kinds, and one rate
-
-
-def test_intervals_hold_what_seeds_and_rows_make_of_it():
-    values = np.arange(40.0).reshape(4, 10)  # rows differ by 9 at most, seeds by 30
-    mean, low, high = defaults.interval(values)
-    assert mean == 19.5 and 0 < low < 10 and 30 < high < 39
-    assert defaults.interval(np.ones((3, 5))) == [1, 1, 1]

@@ -1,7 +1,8 @@
 """The READMEs: every command, flag, file and link in them exists, and both say the same."""
 
+import contextlib
 import importlib.util
-import inspect
+import io
 import json
 import re
 import shlex
@@ -10,32 +11,30 @@ import sys
 import pytest
 import swanlab.cli
 import torch.distributed.run
-import transformers
 from accelerate.commands.launch import launch_command_parser
-from helpers import ROOT
-from transformers.cli.serve import Serve
+from helpers import ROOT, SCRIPTS
 
 import data
-import inference
-import inference_lora
-import train
-import train_lora
-from parts.model import export as modelfile
+from parts.terminal import first_line
 
 READMES = ("README.md", "README_EN.md")
-TRAINING = {"train.py": train.TrainArguments, "train_lora.py": train_lora.LoraArguments}
-OTHERS = {"data.py": data, "inference.py": inference, "inference_lora.py": inference_lora}
-COMMANDS = ("python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter")
-COMMANDS += ("transformers", "evalscope", "curl", "ruff", "bash", "llama-quantize", "ollama", "modelscope")
-# Not installed here: flags that their `serve` has in vLLM's documentation, in SGLang 0.5.23 and in Open WebUI 0.12.4.
-ENGINES = {
-    "vllm": {"--reasoning-parser", "--host", "--port"},
-    "sglang": {"--model-path", "--reasoning-parser", "--host", "--port"},
-    "open-webui": {"--host", "--port"},
+# Flags that their `serve` or `eval` has in the documentation of vLLM, SGLang 0.5.23, Open WebUI 0.12.4 and EvalScope
+# 1.14.1, which are not installed here; tests/test_serving.py starts that of transformers.
+ELSEWHERE = {
+    "transformers": "serve --port",
+    "vllm": "serve --reasoning-parser --host --port",
+    "sglang": "serve --model-path --reasoning-parser --host --port",
+    "open-webui": "serve --host --port",
+    "evalscope": "eval --model --model-args --api-url --datasets --dataset-args --generation-config --work-dir",
 }
-COMMANDS += tuple(ENGINES)
-EVALSCOPE_FLAGS = {"--model", "--model-args", "--api-url", "--datasets", "--dataset-args", "--generation-config"}
-EVALSCOPE_FLAGS |= {"--work-dir"}
+# What other tests run as it stands here, or what the line before it makes.
+AS_THEY_STAND = (
+    "llama-quantize|llama-quantize model-bf16.gguf model.gguf Q4_K_M|ollama (create|run)( qwen3-medical)?|"
+    "modelscope (create|upload|login)( .*)?|tar -xzf llama_cpp_python-0.3.36.tar.gz|cd output/qwen3-medical|"
+    "python llama_cpp_python-0.3.36/.*/convert_hf_to_gguf.py .*|source ~/evalscope/bin/activate|ruff (check|format) ."
+)
+PROGRAMS = {"python", "pip", "pytest", "torchrun", "accelerate", "swanlab", "jupyter", "curl", "bash"}
+PROGRAMS |= {"ruff", "llama-quantize", "ollama", "modelscope", *ELSEWHERE}
 
 
 def read(name: str) -> str:
@@ -44,179 +43,140 @@ def read(name: str) -> str:
 
 def code_blocks(text: str) -> list[tuple[str, list[str]]]:
     """(language, lines without comments and indent) of each fenced block."""
-    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
-    return [
-        (language, [re.sub(r"\s+# .*", "", line).strip() for line in body.splitlines()]) for language, body in blocks
-    ]
+    blocks = []
+    for language, body in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+        blocks.append((language, [re.sub(r"\s+# .*", "", line).strip() for line in body.splitlines()]))
+    return blocks
+
+
+def sentences(text: str) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def inline_codes(text: str) -> list[str]:
-    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", sentences(text))]
 
 
 def commands(text: str) -> list[str]:
     """What a person is to type, in code blocks and inside sentences."""
     lines = [line for language, body in code_blocks(text) if language == "bash" for line in body if line]
-    return lines + [code for code in inline_codes(text) if code.split()[0] in COMMANDS and code != "pytest"]
+    return lines + [code for code in inline_codes(text) if code.split()[0] in PROGRAMS]
 
 
 def loose_flags(text: str) -> list[str]:
-    """Flags in sentences, without their command, each with its value."""
+    """Flags in sentences, without their command, perhaps with a value."""
     return [code for code in inline_codes(text) if code.startswith("--")]
 
 
-def headings(text: str) -> list[int]:
-    """The levels of the headings, in order."""
-    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+def places(text: str) -> list[str]:
+    """Links, the files and folders that tables begin with, and the tests of promises, file::test."""
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    files = re.findall(r"^\| `?([\w/]+(?:\.\w+|/))`? \|", text, re.MULTILINE)
+    return links + files + re.findall(r"\| (tests/\w+\.py::\w+) \|", text)
 
 
-@pytest.fixture
-def help_flags(monkeypatch, capsys):
-    """The flags that a script's --help shows, from its own parser, in this process."""
-
-    def flags(script: str) -> set[str]:
-        monkeypatch.setattr(sys, "argv", [script, "--help"])
-        with pytest.raises(SystemExit):
-            OTHERS[script].main()
-        return set(re.findall(r"^ +(--?\w+)", capsys.readouterr().out, re.MULTILINE))
-
-    return flags
+def accept_place(place: str) -> None:
+    """Raises AssertionError where there is no such file, or no such test in it."""
+    file, _, test = place.partition("::")
+    assert (ROOT / file).exists() and (not test or f"\ndef {test}(" in read(file))
 
 
-def training_parser(script: str):
-    return transformers.HfArgumentParser(TRAINING[script], allow_abbrev=False)
+def flags_of(script: str, *words: str) -> set[str]:
+    """The flags that the script's --help shows, once it has taken the words before it. Raises AssertionError where it
+    does not take their values."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    page = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):
+        patch.setattr(sys, "argv", [script, *words, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0, page.getvalue()
+    return set(re.findall(r"^ +(?:-h, )?(--\w+)", page.getvalue(), re.MULTILINE))
 
 
-def accept(script: str, flags: list[str], help_flags) -> None:
-    """Raises SystemExit, ValueError or AssertionError unless `script` takes `flags`."""
-    if script in TRAINING:
-        values = training_parser(script).parse_args(flags)
-        # --fsdp wants several processes, as test_fsdp.py has them
-        TRAINING[script](**vars(values) | {"report_to": "none", "fsdp": False})
-    elif script in OTHERS:
-        found = {word for word in flags if word.startswith("--")}
-        assert found <= help_flags(script) | {"--help"}, (script, found)
-        if script == "inference.py":
-            inference.build_parser("", data.OUTPUT_DIR).parse_args(flags)
-    else:
-        assert (ROOT / script).is_file(), script
-        text = (ROOT / script).read_text(encoding="utf-8")
-        assert all(f'"{flag}"' in text for flag in flags), (script, flags)
+def accept(script: str, words: list[str]) -> None:
+    """Raises AssertionError or OSError unless there is such a script with these flags and values."""
+    flags = {word for word in words if word.startswith("--")}
+    known = flags_of(script, *words) if script in SCRIPTS else set(re.findall(r'"(--\w+)"', read(script)))
+    assert flags <= known, flags - known
 
 
-def each(find):
-    return pytest.mark.parametrize("found", sorted({item for name in READMES for item in find(read(name))}))
-
-
-@each(commands)
-def test_command_exists(found, help_flags, workspace):
-    program, *words = shlex.split(found)
-    if program == "python" and words[0] == "-m":
+def accept_command(command: str) -> None:
+    """Raises where there is no such command."""
+    program, *words = shlex.split(command)
+    flags = {word for word in words if word.startswith("--")}
+    if re.fullmatch(AS_THEY_STAND, command):
+        return
+    if command.startswith("python -m"):
         assert importlib.util.find_spec(words[1])
-    elif program == "python" and words[0].endswith("convert_hf_to_gguf.py"):  # tests/test_serving.py runs it
-        assert words[0].startswith("llama_cpp_python-0.3.36/") and words[1] == data.OUTPUT_DIR
-        assert words[2:] == ["--outfile", f"{data.OUTPUT_DIR}/model-bf16.gguf"]
     elif program == "python":
-        accept(words[0], [word for word in words[1:] if word != "--help"], help_flags)
-    elif program == "torchrun":
-        args = torch.distributed.run.get_args_parser().parse_args(words)
-        accept(args.training_script, args.training_script_args, help_flags)
-    elif program == "accelerate":
-        args = launch_command_parser().parse_args(words[1:])
-        accept(args.training_script, args.training_script_args, help_flags)
+        accept(words[0], words[1:])
+    elif program in ("torchrun", "accelerate"):
+        parser = torch.distributed.run.get_args_parser() if program == "torchrun" else launch_command_parser()
+        args = parser.parse_args(words if program == "torchrun" else words[1:])
+        accept(args.training_script, args.training_script_args)
     elif program == "swanlab":
         assert words[0] in swanlab.cli.cli.commands
     elif program == "pip":
-        files = [file for flag, file in zip(words, words[1:]) if flag == "-r"]
-        assert words[0] in ("install", "download") and all((ROOT / file).is_file() for file in files)
-    elif program == "tar":  # what the line before downloads
-        assert words == ["-xzf", "llama_cpp_python-0.3.36.tar.gz"] and "llama-cpp-python==0.3.36 " in read("README.md")
-    elif program == "cd":
-        assert words == [data.OUTPUT_DIR]
-    elif program == "llama-quantize":  # not installed here, nor is the next
-        assert words in ([], ["model-bf16.gguf", modelfile.WEIGHTS, "Q4_K_M"])
-    elif program == "ollama":
-        assert words[0] in ("create", "run") and words[1:] in ([], ["qwen3-medical"])
-    elif program == "modelscope":  # tests/test_hub.py runs the first two
-        assert words[0] in ("create", "upload", "login")
+        assert words[0] in ("install", "download")
+        assert all((ROOT / file).is_file() for flag, file in zip(words, words[1:]) if flag == "-r")
     elif program in ("jupyter", "bash"):
         assert (ROOT / words[-1]).is_file()
-    elif program == "transformers":
-        known = inspect.signature(Serve.__init__).parameters
-        flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-        assert words[0] == "serve" and flags <= set(known)
-    elif program in ENGINES:
-        assert words[0] == "serve" and {word for word in words if word.startswith("--")} <= ENGINES[program]
-        assert "127.0.0.1" in words  # Open WebUI and vLLM would listen to everybody
-    elif program == "evalscope":  # not installed here either; tests/test_exam.py runs it where it is
-        assert words[0] == "eval" and {word for word in words if word.startswith("--")} <= EVALSCOPE_FLAGS
-        sets = json.loads(words[words.index("--dataset-args") + 1])
-        assert words[words.index("--datasets") + 1 : words.index("--dataset-args")] == list(sets)
-        assert all((ROOT / one["local_path"]).is_file() for one in sets.values() if "local_path" in one)
-    elif program == "source":  # of the environment that the line before makes
-        assert f"python -m venv {words[0].removesuffix('/bin/activate')}" in read("README.md")
+    elif program in ELSEWHERE:
+        assert {words[0], *flags} <= set(ELSEWHERE[program].split())
+        assert "127.0.0.1" in command or program in (
+            "evalscope",
+            "transformers",
+        )  # Open WebUI and vLLM would listen to everybody
+        assert all((ROOT / file).is_file() for file in re.findall(r'"local_path": "([^"]+)"', command))
     elif program == "curl":
         [user] = json.loads(words[-1])["messages"]  # the system prompt is in the model's chat template
         assert user == data.to_messages(user["content"])[-1]
-    elif program == "ruff":
-        assert words[0] in ("check", "format")
     else:
         assert program == "pytest" and (not words or words[0] == "-m" and f'"{words[1]}: ' in read("pyproject.toml"))
 
 
-@each(loose_flags)
-def test_flag_exists(found, help_flags):
-    """In some script, with the value that it is shown with."""
+def accept_flag(text: str) -> None:
+    """Raises where neither a script nor torchrun has such a flag; one alone is named without its value."""
+    for script in SCRIPTS:
+        if text in flags_of(script):
+            return
+        with contextlib.suppress(AssertionError):
+            return accept(script, shlex.split(text))
+    torch.distributed.run.get_args_parser().parse_args([*shlex.split(text), "train.py"])
 
-    def accepted(script: str) -> bool:
-        known = set(training_parser(script)._option_string_actions) if script in TRAINING else help_flags(script)
-        if " " not in found:
-            return found in known
+
+def failing(kind, check) -> list[str]:
+    """Those of both READMEs that `check` does not take."""
+    wrong = []
+    for one in sorted({one for name in READMES for one in kind(read(name))}):
         try:
-            return accept(script, shlex.split(found), help_flags) is None
-        except (SystemExit, AssertionError):
-            return False
-
-    if not any(accepted(script) for script in (*TRAINING, *OTHERS)):
-        torch.distributed.run.get_args_parser().parse_args([*shlex.split(found), "train.py"])
+            check(one)
+        except (SystemExit, AssertionError, OSError) as error:
+            wrong.append(f"{one}: {type(error).__name__} {first_line(error)}")
+    return wrong
 
 
-@pytest.mark.parametrize(
-    "command", ["train.py --lerning_rate 1", "data.py --data x", "inference.py --thinking", "no.py"]
-)
-def test_what_does_not_exist_is_found_out(command, help_flags):
-    script, *flags = command.split()
-    with pytest.raises((SystemExit, AssertionError)):
-        accept(script, flags, help_flags)
+def test_every_command_flag_link_file_and_test_exists():
+    wrong = failing(commands, accept_command) + failing(loose_flags, accept_flag) + failing(places, accept_place)
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_links_and_files_hold(name):
-    text = read(name)
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    assert links and not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
-    files = [cells.split("|")[1].strip().strip("`") for cells in re.findall(r"^\| [^-].*$", text, re.MULTILINE)]
-    files = [file for file in files if re.fullmatch(r"[\w/]+(\.\w+|/)", file)]
-    assert set(TRAINING) | set(OTHERS) | {"train.ipynb"} <= set(files)
-    assert not [file for file in files if not (ROOT / file).exists()]
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_each_promise_names_a_test_that_exists(name):
-    promises = re.findall(r"\| (tests/\w+\.py)::(\w+) \|", read(name))
-    assert len(promises) > 10
-    for file, test in promises:
-        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
+@pytest.mark.parametrize("command", ["train.py --lerning_rate 1", "train.py --seed x", "data.py --data x", "no.py"])
+def test_what_does_not_exist_is_found_out(command):
+    with pytest.raises((SystemExit, AssertionError, OSError)):
+        accept_command(f"python {command}")
 
 
 def test_both_have_the_same_headings_commands_and_pictures():
     chinese, english = map(read, READMES)
-    assert headings(chinese) == headings(english) and headings(chinese)[0] == 1
-    assert code_blocks(chinese) == code_blocks(english) != []
-    assert sorted(commands(chinese)) == sorted(commands(english))
-    assert sorted(loose_flags(chinese)) == sorted(loose_flags(english))
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", chinese)
-    assert pictures == re.findall(r"!\[[^]]*\]\(([^)]+)\)", english)
-    assert set(pictures) == {str(path.relative_to(ROOT)) for path in (ROOT / "readme_images").iterdir()}
+    levels = [re.findall(r"^(#+) ", sentences(text), re.MULTILINE) for text in (chinese, english)]
+    assert levels[0] == levels[1] and code_blocks(chinese) == code_blocks(english)
+    assert {*SCRIPTS, "train.ipynb"} <= set(places(chinese))
+    assert set(places(chinese)) ^ set(places(english)) <= set(READMES)
+    for kind in (commands, loose_flags):
+        assert sorted(kind(chinese)) == sorted(kind(english))
+    pictures = [re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) for text in (chinese, english)]
+    assert pictures[0] == pictures[1]
+    assert set(pictures[0]) == {str(path.relative_to(ROOT)) for path in (ROOT / "readme_images").iterdir()}
