@@ -1,5 +1,5 @@
-"""The commands for medical exams in tests/benchmarks/README.md: an unfinished thinking is wrong, whatever letters are in
-it.
+"""The commands for medical exams in tests/benchmarks/README.md: an unfinished thinking is wrong, whatever
+letters are in it.
 
 EVALSCOPE names the program, which has an environment of its own; where there is none, only the filter is tested. The
 questions of tests/demo/exam.jsonl go through the real EvalScope to a server on loopback; the sets of the exams

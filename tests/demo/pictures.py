@@ -33,7 +33,7 @@ IMAGES = ROOT / "readme_images"
 DEMO = Path("output/demo")
 CHAT = "python inference.py --chat --model_path full"
 QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
-PORT, WEB_PORT = 5092, 5093  # of the dashboard, of the page
+WEB_PORT = 5093
 CHAT_PAGE = """\
 <body style="margin: 0"><pre style="display: inline-block; padding: 16px 20px; border-radius: 8px; background: #0c0c0c;
 color: #d9d9d9; font: 16px/1.5 'Noto Sans Mono CJK SC', monospace">{code}</pre></body>"""
@@ -175,26 +175,18 @@ def open_when_ready(page, address: str, seconds: int = 60) -> None:
 
 
 def photograph(chromium: str | None) -> None:
-    """The conversation, and the chart page of the demo's full training as `swanlab watch` shows it."""
+    """The conversation at the terminal, the page of replies side by side, and the page in the browser."""
     from playwright.sync_api import sync_playwright
 
-    command = ["swanlab", "watch", DEMO / "swanlog", "--port", str(PORT)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with sync_playwright() as playwright:
-            flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-            browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-            page = browser.new_page(viewport={"width": 1280, "height": 800}, locale="zh-CN")
-            page.set_content(chat_page())
-            page.locator("pre").screenshot(path=IMAGES / "chat.png", omit_background=True)
-            open_when_ready(page, f"http://127.0.0.1:{PORT}/experiment/1/chart")
-            page.wait_for_timeout(7000)  # the charts draw themselves
-            page.screenshot(path=IMAGES / "dashboard.png")
-            photograph_comparison(browser)
-            photograph_web(browser)
-            browser.close()
-    finally:
-        server.terminate()
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, locale="zh-CN")
+        page.set_content(chat_page())
+        page.locator("pre").screenshot(path=IMAGES / "chat.png", omit_background=True)
+        photograph_comparison(browser)
+        photograph_web(browser)
+        browser.close()
 
 
 def photograph_comparison(browser) -> None:
