@@ -14,7 +14,7 @@ from helpers import ROOT, SCRIPTS, arguments, build_trainer, make_rows, refused,
 import data
 import train
 import train_lora
-from parts.run import checkpoints, run_settings
+from parts.run import checkpoints, folder
 from parts.training import flags, optimizers
 
 ACTS = {  # seen in the weights or the log of three steps: another value, and what it needs beside it
@@ -59,7 +59,7 @@ ELSEWHERE = {  # flags that other tests see acting
     "test_fsdp, test_processes": "fsdp ddp_timeout",
     "test_qlora": "load_in_4bit",
 }
-DECIDING = {*run_settings.SETTINGS, *run_settings.LORA_SETTINGS}
+DECIDING = {*folder.SETTINGS, *folder.LORA_SETTINGS}
 DECIDING |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # in examples_per_step
 DECIDING -= {"eval_steps"}  # decides which is the best checkpoint
 
