@@ -22,17 +22,28 @@ from parts import terminal
 from parts.model import encoding, system_prompt
 from parts.training import environment, flags
 
-LEARNING_RATE = 1e-4  # linear to 0, no warm-up
-NUM_EPOCHS = 2
-BATCH_SIZE = 4  # examples a step on a device, about 3,150 tokens; together in one pass when memory allows
-ACCUMULATION_STEPS = 1  # x BATCH_SIZE x devices = 4 examples a step
-EVAL_STEPS = 100  # optimizer steps between evaluations; a checkpoint is written at each
-PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
-KEPT_CHECKPOINTS = 2  # the best and the newest
-LOGGING_STEPS = 10
+RECIPE = {  # what the command line may change; the other flags are in parts/training/flags.py
+    "model_name": MODEL_NAME,
+    "train_file": TRAIN_FILE,
+    "val_file": VAL_FILE,
+    "max_length": MAX_LENGTH,
+    "output_dir": OUTPUT_DIR,
+    "learning_rate": 1e-4,  # linear to 0, no warm-up
+    "num_train_epochs": 2,
+    # Examples a step on a device, about 3,150 tokens; in one pass when memory allows. On all devices together: 4
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "eval_steps": 100,  # optimizer steps between evaluations; a checkpoint is written at each
+    "early_stopping_patience": 3,  # evaluations without a better eval_loss before training stops; 0: never
+    "save_total_limit": 2,  # checkpoints: the best and the newest
+    "logging_steps": 10,
+    "report_to": "swanlab",
+    "seed": SEED,
+    "eval_samples": 0,  # validation questions answered at each evaluation
+    "sample_tokens": 1024,  # at most, for each reply
+}
 MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
-SAMPLE_TOKENS = 1024  # at most, for each reply
 # One public run of the published recipe, and its eval_loss: (step, loss)
 PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
 PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
@@ -43,26 +54,6 @@ OUT_OF_MEMORY = (
     "--max_length 1024；python train_lora.py；python train_lora.py --load_in_4bit true；--model_name Qwen/Qwen3-0.6B。"
 )
 LOST = "错误：另一个进程已经结束或没有回应，训练停止；写好的检查点都还在，同一命令从最近的一个继续。"
-
-RECIPE = {  # what the command line may change; the other flags are in parts/training/flags.py
-    "model_name": MODEL_NAME,
-    "train_file": TRAIN_FILE,
-    "val_file": VAL_FILE,
-    "max_length": MAX_LENGTH,
-    "output_dir": OUTPUT_DIR,
-    "learning_rate": LEARNING_RATE,
-    "num_train_epochs": NUM_EPOCHS,
-    "per_device_train_batch_size": BATCH_SIZE,
-    "gradient_accumulation_steps": ACCUMULATION_STEPS,
-    "eval_steps": EVAL_STEPS,
-    "early_stopping_patience": PATIENCE,
-    "save_total_limit": KEPT_CHECKPOINTS,
-    "logging_steps": LOGGING_STEPS,
-    "report_to": "swanlab",
-    "seed": SEED,
-    "eval_samples": 0,
-    "sample_tokens": SAMPLE_TOKENS,
-}
 
 
 def arguments(**changes):
@@ -138,10 +129,12 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
 
 def describe_step(args) -> str:
     """How many examples a step of several processes has, and what it does not have."""
-    each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
-    step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
-    other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
-    return f"{step}{other}。{'分片时不生成样例。' if args.fsdp else ''}"
+    passes, published = args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
+    total = args.examples_per_step
+    step = f"每步 {total} 条样本：{args.world_size} 个进程，各 {args.train_batch_size} 条，累积 {passes} 次"
+    if total != published:
+        step += f"；公开方案是 {published} 条，学习率是照它定的"
+    return f"{step}。{'分片时不生成样例。' if args.fsdp else ''}"
 
 
 def save(trainer, tokenizer, run) -> None:

@@ -213,7 +213,7 @@ def test_one_process_trains_on_one_gpu(tiny_model):
     """Also where a library has seen two before CUDA_VISIBLE_DEVICES could be set."""
     args = arguments(tiny_model)
     args._n_gpu = 2  # as Trainer's own arguments would have it
-    assert args.n_gpu == 1 and args.train_batch_size == train.BATCH_SIZE
+    assert args.n_gpu == 1 and args.train_batch_size == train.RECIPE["per_device_train_batch_size"]
 
 
 def test_deterministic_algorithms_can_be_asked_for_from_python(tiny_model, monkeypatch):
