@@ -25,8 +25,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from parts import encoding, row_files, rows, sources, terminal, traces
-from parts.rows import Placed, Row
+from parts import terminal
+from parts.model import encoding
+from parts.rows import files as row_files
+from parts.rows import row as rows
+from parts.rows import sources, traces
+from parts.rows.row import Placed, Row
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows

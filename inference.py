@@ -18,8 +18,11 @@ import argparse
 from functools import partial
 
 from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
-from parts import asking, questions, report, system_prompt, terminal, web
+from parts import terminal
 from parts.endpoint import Endpoint
+from parts.model import system_prompt
+from parts.replies import flags as asking
+from parts.replies import questions, report, web
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
@@ -48,7 +51,7 @@ def build_parser(description: str, output_dir: str) -> terminal.Parser:
 
 def begin(args: argparse.Namespace, model, tokenizer):
     """Return the conversation in which a model is asked as the command line says."""
-    from parts.conversation import Conversation
+    from parts.replies.conversation import Conversation
 
     system = system_prompt.default(tokenizer)  # what the model was trained with
     start = partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
         if args.questions:
             return evaluate(args)
-        from parts import models  # imports torch, which takes seconds
+        from parts.model import weights as models  # imports torch, which takes seconds
 
         model, tokenizer = models.load_trained(args.model_path, args.revision, not args.no_thinking)
         ask(args, begin(args, model, tokenizer))

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import inference
 from data import LORA_OUTPUT_DIR
-from parts import asking, checkpoints, modelfile, older_readers, terminal
+from parts import terminal
+from parts.model import export as modelfile
+from parts.model import older_readers
+from parts.replies import flags as asking
+from parts.run import checkpoints
 
 
 def refuse_unless_empty(folder: str) -> None:
@@ -32,7 +36,7 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
     import torch
     from transformers import AutoConfig
 
-    from parts import models
+    from parts.model import weights as models
 
     trained = models.find_trained(name, revision)
     if trained.base_path is None:

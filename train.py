@@ -19,7 +19,9 @@ from functools import partial
 
 import data
 from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
-from parts import encoding, environment, flags, system_prompt, terminal
+from parts import terminal
+from parts.model import encoding, system_prompt
+from parts.training import environment, flags
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
 NUM_EPOCHS = 2
@@ -44,7 +46,7 @@ OUT_OF_MEMORY = (
 LOST = "错误：另一个进程已经结束或没有回应，训练停止；写好的检查点都还在，同一命令从最近的一个继续。"
 
 
-RECIPE = {  # what the command line may change; the other flags are in parts/flags.py
+RECIPE = {  # what the command line may change; the other flags are in parts/training/flags.py
     "model_name": MODEL_NAME,
     "train_file": TRAIN_FILE,
     "val_file": VAL_FILE,
@@ -69,7 +71,7 @@ def arguments(**changes):
     """The recipe with these changes, as parts/arguments.Arguments. It is here that torch is imported. Raises SystemExit
     for what cannot be meant, or cannot be done here."""
     environment.prepare()
-    from parts.arguments import Arguments
+    from parts.training.arguments import Arguments
 
     return Arguments(**RECIPE | changes)
 
@@ -90,9 +92,11 @@ def prepare_files(args) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part."""
-    from parts import kernels, memory, memory_plan, packing, proof, rehearsal, sharding
-    from parts.packed_trainer import PackedTrainer
-    from parts.safe_trainer import BestCheckpoint
+    from parts.machine import kernels, memory, proof, rehearsal
+    from parts.machine import plan as memory_plan
+    from parts.training import packing, sharding
+    from parts.training.safe_trainer import BestCheckpoint
+    from parts.training.trainer import PackedTrainer
 
     trainer_class = PackedTrainer
     if args.fsdp:
@@ -129,7 +133,10 @@ def describe_step(args) -> str:
 
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
-    from parts import model_card, modelfile, older_readers, output_folder
+    from parts.model import export as modelfile
+    from parts.model import older_readers
+    from parts.run import folder as output_folder
+    from parts.run import model_card
 
     args, model = trainer.args, trainer.release()
     weights = trainer.gather()  # by all processes together
@@ -149,8 +156,13 @@ def train(args, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts import architecture, memory_plan, models, output_folder, processes, samples, tracking
-    from parts.interruption import Interruption
+    from parts.machine import plan as memory_plan
+    from parts.model import architecture
+    from parts.model import weights as models
+    from parts.run import folder as output_folder
+    from parts.run import processes, tracking
+    from parts.run.interruption import Interruption
+    from parts.training import samples
 
     tracking.check(args, PROJECT)
     with processes.explain_loss(args, LOST), output_folder.hold(args):
@@ -211,7 +223,7 @@ def train(args, add_adapter=None, callbacks=()):
 
 def check(args, add_adapter=None) -> None:
     """Whether a training with these arguments would run here, as a page; writes nothing."""
-    from parts import diagnosis
+    from parts.machine import check as diagnosis
 
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
         diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
@@ -225,7 +237,7 @@ def changed_flags(args) -> list[str]:
 
 def report(trainer, script: str) -> None:
     """Last on the screen: how it compares with the public run, where the model is, and how to ask it."""
-    from parts import model_card
+    from parts.run import model_card
 
     args, state = trainer.args, trainer.state
     default = args.output_dir in (OUTPUT_DIR, LORA_OUTPUT_DIR)

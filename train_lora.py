@@ -12,7 +12,8 @@ from pathlib import Path
 
 import train
 from data import LORA_OUTPUT_DIR
-from parts import flags, terminal
+from parts import terminal
+from parts.training import flags
 
 LEARNING_RATE = 2e-4  # where TRL and Unsloth start LoRA; published: 1e-4, as full training (tests/benchmarks/README.md)
 LORA_RANK = 8

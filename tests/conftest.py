@@ -43,7 +43,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model):
-    from parts import models
+    from parts.model import weights as models
 
     return models.load_tokenizer(str(tiny_model))
 
@@ -51,7 +51,7 @@ def tokenizer(tiny_model):
 @pytest.fixture(scope="session", params=["demo", "real"])
 def any_tokenizer(request, tokenizer):
     """The demo's tokenizer, and Qwen3's own where it is at hand."""
-    from parts import models
+    from parts.model import weights as models
 
     if request.param == "demo":
         return tokenizer

@@ -171,7 +171,7 @@ def run_steps(model: str | Path, lora: bool = False, callbacks=(), **changes):
 def continues_from(args) -> str | None:
     """The checkpoint from which a command with these arguments would go on."""
     import data
-    from parts import output_folder
+    from parts.run import folder as output_folder
 
     return output_folder.find_run(args, args.model_name, data.SYSTEM_PROMPT).checkpoint
 
@@ -181,7 +181,7 @@ def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jso
     import data
     import train
     import train_lora
-    from parts import models
+    from parts.model import weights as models
 
     make = train_lora.arguments if lora else train.arguments
     args = make(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
@@ -255,7 +255,7 @@ def build_model(dtype=None, layers: int = 28, shape=QWEN, kind: str = "Qwen3"):
     import torch
     import transformers
 
-    from parts import packing
+    from parts.training import packing
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.bfloat16)
@@ -288,7 +288,7 @@ def load_attentive(tiny_model, device: str = "cpu"):
     """The tiny model with weights so large that its tokens hang on all that came before: else it repeats one token."""
     import torch
 
-    from parts import models
+    from parts.model import weights as models
 
     model = models.load_weights(str(tiny_model), torch.device("cpu")).to(device)
     with torch.no_grad():
@@ -333,7 +333,7 @@ def examples() -> list[dict[str, list[int]]]:
     """Random ids; of each example the first nine are its prompt."""
     import torch
 
-    from parts.encoding import IGNORE_INDEX
+    from parts.model.encoding import IGNORE_INDEX
 
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(10, 4000, (length,), generator=generator).tolist() for length in LENGTHS]
@@ -344,7 +344,7 @@ def gradient(trainer, rows):
     """[parameters] after one step of `rows`."""
     import torch
 
-    from parts.encoding import IGNORE_INDEX
+    from parts.model.encoding import IGNORE_INDEX
 
     batch = trainer.data_collator(rows)
     trainer.model.zero_grad()
@@ -392,7 +392,7 @@ def import_all() -> None:
 
     import inference_lora  # noqa: F401
     import train_lora  # noqa: F401
-    from parts import arguments, conversation, packed_trainer, tracking  # noqa: F401
+    from parts.training import arguments  # noqa: F401
 
     gc.freeze()
 

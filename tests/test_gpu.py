@@ -9,7 +9,9 @@ from helpers import LENGTHS, build_trainer, examples, gradient, history, losses,
 from transformers.models.qwen3 import modeling_qwen3
 
 import data
-from parts import decoding, models, packing
+from parts.model import decoding
+from parts.model import weights as models
+from parts.training import packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")

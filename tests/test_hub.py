@@ -20,7 +20,7 @@ from modelscope_hub.config import set_default_config
 import data
 import train
 from parts import hub as parts_hub
-from parts import models
+from parts.model import weights as models
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from helpers import refused, run, weights
 from safetensors.torch import save_file
 
 import inference_lora
-from parts import checkpoints, models
+from parts.model import weights as models
+from parts.run import checkpoints
 
 ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
 

@@ -19,7 +19,8 @@ import transformers
 from helpers import REAL, SAMPLES, as_jsonl, load_attentive, run
 
 import data
-from parts import encoding, models, older_readers, system_prompt
+from parts.model import encoding, older_readers, system_prompt
+from parts.model import weights as models
 
 ROWS = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()][:4:2]  # two topics
 LLAMA_CPP = os.environ.get("LLAMA_CPP")

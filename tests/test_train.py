@@ -12,7 +12,8 @@ from helpers import ROOT, arguments, losses, make_row, opening, refused, run, sa
 
 import data
 import train
-from parts import encoding, models, system_prompt
+from parts.model import encoding, system_prompt
+from parts.model import weights as models
 
 CURVE = ROOT / "tests" / "loss_curve.json"
 

@@ -13,7 +13,8 @@ from helpers import run, weights
 import data
 import inference_lora
 import train_lora
-from parts import encoding, models
+from parts.model import encoding
+from parts.model import weights as models
 
 
 def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):

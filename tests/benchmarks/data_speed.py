@@ -42,7 +42,7 @@ def prepare(folder: str) -> None:
 
 def tokenize(folder: str) -> None:
     import data
-    from parts import models
+    from parts.model import weights as models
 
     tokenizer = models.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
     started = time.perf_counter()

@@ -39,7 +39,7 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     """Seconds of the first and the timed run, steps a second, seconds of a capture, peak GB of one arm."""
     import torch
 
-    from parts import decoding
+    from parts.model import decoding
 
     rows, ours, fused = ARMS[name]
     model = build_model(small).eval()
@@ -74,7 +74,7 @@ def capture_seconds(model, ids) -> float:
     """Seconds that it takes to capture one step; fails when it cannot be captured."""
     import torch
 
-    from parts import decoding
+    from parts.model import decoding
 
     decoder = decoding.Decoder(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
     for _ in range(decoding.WARM_UP):

@@ -8,9 +8,9 @@ rows). They are not part of this project. Real trainings, by train.py's and trai
 about a million random parameters (tests/demo/tiny_model.py), one example a step.
 
 Each seed, which draws weights, order and replies, learns ROWS twice from nothing, as `data.py --raw` writes them and as
-`data.py` does. Both models answer the validation questions; parts/traces.py counts in their thinking. Then the model of
-the cleaned rows is fine-tuned on 40 questions of the demo, rows of another style, and the outcome is the loss on its 20
-other questions, as train.py has it: of the best weights, two evaluations an epoch.
+`data.py` does. Both models answer the validation questions; parts/rows/traces.py counts in their thinking. Then the
+model of the cleaned rows is fine-tuned on 40 questions of the demo, rows of another style, and the outcome is the
+loss on its 20 other questions, as train.py has it: of the best weights, two evaluations an epoch.
 
 Intervals are 95 %, bootstrap; seeds and validation rows are drawn apart, so that either can have made a difference.
 Such a model cannot say how good replies are, nor where an absolute learning rate is best: small models learn best at
@@ -79,7 +79,8 @@ def leaks(trainer, questions: list[str], tokens: int, seed: int) -> tuple[dict[s
     import transformers
 
     import data
-    from parts import replies, traces
+    from parts.model import generate as replies
+    from parts.rows import traces
 
     transformers.set_seed(seed)
     shares, seen = {kind: [0.0] * len(questions) for kind in [*traces.KINDS, "explicit"]}, []
@@ -179,7 +180,7 @@ def report(results: list[dict], rates: list[float], trained_on: dict[str, dict[s
 def shares_trained_on() -> dict[str, dict[str, float]]:
     """{text: {kind: share of the rows trained on whose thinking has such a trace}}."""
     import data
-    from parts import traces
+    from parts.rows import traces
 
     found = {}
     for text in ("raw", "clean"):

@@ -32,7 +32,8 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     """Train the worst step and `steps` drawn ones under the cap: {tokens_per_second, peak_gb, estimate_gb, plan}."""
     import train_speed
 
-    from parts import memory, terminal
+    from parts import terminal
+    from parts.machine import memory
 
     script, flags = KINDS[kind]
     examples = train_speed.draw_examples(4 * steps, first=(WORST,) * 4)
@@ -80,7 +81,9 @@ def plan_only(cap: float) -> None:
 
     import train
     import train_lora
-    from parts import memory, memory_plan, models
+    from parts.machine import memory
+    from parts.machine import plan as memory_plan
+    from parts.model import weights as models
 
     models.quiet_libraries()
     for kind, (script, _) in KINDS.items():

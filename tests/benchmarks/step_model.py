@@ -238,7 +238,7 @@ def tracing(trace: Tracer):
     from transformers.models.qwen3 import modeling_qwen3
     from triton.runtime.jit import JITFunction
 
-    from parts import packing
+    from parts.training import packing
 
     def rms_norm(x, shape, weight=None, eps=None):
         """Forward only."""
@@ -296,7 +296,7 @@ def step(trace: Tracer, losses: list, optimizer, checked: bool) -> None:
 
 def adamw(model, fused: bool | None):
     """torch's, Trainer's default; or torch-optimi's Kahan AdamW, with its Triton kernel where `fused`."""
-    from parts import optimizers
+    from parts.training import optimizers
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if fused is None:
@@ -308,8 +308,10 @@ def adamw(model, fused: bool | None):
 def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False) -> Counter:
     """This project's step; `published`: as its flags make it the published recipe, see train_speed.PUBLISHED."""
     import train_lora
-    from parts import kernels, memory_plan, packing
-    from parts.packed_trainer import PackedTrainer
+    from parts.machine import kernels
+    from parts.machine import plan as memory_plan
+    from parts.training import packing
+    from parts.training.trainer import PackedTrainer
 
     trace, batch = Tracer(LENGTHS, supervised(LENGTHS)), packed_batch()
     with tracing(trace):
@@ -403,7 +405,7 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
     """One step of generate, sampled as Qwen3 wants it: the mean of the last 16 of 32, at a cache of 512."""
     from decode_speed import SAMPLING
 
-    from parts import decoding
+    from parts.model import decoding
 
     trace, counts = Tracer(), []
     plain_forward = decoding.Decoder.forward

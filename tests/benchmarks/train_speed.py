@@ -85,7 +85,7 @@ def draw_examples(count: int, first: tuple = ()):
 def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
     import train
     import train_lora
-    from parts import models
+    from parts.model import weights as models
 
     if compiled := "compile" in flags:
         flags = {}
@@ -146,7 +146,7 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
     import torch
     import transformers
 
-    from parts import memory
+    from parts.machine import memory
 
     script, flags, _ = ARMS[name]
     total = warmup + steps

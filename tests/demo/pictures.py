@@ -24,7 +24,9 @@ import memory_budget  # noqa: E402
 
 import train  # noqa: E402
 import train_lora  # noqa: E402
-from parts import loss, memory, model_card  # noqa: E402
+from parts.machine import memory  # noqa: E402
+from parts.run import model_card  # noqa: E402
+from parts.training import loss  # noqa: E402
 
 HERE = ROOT / "tests" / "demo"
 IMAGES = ROOT / "readme_images"

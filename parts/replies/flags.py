@@ -1,0 +1,64 @@
+"""The flags of asking a model, and which of them make sense together; what is wrong with them is said before a heavy
+library is imported. Knows no model: what holds where nothing is said is handed in."""
+
+import argparse
+from functools import partial
+
+from parts import endpoint, terminal
+from parts.replies import web
+
+# A flag, and the one without which it would do nothing.
+NEEDS = {"replies": "questions", "compare_with": "questions", "judge": "compare_with", "judge_model": "judge"}
+NEEDS |= dict.fromkeys(("host", "port", "auth"), "web")
+
+
+def build_parser(description: str, **defaults) -> terminal.Parser:
+    """Return the command line of asking; `defaults` are those of the flags that need one."""
+    parser = terminal.Parser(description=description)
+    positive = partial(terminal.whole_number, 1)
+
+    ways = parser.add_argument_group("怎么问，写其中一个").add_mutually_exclusive_group()
+    ways.add_argument("question", nargs="?", type=terminal.some_text, help="一个问题（不写：公开方案的那一个）")
+    ways.add_argument("--chat", action="store_true", help="在终端里多轮对话，空行结束")
+    ways.add_argument("--web", action="store_true", help="浏览器里的一页")
+    ways.add_argument("--questions", metavar="FILE", help="回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的")
+
+    flag = parser.add_argument_group("模型和回复").add_argument
+    flag("--model_path", metavar="MODEL", help="模型或适配器的文件夹，或 hub 上的名称（默认 %(default)s）")
+    flag("--revision", help="hub 上模型的分支、标签或提交")
+    flag("--no_thinking", action="store_true", help="不思考，直接回答")
+    flag("--max_new_tokens", metavar="N", type=positive, help="每个回复最多的 token 数（默认 %(default)s）")
+    flag("--seed", metavar="N", type=partial(terminal.whole_number, 0), help="采样的种子（默认 %(default)s）")
+    on = {"type": terminal.true_or_false, "default": True, "metavar": "false"}
+    flag("--fast_kernels", **on, help="false：不用 CUDA graph 和融合算子")
+
+    flag = parser.add_argument_group("和 --questions 一起").add_argument
+    flag("--replies", metavar="FILE", help="回复写在这里；已有的不再问（默认 %(default)s）")
+    flag("--compare_with", metavar="X", action="append", default=[], help="与这个模型、适配器或回复文件比较；可写几次")
+    flag("--judge", metavar="URL", type=endpoint.address, help=f"再由这里的模型评哪个好；密钥读自 {endpoint.KEY}")
+    flag("--judge_model", metavar="NAME", help="评审用哪一个模型（只有一个时不用写）")
+
+    flag = parser.add_argument_group("和 --web 一起").add_argument
+    flag("--host", help="页面的地址；不是本机的要有 --auth（默认 %(default)s）")
+    flag("--port", metavar="N", type=positive, help="页面的端口（默认 %(default)s）")
+    flag("--auth", metavar="USER:PASSWORD", type=web.user_and_password, help="打开页面要的用户名和密码")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def list_given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return the flags that say anything but their defaults."""
+    return [name for name, value in vars(args).items() if value != parser.get_default(name)]
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line. It ends the command, with one line, where a flag would do nothing or no page could be
+    shown."""
+    args = parser.parse_args()
+    given = list_given(parser, args)
+    for name in given:
+        if name in NEEDS and NEEDS[name] not in given:
+            parser.error(f"--{name} 只和 --{NEEDS[name]} 一起起作用")
+    if args.web:
+        web.check(args.host, args.port, args.auth)
+    return args

@@ -1,0 +1,162 @@
+"""README.md and loss.png of an output folder: what a model was trained from and how, and what it is not."""
+
+from pathlib import Path
+
+import matplotlib.figure
+
+from parts.run import checkpoints
+from parts.run.run_settings import LORA_SETTINGS, SETTINGS
+
+# Of a training, whose change makes it another than the published one; full_logits makes it the more like it.
+DECISIVE = {*SETTINGS, "val_file"} - {"full_logits"}
+
+CARD = """\
+---
+base_model: {base}
+language: zh
+pipeline_tag: text-generation
+---
+
+# {name}
+
+由 {base} 微调的中文医学对话模型：先在 `<think>…</think>` 里思考，再回答。
+
+**它不是医生。** 回复可能有错，不能用于诊断和治疗；身体不适请就医，紧急情况请拨打 120。
+
+| 训练 | |
+| --- | --- |
+{rows}
+
+![损失曲线](loss.png)
+
+对话模板在分词器里（apply_chat_template）；训练用的系统提示词：
+
+> {system_prompt}
+"""
+
+
+def write(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> None:
+    """Write them into the trainer's output folder. `settings`: output_folder.Run's; `origin`: of the training file;
+    `versions`: of the libraries."""
+    folder = Path(trainer.args.output_dir)
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    plot_losses(figure.subplots(), trainer.state.log_history, saved_step(trainer.state))
+    figure.savefig(folder / "loss.png", dpi=120)
+    (folder / "README.md").write_text(describe(trainer, settings, origin, versions), encoding="utf-8")
+
+
+def saved_step(state) -> int:
+    """The step whose weights a training ends with: the best checkpoint's, or the last where none was evaluated."""
+    best = state.best_model_checkpoint
+    return checkpoints.step_of(Path(best)) if best else state.global_step
+
+
+def saved_losses(state) -> dict[str, float]:
+    """The log of the evaluation of the saved weights; empty where they were not evaluated."""
+    step = saved_step(state)
+    return next((log for log in reversed(state.log_history) if "eval_loss" in log and log["step"] == step), {})
+
+
+def describe_saved(state) -> str:
+    """Which step's weights were saved, how they were evaluated, and why they were chosen."""
+    losses = saved_losses(state)
+    loss = f"eval_loss {losses['eval_loss']:.4f}" if losses else "未评估"
+    why = "按 eval_loss 选出" if state.best_model_checkpoint else "最后一步"
+    return f"{loss}（第 {saved_step(state)} 步），{why}"
+
+
+def describe_parts(state) -> str:
+    """The losses of the saved weights, thinking and answer apart; empty where they were not evaluated."""
+    losses, parts = saved_losses(state), []
+    for name, key in (("按行平均", "eval_loss"), ("思考", "eval_think_loss"), ("回答", "eval_answer_loss")):
+        if key in losses:
+            parts.append(f"{name} {losses[key]:.4f}")
+    return "，".join(parts)
+
+
+def against_published(args, state, origin: dict, published: dict, changed: list[str]) -> str:
+    """The saved weights' eval_loss beside the curve of one public run, where the two were measured alike; else why it
+    says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end; `changed`:
+    the flags that are not the recipe's."""
+    losses = saved_losses(state)
+    sources = [source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])]
+    others = [f"--{name}" for name in changed if name in DECISIVE]
+    examples, theirs = args.examples_per_step, published["examples_per_step"]
+    reasons = {  # of which the first that holds is named
+        "它训练了全部参数，这里只训练 LoRA": args.trains_adapter,
+        "数据不同": published["dataset"] not in sources,
+        f"数据不只是 {published['dataset']}": len(sources) > 1,
+        # A file without the word is older than the cleaning.
+        "训练文本是清理过的，不是公布的原文（python data.py --raw）": not origin.get("raw", True),
+        f"设置不同（{'、'.join(others)}）": others,
+        f"每步 {examples} 条样本，它是 {theirs} 条": examples != theirs,
+        # Some rows of the set may be left out.
+        f"共 {state.max_steps} 步，它是 {published['steps']} 步": abs(state.max_steps / published["steps"] - 1) > 0.02,
+        "保存的权重没有评估过": not losses,
+    }
+    for why, holds in reasons.items():
+        if holds:
+            return f"不与公开方案的损失曲线比较：{why}。"
+    (best_step, best), (end_step, end) = published["best"], published["end"]
+    curve = f"最低 {best}（第 {best_step} 步），最后 {end}（第 {end_step} 步）"
+    return f"eval_loss {losses['eval_loss']:.3f}；公开方案的一次运行（全部参数，公布的原文）{curve}。"
+
+
+def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None:
+    """Training and evaluation loss over the steps; a star marks the evaluation of the step that was `saved`, without
+    it the best one."""
+    for key, marker in (("loss", None), ("eval_loss", "o")):
+        points = [(log["step"], log[key]) for log in log_history if key in log]
+        if points:
+            axes.plot(*zip(*points), marker=marker, markersize=4, label=key)
+    evaluations = [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]
+    marked = [pair for pair in evaluations if saved in (None, pair[1])]
+    if marked:
+        loss, step = min(marked)
+        name = "best" if saved is None else "saved"
+        axes.plot(step, loss, "*", markersize=14, label=f"{name}: {loss:.3f} at step {step}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+
+
+def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> str:
+    """The card's text."""
+    args, state = trainer.args, trainer.state
+    local = Path(args.model_name).is_dir()
+    base = Path(args.model_name).name if local else args.model_name.rpartition("://")[2]
+    rows = {
+        "learning_rate": f"{args.learning_rate:g}（{settings['lr_scheduler_type']}）",
+        "每步样本数": settings["examples_per_step"],
+        "训练到 epoch / 步": f"{state.epoch:.2f} / {state.global_step}",
+        "max_length": args.max_length,
+        "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
+        "基础模型的版本": args.model_revision or ("本地文件夹" if local else "默认版本"),
+        "基础权重的 SHA-256": settings["model_sha256"],
+        "数据": describe_origin(origin),
+        f"{args.train_file} 的 SHA-256": origin["train_sha256"],
+        "保存的权重": describe_saved(state),
+        "验证损失": describe_parts(state),
+        "优化器": trainer.plan.optimizer,
+        "梯度裁剪": args.max_grad_norm or "没有",
+        "精度": str(trainer.model.dtype).removeprefix("torch."),
+        "库（保存时）": "，".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
+    prompt = settings["system_prompt"].replace("\n", "\n> ")
+    return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=prompt)
+
+
+def describe_origin(origin: dict) -> str:
+    """What the training file was made from."""
+    if "sources" not in origin:
+        return "不是 data.py 写的，或之后改过"
+    lines = []
+    for source in origin["sources"]:
+        revision = f"，版本 {source['revision']}" if source["revision"] else ""
+        lines.append(f"{source['source']}{revision}，SHA-256 {source['sha256']}")
+    if not origin.get("raw", True):
+        lines.append("训练用的思考由 data.py 清理过")
+    return "<br>".join(lines)

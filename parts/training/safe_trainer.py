@@ -1,0 +1,192 @@
+"""A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are no numbers
+are never written. Knows nothing of what is trained."""
+
+import contextlib
+import copy
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+
+from parts.run import checkpoints
+from parts.terminal import explain_failed_write
+
+
+class SafeTrainer(transformers.Trainer):
+    """Trainer whose checkpoints count only when whole, that saves nothing after a loss that is no number, and that
+    takes no further step when it continues from its last one."""
+
+    sealing: checkpoints.Sealer | None = None
+    state_bytes: float = 0  # of the optimizer, that go into each checkpoint
+    saved_step = -1  # of the checkpoint last written, or continued from
+    interruption = None  # the Interruption that this training listens to, if any
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args = copy.copy(self.args)  # Trainer's own, in which what is done here is switched off
+        # It would delete before there is a manifest.
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.add_callback(Stopping(self))
+
+    def interrupted(self) -> bool:
+        """Whether any process was asked to stop; all call this together."""
+        return self.interruption is not None and self.interruption.requested(self.args)
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        stopped = self.interruption is not None and self.interruption.acted
+        if stopped and self.is_world_process_zero() and (whole := checkpoints.find_whole(self.args.output_dir)):
+            step = checkpoints.step_of(whole[-1])
+            where = f"\n已中断：第 {step} 步的检查点在 {self.args.output_dir}；同一命令会从这里继续。"
+            print(where, file=sys.stderr)
+        if not (stopped or self.state.global_step):  # such weights are the base's
+            raise SystemExit("错误：一步也没有训练，什么都没有保存；请检查数据的行数和 --max_steps。")
+        return output
+
+    def check_space(self) -> None:
+        """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
+        and the newest always), the one that is written before an older one goes, and the final weights."""
+        args, state = self.args, self.state
+        count = math.ceil(state.max_steps / state.save_steps)
+        if self.limit:
+            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, and the one that is being written
+        weights = self.trained_bytes()
+        checkpoints.check_space(args.output_dir, count, weights + self.state_bytes, weights)
+
+    def trained_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the manifest of the last checkpoint."""
+        if self.sealing:
+            self.sealing.join()
+            with explain_failed_write(self.sealing.checkpoint):
+                if self.sealing.error:
+                    raise self.sealing.error
+
+    def _save_checkpoint(self, model, trial):
+        args, step = self.args, self.state.global_step
+        self.saved_step = step
+        self.check_weights()
+        checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+        if not args.process_index:
+            self.finish_checkpoint()
+            for folder in checkpoints.folders(args.output_dir):
+                if checkpoints.step_of(folder) >= step:  # this run passed it over when it continued from an older one
+                    shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            with explain_failed_write(checkpoint):
+                super()._save_checkpoint(model, trial)
+        except SystemExit:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if not args.process_index:
+            self.sealing = checkpoints.Sealer(checkpoint, self.state.best_model_checkpoint, self.limit)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.restore_dtype()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.restore_dtype()
+
+    def restore_dtype(self) -> None:
+        """peft loads adapters as float32, whatever they were: training would go on with other rounding."""
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(self.model.dtype)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Continued from its last checkpoint, Trainer would take one step more.
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        if self.interrupted():
+            self.control.should_training_stop = self.interruption.acted = True
+            if self.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model, None)
+        self.finish_checkpoint()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        self.check_finite(logs)
+
+    def check_weights(self) -> None:
+        sums = [p.detach().sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
+        self.check_finite({"weights": torch.stack(sums).sum().item()})
+
+    def check_finite(self, numbers: dict[str, float]) -> None:
+        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined, or will be
+        at the next step."""
+        for name in ("loss", "grad_norm", "eval_loss", "weights"):
+            if not math.isfinite(numbers.get(name, 0)):
+                self.finish_checkpoint()
+                good = checkpoints.find_whole(self.args.output_dir)
+                rate = numbers.get("learning_rate", self._get_learning_rate())
+                if self.args.process_index:  # all processes stop, the first one says why
+                    raise SystemExit(1)
+                raise SystemExit(
+                    f"错误：到第 {self.state.global_step} 步 {name} 成了 {numbers[name]}（学习率 {rate:g}），"
+                    f"训练停止，这之后的权重没有保存。最近的好检查点：{good[-1] if good else '还没有'}。"
+                    "请用更小的 --learning_rate 和另一个 --output_dir 重新训练。"
+                )
+
+
+class Stopping(transformers.TrainerCallback):
+    """Ends training where a signal asks for it; before it begins, looks whether the disk has room for checkpoints."""
+
+    def __init__(self, trainer: SafeTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.saved_step = state.global_step
+        if state.is_world_process_zero:
+            self.trainer.check_space()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.trainer.interrupted()  # and it is saved when the epoch is left
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        cut_off = state.epoch % 1 > 0 and state.global_step < state.max_steps
+        if cut_off and self.trainer.interrupted():  # Trainer evaluates and saves here, but the epoch has not ended
+            control.should_evaluate = control.should_save = False
+
+
+class BestCheckpoint(transformers.EarlyStoppingCallback):
+    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
+    is looked for where the output folder is now, not where it was then. A state that evaluates better than all before
+    is saved, whatever --save_steps says: else the best weights would be lost."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        found = metrics[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
+        control.should_save |= state.best_metric is None or found < state.best_metric
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.early_stopping_patience = args.early_stopping_patience or sys.maxsize
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
+@contextlib.contextmanager
+def same_random_states(device: torch.device):
+    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
+    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
+    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        if drawn is not None:
+            backend.set_rng_state(drawn)

@@ -1,0 +1,221 @@
+"""A model of which each process holds a part (FSDP2, --fsdp), and its Trainer: what all processes do together, and
+checkpoints that are those of one process. It knows torch's DTensors and the files of a checkpoint, not how a loss is
+made."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import accelerate
+import torch
+from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from parts.model.encoding import IGNORE_INDEX
+from parts.run import checkpoints
+from parts.training.packing import split_batch, token_batches
+from parts.training.trainer import PackedTrainer
+
+ADAPTER = ".default."  # in the name of an adapter's weight; peft's files leave it out
+
+
+def shard(model, device: torch.device, world_size: int) -> None:
+    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight with
+    few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut, so that no
+    device ever holds all of it.
+
+    A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays whole from
+    the forward pass to the end of the backward one: the loss is made outside of the model, and takes the output layer's
+    weight as it then stands there. So its gradient is added to where the embedding's is, if they are one weight, and is
+    averaged over the processes with all others. An embedding of its own is whole only while it is looked up.
+    """
+    mesh = init_device_mesh(device.type, (world_size,))
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    assert layers, model._no_split_modules
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not output.weight:
+        layers.append(embedding)
+    for module in layers:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def reshard(model) -> None:
+    """Give up the weights that are still whole after a forward pass without a backward one: they would not follow what
+    is then written into the parts, and are not what the functions below look for."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def own_rows(p: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a weight or of its gradient; they share their memory with it."""
+    return p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+
+
+def cut(p: DTensor, tensor):
+    """This process's rows of `tensor`, which is whole (or a slice of a file) and has the shape of `p`."""
+    rows = -(-p.shape[0] // p.device_mesh.size())  # all processes but the last ones have as many
+    first = min(p.shape[0], p.device_mesh.get_local_rank() * rows)
+    return tensor[first : first + len(own_rows(p))]
+
+
+def distribute(p: DTensor, rows: torch.Tensor) -> DTensor:
+    """The tensor like `p` of which this process has these rows."""
+    return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def trained_of(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def collect(value, first: bool):
+    """A DTensor as a whole tensor in the CPU's memory of the `first` process, and None in the others; all call this
+    together. Anything else is returned as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    tensor = value.detach().full_tensor()
+    return tensor.cpu() if first else None
+
+
+def gather(model, first: bool) -> dict[str, torch.Tensor] | None:
+    """{name: trained weight} in the CPU's memory of the `first` process, one weight after another; None elsewhere."""
+    weights = {name: collect(p, first) for name, p in trained_of(model).items()}
+    return weights if first else None
+
+
+def load(model, folder: str | Path) -> None:
+    """Put the trained weights of a saved model or adapter into the parts: each process reads its own rows."""
+    files = [Path(folder, "adapter_model.safetensors")]
+    if not files[0].is_file():
+        files = [Path(folder, name) for name in checkpoints.weight_files(Path(folder))]
+    missing = {name.replace(ADAPTER, "."): p for name, p in trained_of(model).items()}
+    for file in files:
+        with safe_open(file, framework="pt") as saved:
+            for name in missing.keys() & set(saved.keys()):
+                p = missing.pop(name)
+                own_rows(p).copy_(cut(p, saved.get_slice(name)))
+    assert not missing, (folder, sorted(missing))
+
+
+def gather_states(optimizer, first: bool) -> dict | None:
+    """The optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one; None elsewhere.
+    So any number of processes can go on from it, sharded or not."""
+    states, gathered = optimizer.state_dict(), {}
+    for i, state in states["state"].items():  # the optimizer's own dict, which is left as it is
+        gathered[i] = {name: collect(value, first) for name, value in state.items()}
+    return states | {"state": gathered} if first else None
+
+
+def load_states(optimizer, file: str | Path) -> None:
+    """Put the states of a file, which are those of whole weights, into the optimizer of the parts: what is as large as
+    its weight is cut as the weight is, and only these rows are read."""
+    states = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, state in states["state"].items():
+        p = weights[i]
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                state[name] = distribute(p, cut(p, value).to(p.device, copy=True))
+            else:  # a copy, too: the file is mapped, and would stay on the disk when it is deleted
+                state[name] = value.clone()
+    optimizer.load_state_dict(states)
+
+
+class Unwrapped(torch.nn.Module):
+    """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model` gives back
+    Trainer neither moves, cuts nor wraps once more."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+class ShardedTrainer(PackedTrainer):
+    """PackedTrainer of a model after `shard`. Each forward and backward pass is one of all processes, which therefore
+    take equally many; weights and states are gathered to be saved, so that a checkpoint can be asked, and continued
+    from, with any number of processes, sharded or not."""
+
+    def _move_model_to_device(self, model, device):
+        """It is there already."""
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        return model if isinstance(model, Unwrapped) else Unwrapped(model)
+
+    def follow(self, plan) -> None:
+        super().follow(plan)
+        self.state_bytes = plan.parts["优化器"] * self.args.world_size  # a checkpoint has those of all
+
+    def between_passes(self, model):
+        """Each pass reduces its gradients to this process's rows at once: whole ones would be as large as the model."""
+        return contextlib.nullcontext()
+
+    def parts_of(self, inputs) -> list[dict]:
+        """As many as the process with the most has: the others add passes over two tokens of which none counts."""
+        parts = split_batch(inputs, self.plan.batch_tokens)
+        count = torch.tensor([len(parts)], device=self.args.device)
+        missing = self.accelerator.gather(count).max().item() - len(parts)
+        ids, positions = inputs["input_ids"][:, :2], inputs["position_ids"][:, :2]
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        idle = {"input_ids": ids, "position_ids": positions, "lengths": (2,), "labels": labels}
+        return [idle] * missing + parts
+
+    def drop_gradients(self) -> None:
+        reshard(self.model)
+        super().drop_gradients()
+
+    def evaluation_batches(self, dataset) -> list[list[int]]:
+        """This process's share of the rows, and at its end as many empty batches as make all shares equally long."""
+        world_size = self.args.world_size
+        shares = [token_batches(dataset, rank, world_size, self.eval_tokens()) for rank in range(world_size)]
+        own = shares[self.args.process_index]
+        return own + [[]] * (max(map(len, shares)) - len(own))
+
+    def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
+        """Of no rows, [6, 0]; the forward pass is taken nevertheless."""
+        sums = super().evaluate_rows(dataset, rows or [0])
+        return sums if rows else sums[:, :0]
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        reshard(self.model)
+        return metrics
+
+    def check_weights(self) -> None:
+        sums = [own_rows(p).sum(dtype=torch.float32) for p in trained_of(self.model).values()]
+        total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
+        self.check_finite({"weights": total.item()})
+
+    def gather(self) -> dict[str, torch.Tensor] | None:
+        return gather(self.model, self.is_world_process_zero())
+
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        weights = self.gather()
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = gather_states(self.optimizer, self.is_world_process_zero())
+        if self.args.should_save:
+            torch.save(states, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        load(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load(self.model, self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        load_states(self.optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))

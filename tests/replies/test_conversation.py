@@ -1,0 +1,176 @@
+"""A model asked at the terminal: what is shown, what a chat remembers, and what is too long."""
+
+import copy
+import io
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import opening, recite, refused
+from rich.console import Console
+
+import data
+import inference
+from parts.model import decoding, system_prompt
+from parts.model import generate as replies
+from parts.model import weights as models
+from parts.model.encoding import encode_messages
+from parts.replies.conversation import Conversation, ReplyStreamer
+
+
+@pytest.fixture
+def model(tiny_model):
+    return models.load_weights(str(tiny_model), torch.device("cpu"))
+
+
+@pytest.fixture
+def thinking_only(tokenizer):
+    """A tokenizer whose prompt opens <think>."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = opening(tokenizer.chat_template)
+    return tokenizer
+
+
+def converse(model, tokenizer, to_messages=data.to_messages, thinking=True, most=6) -> Conversation:
+    return Conversation(model, tokenizer, to_messages, thinking, most, seed=42)
+
+
+def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
+    """The history that each question was asked with."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n\n"))
+    seen = []
+
+    def to_messages(question, history):
+        seen.append([turn[0] for turn in history])
+        return data.to_messages(question, history=history)
+
+    converse(model, tokenizer, to_messages).chat()
+    return seen
+
+
+def test_a_chat_remembers_what_was_answered_and_goes_on_after_what_is_too_long(model, tokenizer, monkeypatch, capsys):
+    assert chat(model, tokenizer, monkeypatch, "头痛？", "头" * 99_999, "然后？") == [[], ["头痛？"], ["头痛？"]]
+    assert capsys.readouterr().out.count("错误：这个问题连同之前的对话有 ") == 1
+
+
+def test_a_reply_that_ended_in_its_thinking_is_not_remembered(model, thinking_only, monkeypatch, capsys):
+    assert chat(model, thinking_only, monkeypatch, "头痛？", "多久？") == [[], []]
+    assert capsys.readouterr().out.count("（没有回答，这一问不算在对话里。）") == 2
+
+
+def test_what_may_go_beyond_the_context_is_said_before_anything_is_answered(model, tokenizer, capsys):
+    conversation = converse(model, tokenizer, most=100)
+    asked = [data.to_messages(question) for question in ("头痛？", "头" * 30, "痛" * 200)]
+    lengths = [len(encode_messages(tokenizer, messages, prompt_only=True)) for messages in asked]
+    names = ["第 1 个问题", "第 2 个问题", "第 3 个问题"]
+    model.config.max_position_embeddings = most = lengths[0] + 100
+    assert conversation.check_lengths(asked[:2], names[:2]) == lengths[:2]
+    assert f"（第 2 个问题加上 --max_new_tokens 100 超过模型的上下文 {most} 个 token：" in capsys.readouterr().out
+    refused(f"第 3 个问题连同之前的对话有 {lengths[2]} 个 token~", conversation.check_lengths, asked, names)
+
+
+def shown(tokenizer, reply: str) -> str:
+    """What the streamer prints of a reply to a question."""
+    console = Console(file=io.StringIO())
+    streamer = ReplyStreamer(tokenizer, console)
+    streamer.put(torch.tensor([encode_messages(tokenizer, data.to_messages("问"), prompt_only=True)]))
+    for token in tokenizer(reply)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("<think>\n想\n</think>\n\n答", "【思考】\n想\n\n【回答】\n答\n"),
+        ("答", "答\n"),
+        ("<think>\n想</think>答</think>完", "【思考】\n想\n【回答】\n答完\n"),
+        ("<think>想<think>再想</think>答<think>又", "【思考】\n想再想\n【回答】\n答\n【思考】\n又\n"),
+    ],
+)
+def test_thinking_and_answer_stream_under_their_headings(tokenizer, thinking_only, reply, expected):
+    assert shown(tokenizer, reply) == expected
+    if reply.startswith("<think>\n"):  # or the prompt has opened it
+        assert shown(thinking_only, reply.removeprefix("<think>\n")) == expected
+
+
+def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
+    """It would think in circles; and it is compared with its tuned self."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text('{"do_sample": false, "eos_token_id": 0}', encoding="utf-8")
+    model, tokenizer = models.load_trained(str(tmp_path / "base"))
+    found = model.generation_config
+    assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.6, 0.95, 20)
+    assert found.eos_token_id == [tokenizer.eos_token_id, 0]
+
+
+def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, tokenizer):
+    args = inference.build_parser("", "").parse_args(["头痛？", "--max_new_tokens", "1"])
+    seen = []
+
+    def note(_, args, kwargs):
+        seen.append(kwargs["input_ids"][0].tolist())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    for tokens in (tokenizer, system_prompt.with_default(tokenizer, "另一个")):
+        inference.ask(args, inference.begin(args, model, tokens))
+    asked = [data.to_messages("头痛？", system=system) for system in (data.SYSTEM_PROMPT, "另一个")]
+    assert seen == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished, name):
+    template = Path(name, "chat_template.jinja")
+    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
+    refused(f"{name} 的对话模板不能关闭思考；请去掉 --no_thinking，~", models.load_trained, name, thinking=False)
+
+
+def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
+    """Without it no layer is another one, and the loop is transformers'."""
+    used = []
+    monkeypatch.setattr(decoding, "fuse_norms", lambda model: used.append("norms"))
+    monkeypatch.setattr(replies, "fast_loop", lambda *_: used.append("loop"))
+    for fast in (True, False):
+        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast).ask("头痛？")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where norms are fused
+    for fast in (True, False):
+        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast)
+    assert used == ["loop", "norms"]
+
+
+def test_a_reply_streams_as_it_is_written_and_comes_whole_at_last(model, thinking_only):
+    recite(model, thinking_only, ["想一想\n</think>\n\n多喝水"], pause=0.01)
+    *parts, whole = converse(model, thinking_only, most=100).stream(data.to_messages("头痛？"))
+    assert whole[:4] == ("想一想", "多喝水", True, "one")
+    assert len(parts) > 3 and not any(part.complete for part in parts)
+    assert all(whole.thinking.startswith(part.thinking.rstrip("\ufffd")) for part in parts)
+    assert parts[0].answer == "" and parts[-1][:2] == whole[:2]
+
+
+@pytest.mark.parametrize("closed", [None, threading.Event()])
+def test_a_stream_that_is_left_stops_the_model_and_the_next_begins(model, tokenizer, closed):
+    prompts = recite(model, tokenizer, ["想" * 3000, "答"], pause=0.01)
+    conversation, asked = converse(model, tokenizer, most=3000), data.to_messages("头痛？")
+    stream = conversation.stream(asked, closed=closed)
+    next(stream)
+    if closed:
+        closed.set()
+        assert not list(stream)[-1].complete
+    else:
+        stream.close()
+    assert list(conversation.stream(asked))[-1].answer == "答" and len(prompts) == 2
+
+
+def test_what_fails_while_a_reply_streams_is_raised_where_it_is_read(model, tokenizer):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    hook = model.register_forward_hook(fail)
+    conversation, asked = converse(model, tokenizer, most=2), data.to_messages("头痛？")
+    with pytest.raises(RuntimeError, match="^broken$"):
+        list(conversation.stream(asked))
+    hook.remove()
+    assert list(conversation.stream(asked))[-1].tokens == 2

@@ -1,0 +1,243 @@
+"""Models held against each other: tables, JSON, and the page as a parser and, where there is one, a browser read it."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer, text
+from helpers import opening, run_script
+from rich.console import Console
+
+from parts.endpoint import Endpoint
+from parts.model.encoding import Reply
+from parts.replies import report
+from parts.replies.questions import Candidate
+from parts.rows import traces
+
+BY = {"model": "a", "weights": None, "no_thinking": False, "max_new_tokens": 30, "seed": 42}
+ROWS = [{"question": f"第 {i} 问？", "answer": f"多喝水，休息 {i} 天。", "seen": i % 3 == 0} for i in range(12)]
+GOOD = [Reply("先想原因。", f"多喝水，休息 {i} 天。", True, "one", 10, 0.1) for i in range(12)]
+BAD = [Reply("根据用户提供的答案，想", "", False, "unclosed", 30, 0.1) for _ in range(12)]
+HOSTILE = [
+    "<script>document.title = 'taken'</script>",
+    "</div></details></section><h1>out</h1>",
+    "<!-- & --> &lt; &amp;lt; &#60; ]]> <![CDATA[",
+    '"\' onclick="alert(1)" {{ title }} {% raw %} ${title}',
+    '<img src="http://127.0.0.1:9/x.png" onerror="alert(1)"><style>body{display:none}</style><plaintext>',
+    "第一行\n\n  第二行\t缩进  两个空格",
+    "ما هو سكر الدم؟ 空腹血糖 3.9–6.1 mmol/L 👨‍👩‍👧",
+]
+LEAK = "先想一想。答案里提到多喝水，根据用户提供的答案，需要写出思考过程。"
+
+
+def compare(*replies: list[Reply], rows=ROWS, names=("模型0", "模型1"), **by) -> report.Comparison:
+    """`by`: what is unlike in how the last one was asked."""
+    candidates = [Candidate(name, f"{name}.jsonl", by=BY, replies=each) for name, each in zip(names, replies)]
+    candidates[-1].by = BY | by
+    return report.Comparison(rows, candidates, 42)
+
+
+class Reader(HTMLParser):
+    """Elements as [tag, attributes, all text inside], in order."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+        if tag not in ("meta", "input"):
+            self.open.append(self.found[-1])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def texts(self, name: str) -> list[str]:
+        """Of the elements with this tag or class."""
+        return [text for tag, attributes, text in self.found if name in (tag, *attributes.get("class", "").split())]
+
+
+def read_page(*replies: Reply, row=ROWS[0]) -> Reader:
+    return Reader(compare(*([reply] for reply in replies), rows=[row]).to_html("页", "提醒"))
+
+
+def test_what_is_compared_with_itself_differs_nowhere():
+    mixed = [*GOOD[:6], *BAD[6:]]
+    found = compare(mixed, mixed).differences(1)
+    assert len(found) == 17  # all but the speed
+    assert {(line["difference"], line["low"], line["high"], line["differs"]) for line in found} == {(0, 0, 0, False)}
+
+
+def test_differences_are_found_and_have_the_sign_of_the_first_one():
+    found = {line["key"]: line for line in compare(GOOD, BAD).differences(1)}
+    assert {key for key, line in found.items() if line["differs"]} == {
+        *("whole", "stopped", "traces", "traces_answer", "think_length"),
+        *(f"answer_{kind}{ending}" for kind in ("rouge1", "rouge2", "rougeL") for ending in ("", "_new")),
+    }
+    assert (found["whole"]["difference"], found["traces"]["difference"]) == (1, -1)
+    assert found["answer_length"]["difference"] is None  # the second one never came to an answer
+    few = compare(GOOD[:5], BAD[:5], rows=ROWS[:5]).differences(1)
+    assert not [line for line in few if line["differs"]]
+
+
+def test_tables_fit_into_80_columns_and_json_has_all_of_it():
+    console = Console(width=80, record=True, highlight=False)
+    comparison = compare([*GOOD[:10], *BAD[10:]], BAD, seed=7)
+    for table in comparison.tables():
+        report.print_table(console, table)
+    first, second = console.export_text().split("模型0（前）与 模型1（后）相比")
+    assert "模型0：12 个问题" in first and "乱配：" in first and "（新题）：" in first
+    assert "不同" in second and "分不出" in second and "—" in second
+    assert "注意：后者不是这样问的（--seed 是 7，现在是 42）。" in second
+    [whole] = [line.split() for line in first.splitlines() if line.startswith("完整的回复")]
+    assert whole == ["完整的回复", "%", "12", "83.3", "[58.3,", "100.0]"]
+    one, other = json.loads(comparison.to_json())["models"]
+    assert one["by"] == BY and len(one["scores"]) == 18 and "differences" not in one
+    for line in one["scores"]:
+        assert list(line) == ["key", "name", "n", "value", "low", "high", "floor", "unit"]
+        assert line["name"] in first and (line["name"] in second) == (line["key"] != "speed")
+    names = ["key", "name", "n", "value", "other", "difference", "low", "high", "differs", "unit"]
+    assert list(other["differences"][0]) == names and "NaN" not in comparison.to_json()
+
+
+def test_a_judge_is_asked_about_answers_alone_and_heard_everywhere(folder):
+    """It prefers whichever answer is longer, in whatever place."""
+
+    def speak(body):
+        asked = body["messages"][-1]["content"]
+        return text("裁决：A" if asked.index("休息 2 天。" * 3) < asked.index("只要睡觉") else "裁决：B")
+
+    longer, shorter = GOOD[0]._replace(answer="休息 2 天。" * 3), GOOD[0]._replace(answer="只要睡觉")
+    comparison = compare([longer] * 2 + GOOD[2:3], [shorter] * 2 + GOOD[2:3], rows=ROWS[:3])
+    with ChatServer(speak) as server:
+        comparison.ask_judge(Endpoint(server.url), "比较", "replies.jsonl.judge.jsonl", Console(record=True))
+        asked = [body["messages"][-1]["content"] for method, _, _, body in server.requests if method == "POST"]
+    assert len(asked) == 4 and not [content for content in asked if GOOD[0].thinking in content]
+    table = comparison.tables()[2]
+    assert table.heading == "评审 judge：模型0（前）与 模型1（后）" and table.rows[1] == ["较好、平、较差", "2、1、0"]
+    assert sorted(case["verdicts"] for case in comparison.cases()) == ["前者较好", "前者较好", "平"]
+    judged = json.loads(comparison.to_json())["models"][1]["judge"]
+    assert (judged["model"], judged["wins"]) == ("judge", 2)
+    assert "评审：前者较好" in comparison.to_html("页", "提醒")
+
+
+def test_a_judge_that_is_down_is_a_line_and_no_end(folder):
+    with ChatServer() as server:
+        pass
+    comparison, console = compare(GOOD[:1], BAD[:1], rows=ROWS[:1]), Console(record=True, width=500)
+    comparison.candidates[1].replies = [GOOD[0]._replace(answer="别的")]
+    comparison.ask_judge(Endpoint(server.url), "比较", "replies.jsonl.judge.jsonl", console)
+    assert comparison.verdicts == [["failed"]] and comparison.judge == server.url
+    assert server.url in console.export_text() and len(comparison.tables()) == 3
+
+
+def hostile_page() -> str:
+    rows = [{"question": hostile, "answer": hostile} for hostile in HOSTILE]
+    hostile = [Reply(content, content, True, "one") for content in HOSTILE]
+    other = [Reply("想一想。", content, True, "one") for content in HOSTILE]
+    return compare(hostile, other, rows=rows, names=(HOSTILE[0], HOSTILE[4])).to_html(HOSTILE[1], HOSTILE[2])
+
+
+def is_inert(page: str) -> None:
+    """Nothing in the page runs or is fetched, every element is closed, and the texts are those of `hostile_page`."""
+    read = Reader(page)
+    assert not read.open
+    forbidden = {"script", "img", "link", "iframe", "object", "base", "form", "plaintext"}
+    assert not {tag for tag, *_ in read.found} & forbidden
+    for _, attributes, _ in read.found:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+        assert attributes.get("href", "#").startswith("#")
+    assert "default-src 'none'" in read.found[3][1]["content"]
+    assert read.texts("h1") == [HOSTILE[1]] and read.texts("notice") == [HOSTILE[2]]
+    assert read.texts("title") == [HOSTILE[1]]
+    shown = [[hostile, hostile, hostile, "想一想。", hostile, hostile] for hostile in HOSTILE]
+    assert read.texts("text") == sum(shown, [])
+    assert read.texts("h4") == [HOSTILE[0], HOSTILE[4]] * len(HOSTILE)
+
+
+def test_texts_come_back_as_they_were_and_none_acts():
+    is_inert(hostile_page())
+
+
+def test_in_a_browser_texts_come_back_as_they_were_and_none_acts(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if not browser:
+        pytest.skip("no Chromium or Chrome here")
+    (tmp_path / "page.html").write_text(hostile_page(), encoding="utf-8", newline="")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--dump-dom", f"file://{tmp_path}/page.html"]
+    is_inert(subprocess.run(command, capture_output=True, timeout=60).stdout.decode())
+
+
+@pytest.mark.parametrize("unseen", "\0\x1b\x7f\x85\r\u061c\u200f\u202e\u2067\ud800\udfff")
+def test_what_is_not_seen_is_named(unseen):
+    shown = f"甲{unseen}乙"
+    read = Reader(compare([Reply(shown, shown, True, "one")], rows=[{"question": shown}]).to_html(shown, ""))
+    assert set(read.texts("h1") + read.texts("text")) == {f"甲[U+{ord(unseen):04X}]乙"}
+    assert read.found[3][0] == "meta" and "\ud800" not in str(read.texts("html"))
+
+
+def test_traces_are_marked_where_they_are_and_only_in_the_thinking():
+    thinking = "\0<b>&" + LEAK
+    read = read_page(GOOD[0], Reply(thinking, LEAK, True, "one"))
+    marks = [(attributes["title"], content) for tag, attributes, content in read.found if tag == "mark" and attributes]
+    found = traces.find(thinking, ROWS[0]["question"], LEAK)
+    assert marks == [(traces.KINDS[kind], thinking[start:end]) for kind, start, end in found] and len(marks) > 1
+    assert read.texts("text")[3:5] == [thinking.replace("\0", "[U+0000]"), LEAK]
+    assert all(traces.KINDS[trace.kind] in read.texts("traces")[0] for trace in found)
+    assert "有痕迹 1" in read.texts("nav")[0] and len(read.texts("traced")) == 2  # its section, its line of the list
+
+
+@pytest.mark.parametrize(
+    ("reply", "label"),
+    [
+        (Reply("想", "答", True, "one"), []),
+        (Reply("想", "答", False, "one"), ["回答没有写完"]),
+        (Reply("想", "", True, "unclosed"), ["断在思考里，没有回答"]),  # it stopped by itself there
+        (Reply("想", "答", True, "broken"), ["思考不是恰好一段"]),
+        (Reply("", "答", True, "none"), []),
+        (Reply("想", "", True, "one"), ["没有回答"]),
+    ],
+)
+def test_reply_that_is_not_whole_says_so(reply, label):
+    read = read_page(reply)
+    assert read.texts("problem") == label and len(read.texts("broken")) == (2 if label else 0)
+    assert ("没有思考" in read.texts("reply")[0]) == (not reply.thinking)
+
+
+def test_largest_differences_come_first_and_the_list_leads_to_them():
+    rows = [*ROWS[:2], {"question": "多久？", "history": [["头痛？", "休息。"]]}]
+    changed = GOOD[1]._replace(answer="多喝水，休息。", tokens=12, seconds=3.25)
+    read = Reader(compare(GOOD[:3], [GOOD[0], changed, GOOD[2]], rows=rows).to_html("页", "提醒"))
+    assert [content[1:] for content in read.texts("h3")] == ["第 1 问？", "第 0 问？", "头痛？\n多久？"]
+    assert [line.split()[-1] for line in read.texts("li")][1:] == ["0.00", "—"]
+    links = [attributes["href"] for tag, attributes, _ in read.found if tag == "a"][3:6]
+    assert links == [f"#{attributes['id']}" for _, attributes, _ in read.found if "case" in attributes.get("class", "")]
+    assert "回答 7 字 · 12 token · 3.2 秒" in read.texts("facts") and "没有参考回答" in read.texts("case")[2]
+    assert [attributes for tag, attributes, _ in read.found if tag == "details"][0] == {"open": None}
+    many = [Reply("想" * 1500, "答" * 300, True, "one"), Reply(LEAK * 45, "答" * 300, True, "one")]
+    page = compare(many[:1] * 241, many[1:] * 241, rows=ROWS[:1] * 241).to_html("页", "提醒")
+    assert page.count('<section class="case') == 241 and len(page.encode()) < 6e6
+    assert "<details><summary>按" in page  # the list is folded
+
+
+def test_a_model_that_never_closes_its_thinking_and_one_token_get_a_table(finished):
+    """Nothing of it is an answer, or is left out."""
+    template = Path("full/chat_template.jinja")
+    template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
+    flags = ("--questions", "val.jsonl", "--model_path", "full", "--max_new_tokens", 1, "--fast_kernels", "false")
+    result = run_script("inference.py", *flags, cwd=finished)
+    assert result.returncode == 0 and "完整的回复" in result.stdout, result.stdout
+    [model] = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]
+    scores = {line["key"]: (line["n"], line["value"]) for line in model["scores"]}
+    assert scores["whole"] == scores["stopped"] == (12, 0) and scores["answer_length"] == (0, None)
+    assert {scores[f"answer_{kind}"] for kind in ("rouge1", "rouge2", "rougeL")} == {(12, 0)}

@@ -1,0 +1,162 @@
+"""What is counted of replies, that it is what rouge-score says, and how sure it is."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+from helpers import ROOT, SAMPLES
+
+from parts.model.encoding import Reply
+from parts.replies import scores
+from parts.replies.scores import make_score
+
+SEED = 42
+ROWS = [
+    {"question": "头痛怎么办？", "think": "用户问头痛，先想原因。", "answer": "头痛可以先休息，多喝水。"},
+    {"question": "感冒了要吃抗生素吗？", "think": "感冒多由病毒引起。", "answer": "一般不需要吃抗生素。"},
+    {"question": "失眠怎么调理？", "think": "", "answer": "规律作息，少喝咖啡。", "seen": True},
+    {"question": "How much water should I drink?", "answer": "Drink about two litres of water a day."},
+    {"question": "发烧呢？", "answer": None},
+]
+REPLIES = [
+    Reply("用户问头痛，要想原因。根据用户提供的答案，休息即可。", "", True, "one", 10, 1.0),  # no answer
+    Reply("感冒多由病毒引起。", "", False, "unclosed", 30, 1.0),
+    Reply("想想再想", "规律作息，不喝咖啡。", True, "broken", 20, 2.0),  # two thinkings
+    Reply("Think.", "Drink two litres of water every day.", True, "one", 20, 2.0),
+    Reply("想", "多喝水。", True, "one", 20, 2.0),  # nothing to hold it against
+]
+# rouge-score 0.1.2 with rjieba's words says so of the third and the fourth row, and of a text that repeats words.
+MEASURED = {
+    ("规律作息，不喝咖啡。", "规律作息，少喝咖啡。"): [0.8333333333333334, 0.6, 0.8333333333333334],
+    ("Drink two litres of water every day.", "Drink about two litres of water a day."): [
+        *(0.823529411764706, 0.5333333333333333, 0.823529411764706),
+    ],
+    ("多喝水，多休息，多喝水。", "多喝水。多喝水，休息。"): [
+        *(0.7692307692307692, 0.3636363636363636, 0.6153846153846153),
+    ],
+    ("", "多喝水。"): [0, 0, 0],
+}
+
+
+def lines(rows=ROWS, replies=REPLIES, thinking: bool = True) -> dict[str, dict]:
+    return {score.key: score.as_json() for score in scores.measure(rows, replies, thinking, SEED)}
+
+
+def share(values, of=None) -> scores.Score:
+    return make_score("share", "份额", "%", values, of, seed=SEED)
+
+
+def test_rouge_is_what_rouge_score_says():
+    for (text, reference), expected in MEASURED.items():
+        assert scores.rouge(text, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_five_rows_worked_out_by_hand():
+    found = lines()
+    third, fourth = list(MEASURED.values())[:2]
+    by_hand = {  # (n, value)
+        "whole": (5, 2 / 5),
+        "stopped": (5, 4 / 5),
+        "loops": (5, 0),
+        "traces": (5, 1 / 5),
+        "traces_answer": (5, 1 / 5),
+        "traces_process": (5, 0),
+        "think_length": (5, (26 + 9 + 4 + 6 + 1) / 5),
+        "answer_length": (4, (0 + 10 + 36 + 4) / 4),  # the second one got to no answer
+        "speed": (5, 100 / 8),
+    }
+    for i, kind in enumerate(scores.ROUGE):
+        by_hand[f"answer_{kind}"] = (4, (third[i] + fourth[i]) / 4)
+        by_hand[f"answer_{kind}_new"] = (3, fourth[i] / 3)  # without the row that stands in the training part too
+    for key, (n, value) in by_hand.items():
+        assert (found[key]["n"], found[key]["value"]) == (n, pytest.approx(value)), key
+    assert found.keys() - by_hand.keys() == {"traces_doctor", "traces_two", "traces_covert"}
+    others = scores.strangers([row["question"] for row in ROWS[:4]], [row["answer"] for row in ROWS[:4]], SEED)
+    floors = [scores.rouge(reply.answer, ROWS[i]["answer"])[0] for reply, i in zip(REPLIES, others)]
+    assert found["answer_rouge1"]["floor"] == pytest.approx(sum(floors) / 4) and found["whole"]["floor"] is None
+    without = lines(ROWS[:3], [Reply("", "多喝水。", True, "none"), REPLIES[4], Reply("", "", True, "none")], False)
+    assert without["whole"]["value"] == pytest.approx(1 / 3)  # where no thinking was asked for
+    assert not [key for key in without if key.startswith(("traces", "think"))]
+
+
+@pytest.mark.parametrize("reference", [None, "", "\u200b", 3, "水\ud83d"])
+def test_rows_without_a_reference_are_left_out_of_the_overlaps_alone(reference):
+    rows = [{"question": "头痛？", "answer": "多喝水。"}, {"question": "感冒？", "answer": reference}]
+    found = lines(rows, [REPLIES[4]] * 2)
+    assert found["answer_rouge1"]["n"] == (2 if reference == "水\ud83d" else 1) and found["whole"]["n"] == 2
+
+
+def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
+    """Not even with the words that it wrote before it began to think."""
+    text = ROWS[0]["answer"]
+    found = lines(ROWS[:1], [Reply(text, text, False, "unclosed")])
+    assert [found[f"answer_{kind}"]["value"] for kind in scores.ROUGE] == [0, 0, 0]
+    assert (found["answer_length"]["n"], found["answer_length"]["value"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("用户可能需要更多的信息。" * 20, True),
+        ("想到这里，" + "哈" * 80, True),
+        ("".join(f"{number}. 多喝水，注意休息，按时吃药。\n" for number in range(12)), True),
+        ("先说别的。" * 2 + "The patient should rest and drink water. " * 8 + "然后结束了，就这样。", True),
+        ("", False),
+        ("多喝水，注意休息，按时吃药。" * 2, False),
+        ("| 药 | 量 |\n|" + "-" * 200 + "|", False),
+        ("每日3次，每次1片。" * 4, False),
+    ],
+)
+def test_loops_are_found_wherever_they_are(text, expected):
+    assert scores.loops(text) == expected
+
+
+def test_two_hundred_and_forty_one_replies_take_seconds():
+    """Answers of 400 characters, other ones in each row, so that nothing is remembered; without torch."""
+    generator = numpy.random.default_rng(0)
+    sentences = [json.loads(line)["answer"] for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
+    rows, replies = [], []
+    for i in range(241):
+        texts = ["".join(generator.choice(sentences, 12))[:400] for _ in range(2)]
+        rows.append({"question": f"第 {i} 问", "answer": texts[0], "seen": i % 2 == 0})
+        replies.append(Reply(texts[1], texts[1], True, "one", 500, 0.1))
+    began = time.process_time()
+    found = lines(rows, replies)
+    assert time.process_time() - began < 10
+    assert found["answer_rougeL"]["n"] == 241 and found["answer_rougeL_new"]["n"] == 120
+    code = "import sys; from parts.replies import scores; scores.rouge('多喝水', '喝水'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_an_interval_is_about_as_wide_as_the_formula_says():
+    line = share([1] * 80 + [0] * 160).as_json()
+    width = 1.96 * (1 / 3 * 2 / 3 / 240) ** 0.5  # of a share, by the normal distribution
+    assert (line["value"], line["n"]) == (pytest.approx(1 / 3), 240)
+    assert [line["low"], line["high"]] == pytest.approx([1 / 3 - width, 1 / 3 + width], abs=0.008)
+    assert share([1] * 80 + [0] * 160).as_json() == line  # seeded
+    few = share([5, 0, 7], of=[1, 0, 1]).as_json()  # the second row does not count
+    assert (few["n"], few["value"]) == (2, 6)
+    assert share([0, 0], of=[0, 0]).compare(share([1, 1]))["differs"] is False
+
+
+def test_pairs_show_a_difference_that_two_intervals_would_hide():
+    """Each row is a little better: the rows scatter far more than they differ."""
+    generator = numpy.random.default_rng(2)
+    values = generator.random(100)
+    better = share(values + 0.02 + generator.normal(0, 0.01, 100))
+    assert better.as_json()["low"] < share(values).as_json()["high"]
+    found = better.compare(share(values))
+    assert found["differs"] and 0 < found["low"] < found["difference"] < found["high"] < 0.03
+
+
+def test_chance_is_called_a_difference_about_once_in_twenty():
+    """Of 200 pairs of models that are the same; and never where a few rows alone are unlike."""
+    generator = numpy.random.default_rng(3)
+    pairs = [(share(generator.random(60) < 0.4), share(generator.random(60) < 0.4)) for _ in range(200)]
+    assert sum(one.compare(other)["differs"] for one, other in pairs) <= 20
+    same = [0] * 200
+    assert not share([1] * 5 + same).compare(share([0] * 5 + same))["differs"]
+    assert share([1] * 9 + same).compare(share([0] * 9 + same))["differs"]

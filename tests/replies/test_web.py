@@ -1,0 +1,195 @@
+"""The page, served by gradio and used in a real browser; the model recites."""
+
+import argparse
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import pytest
+import requests
+import torch
+from helpers import Started, free_port, recite, refused
+
+import data
+import inference
+from parts.model import weights as models
+from parts.model.encoding import encode_messages
+from parts.replies import web
+from parts.replies.conversation import Conversation
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+THINKING, ANSWER = "要点是多休息、多喝水。", "多休息，**多喝水**。"
+REPLY = f"<think>\n{THINKING}\n</think>\n\n{ANSWER}"
+LONG = "<think>\n" + "想一想。" * 500
+HOSTILE = '![x](http://127.0.0.2:9/x.png) <img src="http://127.0.0.2:9/y.png" onerror="document.title=1"> </think>'
+TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？"}
+
+
+class Visitor:
+    """A person before the page."""
+
+    def __init__(self, browser, url: str):
+        self.page, self.url, self.requests, self.blocked = browser.new_page(locale="zh-CN"), url, [], []
+        self.page.set_default_timeout(20_000)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("requestfailed", lambda request: self.blocked.extend([request.url] * (request.failure == "csp")))
+        self.page.goto(url)
+
+    def ask(self, question: str) -> None:
+        self.page.get_by_test_id("submit-button").wait_for()
+        self.page.get_by_role("textbox", name="问题").fill(question)
+        self.page.get_by_role("textbox", name="问题").press("Enter")
+
+    def sees(self, text: str) -> None:
+        self.page.get_by_text(text).last.wait_for()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no Chromium or Chrome here")
+    with playwright.sync_playwright() as running:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        yield running.chromium.launch(executable_path=CHROMIUM, args=flags)
+
+
+@pytest.fixture
+def visit(browser, tiny_model, tokenizer):
+    """visit(*replies) is a Visitor of a page whose model recites them slowly; its prompts are in `.prompts`."""
+    opened = []
+
+    def start(*replies: str, max_new_tokens: int = 2048) -> Visitor:
+        model = models.load_weights(str(tiny_model), torch.device("cpu"))
+        conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens, seed=42)
+        prompts = recite(model, tokenizer, [*replies], pause=0.03)
+        page = web.Page(conversation, "错误：显存不足。")
+        interface, url = page.open("127.0.0.1", free_port(), None, **TEXTS)
+        visitor = Visitor(browser, url)
+        visitor.prompts = prompts
+        opened.append((visitor, page, interface))
+        return visitor
+
+    yield start
+    for visitor, page, interface in opened:
+        visitor.page.close()
+        page.closed.set()
+        interface.close(verbose=False)
+
+
+def prompts(tokenizer, *asked) -> list[list[int]]:
+    """Of (question, history) each."""
+    return [encode_messages(tokenizer, data.to_messages(question, history=old), True) for question, old in asked]
+
+
+def test_thinking_is_seen_then_folded_and_not_read_back(visit, tokenizer):
+    person = visit(REPLY)
+    thinking = person.page.get_by_text(THINKING)
+    person.ask("感冒了怎么办？")
+    thinking.wait_for()
+    person.sees("多喝水")
+    thinking.wait_for(state="hidden")
+    assert person.page.locator("strong", has_text="多喝水").count() == 1
+    person.page.get_by_text("思考", exact=True).click()
+    thinking.wait_for()
+    person.ask("还有呢？")
+    person.page.wait_for_function("document.querySelectorAll('strong').length == 2")
+    history = [["感冒了怎么办？", ANSWER]]
+    assert person.prompts == prompts(tokenizer, ("感冒了怎么办？", []), ("还有呢？", history))
+    person.sees(inference.NOT_A_DOCTOR)
+    assert all(url.startswith((person.url, "data:", "blob:")) for url in person.requests)
+
+
+def test_a_reply_is_stopped_and_the_next_question_answered_asked_again_and_edited(visit, tokenizer):
+    person = visit(LONG, REPLY, "再答", "改答")
+    person.ask("感冒了怎么办？")
+    person.sees("想一想。")
+    person.page.get_by_test_id("stop-button").click()
+    person.ask("还有呢？")
+    person.sees("多喝水")
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("重试").click()
+    person.sees("再答")
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("编辑").last.click()
+    person.page.locator(".user textarea").fill("头痛怎么办？")
+    person.page.get_by_label("发送").click()
+    person.sees("改答")
+    asked = ["感冒了怎么办？", "还有呢？", "还有呢？", "头痛怎么办？"]
+    assert person.prompts == prompts(tokenizer, *[(question, []) for question in asked])
+
+
+def test_who_leaves_stops_the_reply(visit, browser):
+    person = visit(LONG, REPLY)
+    leaving = Visitor(browser, person.url)
+    leaving.ask("头痛？")
+    leaving.sees("想一想。")
+    leaving.page.close()
+    person.ask("腹痛？")
+    person.sees("多喝水")
+
+
+def test_what_is_too_long_is_refused_and_what_is_cut_off_says_so(visit, tokenizer):
+    person = visit("头晕", max_new_tokens=1)
+    person.ask("头" * 200_000)
+    person.sees("错误：这个问题连同之前的对话有 ")
+    person.ask("  ")
+    person.sees("问题是空的")
+    person.ask("头痛？")
+    person.sees("到 1 个 token 为止，回复未完")
+    assert person.prompts == prompts(tokenizer, ("头痛？", []))
+
+
+def test_nothing_is_fetched_from_elsewhere_and_tags_are_text(visit):
+    person = visit("<think>\n想</think>" + HOSTILE)
+    person.ask("头痛？" + HOSTILE)
+    person.page.get_by_text("思考", exact=True).wait_for()
+    person.page.wait_for_timeout(500)
+    elsewhere = [url for url in person.requests if not url.startswith((person.url, "data:", "blob:"))]
+    assert sorted(elsewhere) == sorted(person.blocked) and person.page.title() == TEXTS["title"]
+
+
+def test_the_page_of_a_script_asks_for_a_password_and_ends_with_ctrl_c(tiny_model, folder):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    port, end = free_port(), time.monotonic() + 60
+    flags = ("--web", "--host", "0.0.0.0", "--port", port, "--auth", "a:b", "--model_path", tiny_model)
+    started = Started("inference.py", flags, folder)
+    while "网页：" not in started.stdout:
+        assert started.poll() is None and time.monotonic() < end, started.stdout
+        time.sleep(0.1)
+    visitor, page = requests.Session(), f"http://127.0.0.1:{port}"
+    assert visitor.get(f"{page}/config", timeout=10).status_code == 401
+    visitor.post(f"{page}/login", data={"username": "a", "password": "b"}, timeout=10).raise_for_status()
+    assert visitor.get(f"{page}/config", timeout=10).json()["title"] == inference.TITLE
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) == 0, started.stdout
+    assert f":{port}/（按 Ctrl-C 停止）" in started.stdout and "Traceback" not in started.stdout
+    assert not list(folder.iterdir())
+
+
+def test_what_cannot_be_shown_is_refused_before_anything_is_loaded(monkeypatch):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    for host in ("0.0.0.0", "::", "192.168.1.2", "my-machine", ""):
+        refused(f"--host {host} 让别的机器也能提问；请同时用 --auth ~", web.check, host, 7860, None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused(f"127.0.0.1 的端口 {port} 用不了（~）；请用 --port 换一个端口。", web.check, "127.0.0.1", port, None)
+    web.check("127.0.0.1", port, None)
+    web.check("0.0.0.0", port, web.user_and_password("医生:a:b"))
+    for text in ("医生", "医生:", ":a"):
+        with pytest.raises(argparse.ArgumentTypeError, match="^要写成 用户名:密码$"):
+            web.user_and_password(text)
+
+
+def test_without_a_gradio_of_its_version_the_page_is_refused(tmp_path, monkeypatch):
+    wanted = f"--web 要用 gradio {web.GRADIO}；请先运行 pip install gradio=={web.GRADIO}"
+    metadata = tmp_path / "gradio-5.50.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: gradio\nVersion: 5.50.0\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--web", "--model_path", "no-such-model"])
+    for path in ([str(tmp_path)], []):
+        monkeypatch.setattr(sys, "path", path)  # where packages are looked for
+        refused(wanted, inference.main)

@@ -1,0 +1,90 @@
+"""A row is checked and cleaned once; what cannot be used is left out and named."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from helpers import as_jsonl, make_row, make_rows, published, refused, save, written
+
+import data
+from parts.rows.row import FIELDS
+
+pytestmark = pytest.mark.usefixtures("folder")
+BAD = {
+    '{"question": "问", "answer": "答"}': "缺少字段 think",
+    '{"question": null, "think": "思", "answer": "答"}': "question 为 null",
+    '{"question": "问", "think": NaN, "answer": "答"}': "think 不是文本",
+    '{"question": "问", "think": ["思"], "answer": "答"}': "think 不是文本",
+    '{"question": "问", "think": "思", "answer": %s}' % ("1" * 5000): "answer 不是文本",  # more than int() takes
+    '{"question": "", "think": "思", "answer": "答"}': "question 为空",
+    '{"question": "问", "think": "\\\\n", "answer": "答"}': "think 为空",  # a literal backslash-n alone
+    '{"question": "问", "think": "\u200b\ufeff\u2060\u3164", "answer": "答"}': "think 为空",  # nothing to be seen
+    '{"question": "问", "think": "思", "answer": "\\ud83d"}': "answer 含无效字符（不成对的代理码点）",
+    '["问", "思", "答"]': "不是对象",
+    '{"question": "问", "question": "另问", "think": "思", "answer": "答"}': "同一字段出现多次",
+    '{"question": "问", "think": "思<think>", "answer": "答"}': "think 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "思", "answer": "别的</think>答"}': "answer 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "思", "answer": "答", "history": [["问"]]}': "history 不是 [[问题, 回答], …]",
+    '{"question": "问", "think": "思", "answer": "答", "history": [["问", ""]]}': "history 为空",
+}
+
+
+@pytest.mark.parametrize("line, problem", BAD.items(), ids=lambda value: value[:60])
+def test_unusable_row_is_left_out_and_named(line, problem, capsys):
+    lines = as_jsonl(make_rows(30)).splitlines()
+    lines[6] = line
+    Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data.prepare("rows.jsonl")
+    assert f"\n未采用    {problem}：1 行（第 7 行）\n" in capsys.readouterr().out
+    assert written() == tuple([row for row in part if row != make_row(7)] for part in published(make_rows(30)))
+    Path("val.jsonl").write_text(f"{as_jsonl(make_rows(2))}\n{line}\n", encoding="utf-8")
+    refused(f"val.jsonl 第 4 行 {problem}；请用 python data.py ~ 重新生成。", data.read_examples, "val.jsonl")
+
+
+@pytest.mark.parametrize("first, second", [(0, 0), (1, 1), (0, 1)], ids=["in train", "in val", "in both"])
+@pytest.mark.parametrize("change", [{}, {"answer": "另一个回答"}], ids=["same answer", "other answer"])
+def test_repeated_rows_are_left_out_and_rows_of_one_question_stay_together(first, second, change, capsys):
+    parts = published(range(1, 41))
+    original, copy = parts[first][1], parts[second][2]
+    rows = make_rows(40, first=0)  # row 0 is not saved: numbers count from 1
+    rows[copy] = make_row(original, **change)
+    spaced = [row | {"think": row["think"] + " " * i} for i, row in enumerate(rows)]  # white space is no difference
+    data.prepare(save(spaced[1:], "rows.jsonl"))
+    assert f"\n未采用    {'0 行' if change else f'与前面的行重复：1 行（第 {copy} 行）'}\n" in capsys.readouterr().out
+    questions = [{row["question"] for row in part} for part in written()]
+    assert questions[0].isdisjoint(questions[1])
+    left_out = [] if change else [rows[copy]]  # of both, one is left
+    assert sorted(map(str, sum(written(), []) + left_out)) == sorted(map(str, rows[1:]))
+
+
+def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
+    rows = [make_row(i, think="思" * i) for i in (2, 150, 4)] + [make_row(i, think=" ") for i in range(7)]
+    data.prepare(save(rows, "rows.csv"), "new/a.jsonl", "b.jsonl")
+    checksum = hashlib.sha256(Path("rows.csv").read_bytes()).hexdigest()
+    out = capsys.readouterr().out
+    assert out.startswith(f"数据来源  rows.csv：共 10 行\nSHA-256   {checksum}\n清理      0/3 行的思考改过，")
+    assert "\n已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n" in out
+    assert "\n未采用    think 为空：7 行（第 4、5、6、7、8 等 行）\n" in out
+    assert "\n未采用    没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学\n" in out
+    assert "\n字符数    think：平均 52，中位数 4，最长 150\n" in out
+    first = data.read_examples("new/a.jsonl")[0]
+    assert out.endswith(
+        f"思考：{first['think'][:120]}{'……' * (len(first['think']) > 120)}\n  回答：{first['answer']}\n"
+    )
+
+
+CLEANED = {
+    " \t\n头痛\u3000\r\n": "头痛",
+    "如下：\\n1. 休息": "如下：\n1. 休息",
+    "\\n一\\n\\n二": "一\n\n二",
+    "一\r\n二\n三\r四_x000D_\n五": "一\n二\n三\n四\n五",  # Excel's line ends too
+    "\u200b一\u200d": "\u200b一\u200d",
+    r"频率 $\nu$ 与 C:\new": r"频率 $\nu$ 与 C:\new",
+    "里面  的 空格\t不动": "里面  的 空格\t不动",
+}
+
+
+@pytest.mark.parametrize("raw, cleaned", CLEANED.items())
+def test_text_is_cleaned_and_else_untouched(raw, cleaned):
+    data.prepare(save([dict.fromkeys(FIELDS, raw), make_row(1)], "rows.jsonl"))
+    assert dict.fromkeys(FIELDS, cleaned) in sum(written(), [])

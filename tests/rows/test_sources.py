@@ -1,0 +1,193 @@
+"""Data sets from files and hubs: each read and split by itself, held against each other, no question on both sides;
+answers that say nearly the same are found."""
+
+import random
+from pathlib import Path
+
+import pytest
+from helpers import make_row, make_rows, published, refused, run_script, save, written
+from hub_server import Hub
+
+import data
+from parts.rows import sources
+
+pytestmark = pytest.mark.usefixtures("folder")
+DRAWN = random.Random(0)
+PHRASES = ["".join(DRAWN.choices([chr(0x4E00 + i) for i in range(2000)], k=12)) for _ in range(400)]
+
+
+def download(hub: Hub, *flags: str) -> str:
+    """What data.py prints, in a process of its own: the client reads its address once."""
+    return run_script("data.py", *flags, cwd=Path.cwd(), env=hub.env(Path.cwd() / "home")).stdout
+
+
+def fill(hub: Hub, **files: list[dict]) -> None:
+    for name, rows in files.items():
+        save(rows, hub.set / f"{name}.jsonl")
+
+
+def place(rows: list) -> list:
+    return list(enumerate(rows, 1))
+
+
+def test_several_sets_are_each_split_by_themselves(capsys):
+    first, second = make_rows(20), [{"prompt": f"另{i}", "response": f"<think>想{i}</think>答{i}"} for i in range(30)]
+    names = [save(first, "a.jsonl"), save(second, "b.csv")]
+    data.prepare(names)
+    alike = [{"question": f"另{i}", "think": f"想{i}", "answer": f"答{i}"} for i in range(30)]
+    assert written() == tuple(one + other for one, other in zip(published(first), published(alike)))
+    out = capsys.readouterr().out
+    assert "数据来源  a.jsonl：共 20 行" in out and "采用      训练 18 行，验证 2 行\n" in out
+    assert "读作      prompt -> question，response -> answer，response 开头的 <think>…</think> -> think" in out
+    assert [source["source"] for source in data.read_origin("train.jsonl")["sources"]] == names
+
+
+def test_sample_of_one_and_all_of_the_other(capsys):
+    names = [save(make_rows(20), "a.jsonl"), save(make_rows(300, first=101), "b.jsonl")]
+    data.prepare([names[0], f"{names[1]}#50"])
+    train, val = published(make_rows(300, first=101))
+    assert written() == tuple(one + part for one, part in zip(published(make_rows(20)), (train[:45], val[:5])))
+    assert "采用      训练 45 行，验证 5 行，最多取 50 行\n" in capsys.readouterr().out
+
+
+def test_no_question_of_one_sets_validation_is_in_anothers_training(capsys):
+    rows = make_rows(40)
+    held = published(rows)[1]
+    other = [*make_rows(120, first=101), *(row | {"answer": "别的"} for row in held)]
+    data.prepare([save(rows, "a.jsonl"), save(other, "b.jsonl")])
+    train, val = written()
+    assert val[: len(held)] == held and {row["question"] for row in train}.isdisjoint(row["question"] for row in val)
+    assert "未采用    训练集的问题也在验证集里：" in capsys.readouterr().out
+
+
+WRONG = {
+    "a.jsonl#0": "--dataset a.jsonl#0：# 后面要一个不小于 2 的整数~",
+    "a.jsonl#x": "--dataset a.jsonl#x：# 后面要一个不小于 2 的整数~",
+    "a.jsonl#5 a.jsonl": "--dataset a.jsonl#5 a.jsonl：同一个数据集写了两次~",
+    "hf://": "--dataset hf:// 既不是已有的文件，~hub 上的请写 hf://owner/name~",
+}
+
+
+@pytest.mark.parametrize("names", WRONG)
+def test_what_cannot_be_meant_is_refused(names):
+    save(make_rows(20), "a.jsonl")
+    refused(WRONG[names], data.prepare, names.split())
+    save(make_rows(20), "b.jsonl")
+    refused("~--sha256 只用于一个数据集~", data.prepare, ["a.jsonl", "b.jsonl"], sha256="00")
+    refused("a.jsonl 的 SHA-256 是 ~，不是 --sha256 00~", data.prepare, "a.jsonl", sha256="00")
+    assert not Path("train.jsonl").exists()
+
+
+@pytest.mark.parametrize("own", ["validation", "test"])
+def test_own_part_of_a_hub_is_never_trained_on(hub, own):
+    fill(hub, train=make_rows(30), **{own: [make_row(7, answer="别的"), *make_rows(109, first=101)]})
+    out = download(hub, "--dataset", "owner/name")
+    train, val = written()
+    assert sorted(map(str, train)) == sorted(str(row) for row in make_rows(30) if row != make_row(7))
+    assert sorted(map(str, val)) == sorted(map(str, [make_row(7, answer="别的"), *make_rows(109, first=101)]))
+    assert "划分      验证集是它自己的，10 行\n" in out
+
+
+def test_rows_of_an_own_part_that_cannot_be_used_are_reported_and_its_tests_not_used(hub):
+    odd = [make_row(101, answer=""), make_row(102, think=None)]
+    fill(hub, train=make_rows(30), validation=[*odd, *make_rows(109, first=103)], test=make_rows(208, first=201))
+    out = download(hub, "--dataset", "owner/name", "--without_thinking", "keep")
+    assert "未采用    answer 为空：1 行（validation.jsonl 第 1 行）\n" in out
+    assert make_row(102, think="") in written()[1] and [len(part) for part in written()] == [30, 8]
+    assert "划分      不用它的 test.jsonl\n" in out
+
+
+def test_tests_without_answers_are_not_used(hub):
+    fill(hub, train=make_rows(30), test=[{"question": f"考{i}？"} for i in range(9)])
+    out = download(hub, "--dataset", "owner/name")
+    assert written() == published(make_rows(30)) and "划分      不用它的 test.jsonl\n" in out
+    (hub.set / "train.jsonl").unlink()
+    assert "错误：owner/name 里只有验证或测试的部分，不用来训练；" in download(hub, "--dataset", "owner/name")
+
+
+def test_split_of_the_published_set_is_fixed_row_for_row(hub):
+    rows = make_rows(40)
+    train, val = published(range(40))
+    rows[val[0]] = make_row(train[0] + 1, answer="别的")  # a question of the training part
+    fill(hub, r1_test=rows)
+    out = download(hub)
+    assert written() == ([rows[i] for i in train], [rows[i] for i in val[1:]])
+    assert f"未采用    验证集的问题也在训练集里：1 行（第 {val[0] + 1} 行）\n" in out
+
+
+@pytest.mark.parametrize("thinking", [None, "", " \u200b", "<think>\n\n</think>"])
+def test_rows_without_thinking_are_kept_where_that_is_asked_for(capsys, thinking):
+    rows = make_rows(20)
+    raw = [row if i % 2 else row | {"think": thinking} for i, row in enumerate(rows)]
+    kept = [row if i % 2 else row | {"think": ""} for i, row in enumerate(rows)]
+    data.prepare(save(raw, "rows.jsonl"), without_thinking="keep")
+    assert written() == published(kept)
+    assert data.read_examples("train.jsonl") == published(kept)[0]
+    data.prepare("rows.jsonl")
+    assert written() == tuple([row for row in part if row["think"]] for part in published(kept))
+    assert "没有思考的行加 --without_thinking keep 就会采用" in capsys.readouterr().out
+
+
+FILES = {
+    "train": "medical_r1.jsonl data/train-00000-of-00001.parquet latest/contest.jsonl train_test_mix.jsonl",
+    "val": "data/validation-00000-of-00001.parquet zh/valid.jsonl dev.csv eval_data.json validation/0001.parquet",
+    "test": "test.jsonl train/test.jsonl testset.jsonl holdout/0.parquet",
+}
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_part_is_read_from_the_files_path(part):
+    assert {sources.part_of(file) for file in FILES[part].split()} == {part}
+
+
+@pytest.mark.parametrize("answers", [2, 3, 7, 30])
+def test_rows_of_one_question_are_in_one_part_and_neither_is_empty(answers):
+    rows = [make_row(i, answer=f"回答{j}") for j in range(answers) for i in range(5)]
+    rows += [make_row(9, history=[["问题1？", "先答"]])] * 90  # it begins with question 1
+    train, val = sources.by_question(place(rows), 42, 0.9)
+    questions = [{sources.question_of(placed) for placed in part} for part in (train, val)]
+    assert train and val and questions[0].isdisjoint(questions[1])
+    assert sorted(number for number, _ in train + val) == list(range(1, len(rows) + 1))
+
+
+def test_row_that_cannot_be_used_is_a_group_of_its_own():
+    for odd in (None, [], "x", {}, {"question": 3}, {"question": "问", "history": 3}, {"history": [3]}):
+        train, val = sources.by_question(place([odd, *make_rows(9), odd]), 42, 0.9)
+        assert len(train) == 9 and len(val) == 2
+
+
+def test_larger_sample_contains_the_smaller_one():
+    train, val = sources.by_question(place(make_rows(100)), 42, 0.9)
+    small, large = sources.sample(train, val, 10, 0.9), sources.sample(train, val, 50, 0.9)
+    assert [len(part) for part in small] == [9, 1] and [len(part) for part in large] == [45, 5]
+    assert all(part == more[: len(part)] for part, more in zip(small, large))
+    assert sources.sample(train, val, 1000, 0.9) == (train, val)
+
+
+def test_answers_that_share_a_third_of_their_passages_are_near_duplicates_whatever_their_order():
+    first, second, third = PHRASES[:12], PHRASES[20:32], PHRASES[40:52]
+    mixed = [first, second, third[:7] + first[:5], second[::-1], third[:10] + first[:2]]
+    assert sources.near_duplicates(["，".join(phrases) for phrases in mixed]) == [(0, 2), (1, 3), (2, 4)]
+    others = ["，".join(PHRASES[i * 4 : i * 4 + 4]) for i in range(50)]
+    copies = ["，".join(PHRASES[300:304])] * 30  # each with the first one
+    assert sources.near_duplicates(others + copies) == [(50, number) for number in range(51, 80)]
+
+
+def test_short_answers_and_what_all_say_are_no_duplicates():
+    assert sources.near_duplicates(["多喝水，多休息。"] * 3) == []
+    closing = "以上内容不能代替医生的诊断，如有不适请及时到正规医院就诊，并按照医生的建议用药和复查"
+    answers = ["，".join(PHRASES[i * 4 : i * 4 + 4]) + closing for i in range(60)]
+    assert sources.near_duplicates(answers) == []
+    assert sources.near_duplicates(answers[:5]) != []  # of so few, each passage counts
+
+
+def test_a_validation_row_whose_answer_stands_in_the_training_part_is_marked(capsys):
+    rows = [make_row(i, answer="".join(PHRASES[i * 5 : i * 5 + 5])) for i in range(20)]
+    data.prepare(save(rows, "rows.jsonl"))
+    (other, _), (marked, unmarked) = written()[0][:2], written()[1]
+    rows[int(marked["question"][2:-1])]["answer"] = other["answer"][:40] + "另外多休息。"
+    data.prepare(save(rows, "rows.jsonl"))
+    seen = {row["question"]: row.get("seen", False) for row in written()[1]}
+    assert seen == {marked["question"]: True, unmarked["question"]: False}
+    assert "训练集内 0 对；验证集 1/2 行与训练集近似" in capsys.readouterr().out
+    assert data.read_examples("val.jsonl")[0].keys() == {"question", "think", "answer"}

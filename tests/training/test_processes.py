@@ -1,0 +1,132 @@
+"""Several processes, as torchrun and accelerate start them, also on two machines: the curve of one, one voice, one step
+at which all stop, and one sentence where they disagree or one is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from helpers import ROOT, as_flags, free_port, history, refused, run_script, same, together, weights
+
+import train
+from parts import terminal
+from parts.run import checkpoints, processes, run_settings
+
+HERE = "tests/training/test_processes.py"
+STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
+STEPS |= {"report_to": "none"}
+TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node=2")
+ACCELERATE = ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
+ACCELERATE += ("--dynamo_backend=no", "--main_process_port")
+
+
+def flags(model: Path, output_dir: str, **changes) -> list[str]:
+    return as_flags(STEPS | {"model_name": model, "output_dir": output_dir} | changes)
+
+
+def launch(launcher: tuple, flags: list[str]) -> subprocess.Popen:
+    command = [Path(sysconfig.get_path("scripts"), launcher[0]), *launcher[1:], ROOT / "train.py", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+
+def newest_step(folder: str) -> int:
+    """Of the last whole checkpoint."""
+    return max([checkpoints.step_of(path) for path in checkpoints.find_whole(folder)], default=0)
+
+
+def strike(launched: subprocess.Popen, number: int) -> str:
+    """What the processes say when the second one gets this signal, once there is a new checkpoint."""
+    before = newest_step("resumed")
+    while newest_step("resumed") == before and launched.poll() is None:
+        time.sleep(0.02)
+    for child in psutil.Process(launched.pid).children():
+        if child.environ().get("RANK") == "1":
+            child.send_signal(number)
+    output = launched.communicate(timeout=100)[0]
+    assert launched.returncode != 0, output
+    return output
+
+
+def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
+    """On two machines. On one, a signal reaches the second one only, or it is killed; the same command continues, to
+    the same weights, whoever launches it."""
+    one = run_script("train.py", *flags(tiny_model, "one"), cwd=workspace)
+    assert one.returncode == 0, one.stdout
+    rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
+    two = flags(tiny_model, "two", per_device_train_batch_size=2)
+    machines = [launch(("torchrun", *rendezvous), two) for _ in range(2)]
+    output = "".join(machine.communicate(timeout=200)[0] for machine in machines)
+    assert [machine.returncode for machine in machines] == [0, 0], output
+    assert output.count("训练完成") == 1 and output.count("【问题】") == 3
+    assert "每步 4 条样本：2 个进程，各 2 条，累积 1 次。" in output
+    logs, others = history("two"), history("one")
+    assert len(logs) == len(others) > 12
+    for log, expected in zip(logs, others):
+        for name in ("loss", "grad_norm", "eval_loss", "eval_token_loss"):
+            assert log.get(name, 0) == pytest.approx(expected.get(name, 0), rel=2e-4), name
+
+    two = flags(tiny_model, "resumed", per_device_train_batch_size=2)
+    assert strike(launch(TORCHRUN, two), signal.SIGTERM).count("已中断：第") == 1
+    stopped = newest_step("resumed")
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(f"resumed/checkpoint-{stopped}"))
+    output = strike(launch((*ACCELERATE, str(free_port())), two), signal.SIGKILL)
+    assert f"resumed from step {stopped}" in output and "[rank" not in output, output  # no traceback of ours
+    assert output.count("错误：另一个进程已经结束或没有回应，训练停止；") == 1, output
+    output = (last := launch(TORCHRUN, two)).communicate(timeout=200)[0]
+    assert last.returncode == 0 and "resumed from step 8" in output, output
+    assert same(weights("resumed"), weights("two"))
+
+
+def test_processes_that_disagree_hear_why(folder):
+    own = (["--seed", "1"], ["--seed", "2"])
+    [said, silent] = together("train.py", "--report_to", "none", cwds=[folder] * 2, own=own, status=1)
+    assert said == "错误：各个进程的 --seed 不同：进程 0 是 1，进程 1 是 2；请让每台机器上的命令、文件和软件都一样。\n"
+    assert not silent and not os.listdir()
+
+
+def hasten(*flags: str) -> None:
+    """In a forked process: train.py, which waits for a network's file system a second only."""
+    processes.SHOWN_LATE, sys.argv = 1, ["train.py", *flags]
+    terminal.run_main(train.main)
+
+
+@pytest.mark.parametrize(("file", "why"), [("val.jsonl", "val.jsonl (sha256) 不同"), ("none", "看不到进程 0 写在 out")])
+def test_machines_with_other_files_or_another_output_folder_are_refused(workspace, tiny_model, file, why):
+    folders = [workspace / "one", workspace / "two"]
+    for path in folders:
+        path.mkdir()
+        for name in ("train.jsonl", "val.jsonl"):
+            (path / name).write_bytes(Path(name).read_bytes())
+    with open(folders[1] / file, "a", encoding="utf-8") as other:
+        other.write("\n")
+    two = flags(tiny_model, "out", per_device_train_batch_size=2)
+    [said, silent] = together(HERE, *two, cwds=folders, machines=2, call="hasten", status=1)
+    assert why in said and said.count("错误：") == 1 and "错误" not in silent
+    assert not any(checkpoints.find_whole(path / "out") for path in folders)
+
+
+def test_a_launcher_that_does_not_number_its_processes_is_refused(folder):
+    ended = run_script("train.py", cwd=folder, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
+    assert ended.returncode == 1 and "WORLD_SIZE=2，却没有 LOCAL_RANK；请用 torchrun 启动" in ended.stdout
+    assert not os.listdir()
+
+
+def test_other_numbers_of_processes_hear_how_a_step_stays_the_same(tmp_path):
+    message = f"{tmp_path} 里未完成的训练用的是别的设置：examples_per_step 4 -> 8；请用 --per_device_train_batch_size "
+    message += "让所有进程每步仍是 4 条，或用 --output_dir 换一个文件夹重新训练。"
+    old, new = {"examples_per_step": 4}, {"examples_per_step": 8}
+    refused(message, run_settings.refuse_changes, tmp_path, old, new)
+
+
+def test_what_says_that_a_process_is_gone():
+    gone = [torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error")]
+    gone.append(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
+    others = [torch.distributed.DistBackendError("NCCL error: unhandled cuda error: out of memory")]
+    others.append(RuntimeError("shape mismatch"))
+    assert [processes.is_lost(error) for error in gone + others] == [True, True, False, False]

@@ -1,0 +1,221 @@
+"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is whole."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import At, build_trainer, crash, run_steps, same, terminate, weights
+
+import data
+from parts.model import weights as models
+from parts.run import checkpoints
+
+
+def interrupt_twice() -> None:
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("number", "lora", "step", "changes"),
+    [
+        (signal.SIGTERM, False, 13, {}),
+        (signal.SIGINT, True, 7, {"gradient_accumulation_steps": 4}),
+        (signal.SIGTERM, False, 10, {"save_total_limit": 1}),  # an evaluation comes at this very step
+        (signal.SIGTERM, False, 20, {}),  # the last step
+        (signal.SIGTERM, False, 13, {"save_total_limit": 1}),
+        # an evaluation that is not the best so far: of itself it saves nothing
+        (signal.SIGTERM, False, 10, {"save_steps": 1000, "learning_rate": 1.0}),
+        # 27 steps an epoch: in the second one, and at the end of the first
+        (signal.SIGTERM, False, 29, {"eval_steps": 100, "max_steps": 32}),
+        (signal.SIGTERM, False, 27, {"eval_steps": 100, "max_steps": 32}),
+    ],
+)
+def test_signal_saves_at_the_end_of_the_step_and_the_command_continues(
+    workspace, tiny_model, straight, number, lora, step, changes, capfd
+):
+    expected = straight(lora, **changes)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_steps(tiny_model, lora, [At(step, lambda: signal.raise_signal(number))], output_dir="resumed", **changes)
+    out, err = capfd.readouterr()
+    assert end.value.code == 128 + number == {15: 143, 2: 130}[number]
+    assert f"已中断：第 {step} 步的检查点在 resumed；同一命令会从这里继续。" in err
+    assert "【问题】" not in out and not (Path("resumed") / checkpoints.FINISHED_MARK).exists()
+    assert checkpoints.find_whole("resumed")[-1].name == f"checkpoint-{step}"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    trainer = run_steps(tiny_model, lora, output_dir="resumed", **changes)
+    evaluated = {log["step"] for log in trainer.state.log_history if "eval_loss" in log}
+    assert (step in evaluated) == (step in (10, 20)), evaluated  # when it is due, not because of the signal
+    assert f"resumed from step {step}" in capfd.readouterr().out.splitlines()
+    assert same(weights("resumed"), expected)
+    assert len(checkpoints.folders("resumed")) <= changes.get("save_total_limit", 2)
+
+
+def test_second_ctrl_c_leaves_what_was_saved(workspace, tiny_model):
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(tiny_model, callbacks=[At(7, interrupt_twice)])
+    assert [path.name for path in checkpoints.folders(data.OUTPUT_DIR)] == ["checkpoint-5"]
+
+
+def test_a_run_outside_the_main_thread_trains_without_the_signals(workspace, tiny_model):
+    trainers = []
+    thread = threading.Thread(target=lambda: trainers.append(run_steps(tiny_model, report_to="swanlab", max_steps=5)))
+    thread.start()
+    thread.join()
+    assert trainers[0].state.global_step == 5
+
+
+def test_a_signal_is_saved_where_a_broken_checkpoint_of_that_step_lies(interrupted, tiny_model, monkeypatch):
+    shutil.copytree("full/checkpoint-10", "full/checkpoint-13")
+    Path("full/checkpoint-13", checkpoints.MANIFEST).unlink()
+    with pytest.raises(SystemExit, match="143"):
+        run_steps(tiny_model, callbacks=[At(13, terminate)], output_dir="full")
+    assert checkpoints.find_whole("full")[-1].name == "checkpoint-13"
+
+
+def test_a_signal_after_the_last_step_lets_the_results_be_saved(workspace, tiny_model):
+    """Nothing is left to interrupt, and without checkpoints all would be lost."""
+    run_steps(tiny_model, callbacks=[At(None, terminate)], eval_steps=100, max_steps=4)
+    assert Path(data.OUTPUT_DIR, checkpoints.FINISHED_MARK).is_file()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_steps": -1, "num_train_epochs": 1, "eval_steps": 27}, {"max_steps": 18}],
+    ids=["epoch", "max_steps"],
+)
+def test_killed_between_the_last_checkpoint_and_the_end_of_saving(workspace, tiny_model, straight, changes):
+    """The weights are written; the card behind them cannot be, so the mark of a finished run is not."""
+    expected, card = straight(**changes), Path(data.OUTPUT_DIR, "README.md")
+    with pytest.raises(SystemExit, match="写 .* 失败"):
+        run_steps(tiny_model, callbacks=[At(3, card.mkdir)], **changes)
+    folder = Path(data.OUTPUT_DIR)
+    last = checkpoints.find_whole(folder)[-1]
+    assert (folder / "model.safetensors").is_file() and checkpoints.find_trained(folder) != folder
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    card.rmdir()
+    trainer = run_steps(tiny_model, **changes)
+    assert trainer.state.global_step == checkpoints.step_of(last)
+    assert same(weights(folder), expected)
+    assert checkpoints.find_trained(folder) == folder
+
+
+def test_early_stopping_is_not_forgotten(workspace, tiny_model):
+    changes = {"max_steps": 60, "eval_steps": 2, "learning_rate": 1.0}
+    stopped = run_steps(tiny_model, output_dir="straight", **changes).state.global_step
+    with pytest.raises(EOFError):
+        run_steps(tiny_model, callbacks=[At(None, crash)], **changes)
+    trainer = run_steps(tiny_model, **changes)
+    assert trainer.state.global_step == stopped < 60
+    assert same(weights(data.OUTPUT_DIR), weights("straight"))
+
+
+def test_bfloat16_adapters_continue_as_bfloat16(workspace, tiny_model, monkeypatch):
+    """As on a GPU: peft would load them as float32."""
+    monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
+    steps = {"max_steps": 8, "eval_steps": 2}
+    run_steps(tiny_model, True, output_dir="straight", **steps)
+    with pytest.raises(SystemExit):
+        run_steps(tiny_model, True, [At(5, terminate)], output_dir="resumed", **steps)
+    run_steps(tiny_model, True, output_dir="resumed", **steps)
+    assert {tensor.dtype for tensor in weights("resumed").values()} == {torch.bfloat16}
+    assert same(weights("resumed"), weights("straight"))
+
+
+@pytest.fixture(params=["tmpfs", "limit"])
+def fill(request, workspace):
+    """fill() lets no more be written to the folder `disk`, free() does again: a real disk that is full; and where
+    nothing can be mounted, the system's limit on the size of a file."""
+    disk = workspace / "disk"
+    disk.mkdir()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    if request.param == "limit":
+        yield (
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard)),
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)),
+        )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk]).returncode:
+        pytest.skip("nothing can be mounted here")
+
+    def fill_up():
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(bytes(free - 1_000_000))  # the next checkpoint begins, and breaks off
+
+    yield fill_up, (disk / "filler").unlink
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "results"])
+def test_full_disk_keeps_the_checkpoints_and_the_command_continues(workspace, tiny_model, straight, fill, moment):
+    expected = straight()
+    fill_up, free = fill
+    with pytest.raises(SystemExit, match="^错误：写 disk/out.* 失败.*磁盘剩余.*同一命令继续"):
+        step = {"checkpoint": 13, "results": None}[moment]
+        run_steps(tiny_model, callbacks=[At(step, fill_up)], output_dir="disk/out")
+    free()
+    whole = checkpoints.folders("disk/out")
+    last = {"checkpoint": ["checkpoint-5", "checkpoint-10"], "results": ["checkpoint-15", "checkpoint-20"]}[moment]
+    assert [path.name for path in whole] == last and whole == checkpoints.find_whole("disk/out")
+    run_steps(tiny_model, output_dir="disk/out")
+    assert same(weights("disk/out"), expected)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1, 3), (2, 3), (100, 4)])
+def test_room_is_asked_for_the_checkpoints_that_will_be_kept(
+    workspace, tiny_model, tokenizer, monkeypatch, limit, count
+):
+    """The best, the newest and the one being written; no more than there will ever be."""
+    asked = []
+    monkeypatch.setattr(checkpoints, "check_space", lambda *numbers: asked.append(numbers))
+    trainer = build_trainer(tiny_model, tokenizer, max_steps=8, eval_steps=2, save_total_limit=limit)
+    trainer.state.max_steps, trainer.state.save_steps = 8, 2
+    trainer.check_space()
+    size = sum(p.nbytes for p in trainer.model.parameters())
+    assert asked == [(data.OUTPUT_DIR, count, 3 * size, size)]  # AdamW's two states are as large as the weights
+
+
+def test_a_training_without_a_step_is_not_a_finished_one(workspace, tiny_model, tokenizer):
+    trainer = build_trainer(tiny_model, tokenizer, max_steps=2)
+    trainer.add_callback(At(1, crash))  # were there one
+    trainer._run_epoch = lambda *args, **kwargs: None
+    with pytest.raises(SystemExit, match="一步也没有训练"):
+        trainer.train()
+
+
+class Ruin(transformers.TrainerCallback):
+    """The learning rate goes astray at step 8."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups if state.global_step == 7 else ():
+            group["lr"] = 1e38
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"logging_steps": 1}, "(loss|grad_norm)"),
+        ({"logging_steps": 100, "eval_steps": 3}, "eval_loss"),
+        ({"logging_steps": 100, "max_steps": 8}, "weights"),  # the last step is saved without an evaluation
+    ],
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_of_it(workspace, tiny_model, changes, what):
+    with pytest.raises(SystemExit) as end:
+        run_steps(tiny_model, callbacks=[Ruin()], **{"eval_steps": 3} | changes)
+    assert re.search(
+        rf"到第 (8|9) 步 {what} 成了 (nan|inf)（学习率 .*好检查点：{data.OUTPUT_DIR}/checkpoint-6。", end.value.code
+    )
+    whole = checkpoints.folders(data.OUTPUT_DIR)
+    assert whole[-1].name == "checkpoint-6" and whole == checkpoints.find_whole(data.OUTPUT_DIR)
+    assert all(value.isfinite().all() for value in weights(whole[-1]).values())
+    assert not Path(data.OUTPUT_DIR, "model.safetensors").exists()

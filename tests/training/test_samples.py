@@ -1,0 +1,115 @@
+"""Questions asked during a training: their replies become texts, and the training ends in the same weights with and
+without them, bit for bit."""
+
+import random
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+import transformers
+from helpers import At, build_trainer, crash, losses, make_row, run, run_steps, same, weights
+
+import data
+from parts.training import samples
+
+ROW = make_row(1, question="头痛怎么办？", answer="多休息，多喝水。")
+ASKED = {"eval_samples": 2, "sample_tokens": 6}
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """[(step, texts)] of the samples, as they come."""
+    calls = []
+    monkeypatch.setattr(samples.tracking, "log_texts", lambda args, name, texts, step=None: calls.append((step, texts)))
+    return calls
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_weights_and_losses_are_the_same_bit_for_bit_with_and_without_them(
+    workspace, tiny_model, straight, logged, lora
+):
+    """With dropout, whose masks are drawn from the states that have to be put back; also after an interruption."""
+    with pytest.raises(EOFError):
+        run_steps(tiny_model, lora, callbacks=[At(13, crash)], **ASKED)
+    trainer = run_steps(tiny_model, lora, **ASKED)
+    assert [step for step, texts in logged if len(texts) == 2] == [5, 10, 15, 20]
+    assert same(weights(trainer.args.output_dir), straight(lora))
+    plain = run_steps(tiny_model, lora, output_dir="plain")
+    assert losses(trainer) == losses(plain)
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_every": 1}, {"fast_kernels": False}, {"batch_tokens": 1}], ids=str)
+def test_they_leave_each_way_of_training_as_it_was(workspace, tiny_model, logged, changes):
+    changes = {"learning_rate": 1e-2} | changes
+    plain = run(tiny_model, output_dir="plain", **changes)
+    asked = run(tiny_model, output_dir="asked", **changes | ASKED)
+    assert [step for step, texts in logged if len(texts) == 2] == [2, 4]
+    assert same(weights("plain"), weights("asked")) and losses(plain) == losses(asked)
+
+
+@pytest.fixture
+def callback(workspace, tiny_model, tokenizer):
+    """Samples of a trainer."""
+    return samples.Samples(build_trainer(tiny_model, tokenizer), [ROW] * 2, data.to_messages, 6)
+
+
+def evaluate(callback, act) -> None:
+    """As after an evaluation; `act()` at each token of the replies."""
+    trainer = callback.trainer
+    hook = trainer.model.register_forward_hook(lambda *_: act())
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control)
+    hook.remove()
+
+
+def test_a_signal_ends_them_at_the_next_token(callback, logged):
+    calls, callback.tokens = [], 2000
+    callback.trainer.interruption = SimpleNamespace(number=0)
+
+    def signal():
+        calls.append(1)
+        callback.trainer.interruption.number = 15 if len(calls) >= 3 else 0
+
+    evaluate(callback, signal)
+    evaluate(callback, signal)
+    assert 3 <= len(calls) <= 5
+
+
+def test_where_memory_is_not_enough_training_goes_on_without(workspace, tiny_model, straight, logged, capsys):
+    def fail(module, args, kwargs, output):
+        if kwargs.get("use_cache"):
+            random.random(), numpy.random.rand(), torch.rand(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Fail(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.hook = model.register_forward_hook(fail, with_kwargs=True)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.hook.remove()
+
+    run_steps(tiny_model, callbacks=[Fail()], **ASKED)
+    said = "第 5 步  样例：内存（显存）不足，之后不再生成；训练照常。"
+    assert [line for line in capsys.readouterr().out.splitlines() if "样例" in line] == [said]
+    assert logged == [(None, logged[0][1])] and same(weights(data.OUTPUT_DIR), straight())
+
+
+def test_the_model_is_afterwards_what_it_was_also_after_an_error(callback):
+    model = callback.trainer.model.train()
+    before = model.config._attn_implementation, model.training
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # which is not taken for memory
+        evaluate(callback, fail)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(1) and (model.config._attn_implementation, model.training) == before
+    assert callback.trainer.last_hidden is None and all(p.grad is None for p in model.parameters())
+
+
+def test_the_same_weights_give_the_same_replies(callback):
+    first, _, second = callback.ask(), torch.rand(7), callback.ask()
+    assert first == second and len(first) == 2 and first[0].startswith("【问题】头痛怎么办？\n【思考】")
