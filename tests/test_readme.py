@@ -73,7 +73,7 @@ def places(text: str) -> list[str]:
     """Links, the files and folders that tables begin with, and the tests of promises, file::test."""
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     files = re.findall(r"^\| `?([\w/]+(?:\.\w+|/))`? \|", text, re.MULTILINE)
-    return links + files + re.findall(r"\| (tests/\w+\.py::\w+) \|", text)
+    return links + files + re.findall(r"\| (tests/[\w/]+\.py::\w+) \|", text)
 
 
 def accept_place(place: str) -> None:
