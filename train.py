@@ -185,10 +185,8 @@ def train(args, add_adapter=None, callbacks=()):
     tracked = "swanlab" in args.report_to and state.is_main_process
     if tracked:
         tracking.read_settings(PROJECT, args.run_name)  # what is wrong with them is said before anything is loaded
-    with (
-        processes.explain_loss(LOST),
-        folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name) as run,
-    ):
+    opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name)
+    with processes.explain_loss(LOST), opened as run:
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), plan.limited(args.device):
             # 1. Data and base model, fetched where they are missing: by one process, then by one of each other machine
             with state.main_process_first(), state.local_main_process_first():
