@@ -47,7 +47,7 @@ def trained(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_commands_and_an_unknown_flag_is_an_error(script, tmp_path):
     result = run_script(script, "--help", cwd=tmp_path, fresh=script == "data.py")
-    assert result.returncode == 0 and f"python {script}" in result.stdout
+    assert result.returncode == 0 and script in result.stdout
     fails(run_script(script, "--lerning_rate", "1", cwd=tmp_path), "--lerning_rate")
     assert list(tmp_path.iterdir()) == []
 
@@ -150,14 +150,6 @@ def test_replies_that_are_there_are_kept_and_told_of_before_a_model_is_loaded(tm
         result = run_script(script, "--questions", "q.txt", "--replies", "old.jsonl", cwd=tmp_path)
         assert fails(result, "错误：old.jsonl 第 1 行不是 inference.py 写的回复；它不会被改写")
     assert (tmp_path / "old.jsonl").read_text(encoding="utf-8") == "{}"
-
-
-@pytest.mark.parametrize("name", ["r.scores.json", "r.scores.html"])
-def test_a_folder_where_scores_belong_is_told_of_before_a_model_is_loaded(tmp_path, name):
-    (tmp_path / "q.txt").write_text("头痛？", encoding="utf-8")
-    (tmp_path / name).mkdir()
-    result = run_script("inference.py", "--questions", "q.txt", "--replies", "r.jsonl", cwd=tmp_path)
-    assert fails(result, f"错误：{name} 是一个文件夹，而分数要写在那里；请用 --replies 换一个文件名。")
 
 
 @pytest.mark.parametrize(

@@ -288,9 +288,9 @@ def run_folder(path: str) -> Path:
 def check_base(path: str, base: str, base_path: str) -> None:
     """Raise SystemExit when the weights in `base_path` are not those that the adapter in `path` was trained on, as far
     as its run has a record of them."""
-    from parts.run import run_settings
+    from parts.run import folder
 
-    expected = run_settings.read(run_folder(path)).get("model_sha256")
+    expected = folder.read_settings(run_folder(path)).get("model_sha256")
     actual = checkpoints.weights_sha256(base_path) if expected else None
     if actual != expected:
         raise SystemExit(

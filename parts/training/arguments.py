@@ -86,7 +86,7 @@ class Arguments(TrainingArguments):
             flags.refuse(str(error))
         self.fsdp, self.fsdp_config = sharded, {}
         if self.world_size > 1:
-            processes.agree(self, self.facts())
+            processes.agree(self.facts())
         if why := environment.no_kernels(self.device) or environment.too_small(self.device, self.memory_gb):
             flags.refuse(why)
         if self.offload_activations and self.device.type == "cpu":

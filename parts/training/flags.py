@@ -4,7 +4,7 @@ answer at once; what cannot be meant is refused here too. Knows no recipe: its n
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,10 +202,3 @@ def require_packages(values: Mapping[str, object]) -> None:
     for package, flag in wanted.items():
         if flag and importlib.util.find_spec(package) is None:
             refuse(f"{flag} 要用 {package}；请先运行 pip install {package}")
-
-
-def changed(args: object, recipe: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """Those of `names` for which `args` has another value than the recipe, or than the default where that is silent."""
-    fields = type(args).__dataclass_fields__
-    wished = {name: recipe.get(name, fields[name].default) for name in names if name in fields}
-    return [name for name, value in wished.items() if getattr(args, name) != value]

@@ -35,7 +35,7 @@ class SafeTrainer(transformers.Trainer):
 
     def interrupted(self) -> bool:
         """Whether any process was asked to stop; all call this together."""
-        return self.interruption is not None and self.interruption.requested(self.args)
+        return self.interruption is not None and self.interruption.requested()
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)

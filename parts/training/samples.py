@@ -46,7 +46,7 @@ class Samples(transformers.TrainerCallback):
         if args.process_index or not self.rows or self.interrupted():
             return
         try:
-            tracking.log_texts(args, "Samples", self.ask(), state.global_step)
+            tracking.log_texts("Samples", self.ask(), state.global_step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -63,7 +63,7 @@ def describe(plan) -> str:
 def saved_by_4_bits(model) -> float:
     """Bytes by which the weights under the adapters are smaller in 4 bits."""
     weights = [weight for name, weight in model.named_parameters() if name.endswith("base_layer.weight")]
-    return sum(weight.numel() * (weight.itemsize - NF4_BITS / 8) for weight in weights)
+    return sum(weight.numel() for weight in weights) * (model.dtype.itemsize - NF4_BITS / 8)
 
 
 def card_arguments(make, **flags) -> SimpleNamespace:
@@ -76,7 +76,7 @@ def card_arguments(make, **flags) -> SimpleNamespace:
     return SimpleNamespace(**vars(real) | here)
 
 
-def plan_only(cap: float, float32: bool) -> None:
+def plan_only(cap: float, float32: bool = False) -> None:
     """The plans for a CUDA card of this size, from shapes alone; `float32`: one that has no bfloat16."""
     import train_speed
 

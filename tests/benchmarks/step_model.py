@@ -346,7 +346,11 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
 def adapter_arguments() -> SimpleNamespace:
     import train_lora
 
-    rank, alpha, share = train_lora.LORA_RANK, train_lora.LORA_ALPHA, train_lora.LORA_DROPOUT
+    rank, alpha, share = (
+        train_lora.RECIPE["lora_rank"],
+        train_lora.RECIPE["lora_alpha"],
+        train_lora.RECIPE["lora_dropout"],
+    )
     names = {"model_name": "none", "model_revision": None}
     return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_dropout=share, **names)
 

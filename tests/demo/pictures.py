@@ -68,7 +68,7 @@ def memory_table() -> dict[str, dict[str, float]]:
     n = read_numbers("memory.json")
     with torch.device("meta"):  # shapes alone, which take no memory
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**n["shape"])).to(torch.bfloat16)
-    step = n["tokens"] * train.BATCH_SIZE
+    step = n["tokens"] * train.RECIPE["per_device_train_batch_size"]
     one, whole = (n["tokens"], step), (step, step)
     table = {"published recipe": memory_parts(model, "adamw", *one)}
     # All logits and their gradients at once, in place of chunks of them.
@@ -77,7 +77,7 @@ def memory_table() -> dict[str, dict[str, float]]:
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
     table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *whole)
     table["… --offload_activations"] = memory_parts(model, "8bit_in_backward", *whole, offload=True)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.LORA_RANK)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.RECIPE["lora_rank"])
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
     table["train_lora.py --load_in_4bit"] = memory_parts(adapted, "kahan", *one)
@@ -87,7 +87,9 @@ def memory_table() -> dict[str, dict[str, float]]:
 
 def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool = False) -> dict[str, float]:
     """The plan's estimate, with the gradients apart from what else a step takes."""
-    args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, full_logits=False, gradient_accumulation_steps=1)
+    args = argparse.Namespace(
+        lora_dropout=train_lora.RECIPE["lora_dropout"], full_logits=False, gradient_accumulation_steps=1
+    )
     args.world_size, args.fsdp = 1, False
     weights, states, peak, reserve = memory.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)

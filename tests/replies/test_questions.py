@@ -46,6 +46,8 @@ def answer(likeliest, tokenizer, monkeypatch):
         generate = conversation.generate
 
         def generate_and_note(prompts):
+            if len(asked) >= run.most:  # a person's Ctrl-C
+                raise KeyboardInterrupt
             asked.extend(prompt[-1]["content"] for prompt in prompts)
             return generate(prompts)
 
@@ -60,7 +62,7 @@ def answer(likeliest, tokenizer, monkeypatch):
         return read_lines(path)
 
     monkeypatch.setattr(models, "load", lambda trained: (likeliest, tokenizer))
-    run.asked = asked
+    run.asked, run.most = asked, 1000
     return run
 
 
@@ -146,6 +148,20 @@ def test_it_goes_on_where_it_stopped(folder, answer):
     assert answer.asked == [] and [row["question"] for row in found][:2] == ["头痛？", "感冒？"]
     assert sorted(Path("replies.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
     assert [path.name for path in folder.iterdir()] == ["replies.jsonl"]
+
+
+def test_interrupted_again_and_again_it_still_goes_on(folder, answer):
+    """What was cut off is gone from the file before anything is added to it."""
+    rows = [{"question": f"第 {i} 问：" + LONG} for i in range(9)]
+    answer.most = 3
+    for known in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            answer(rows)
+        assert len(read_lines("replies.jsonl")) == known
+        with open("replies.jsonl", "ab") as file:
+            file.write(Path("replies.jsonl").read_bytes()[:50])
+    answer.most = 1000
+    assert len(answer(rows)) == 9
 
 
 def test_a_full_disk_keeps_what_is_answered(folder, answer):

@@ -14,7 +14,7 @@ from helpers import ROOT, SCRIPTS, arguments, build_trainer, make_rows, refused,
 import data
 import train
 import train_lora
-from parts.run import checkpoints, run_settings
+from parts.run import checkpoints, folder
 from parts.training import flags, optimizers
 
 ACTS = {  # seen in the weights or the log of three steps: another value, and what it needs beside it
@@ -59,7 +59,7 @@ ELSEWHERE = {  # flags that other tests see acting
     "test_fsdp, test_processes": "fsdp ddp_timeout",
     "test_qlora": "load_in_4bit",
 }
-DECIDING = {*run_settings.SETTINGS, *run_settings.LORA_SETTINGS}
+DECIDING = {*folder.SETTINGS, *folder.LORA_SETTINGS}
 DECIDING |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # in examples_per_step
 DECIDING -= {"eval_steps"}  # decides which is the best checkpoint
 
@@ -213,7 +213,7 @@ def test_one_process_trains_on_one_gpu(tiny_model):
     """Also where a library has seen two before CUDA_VISIBLE_DEVICES could be set."""
     args = arguments(tiny_model)
     args._n_gpu = 2  # as Trainer's own arguments would have it
-    assert args.n_gpu == 1 and args.train_batch_size == train.BATCH_SIZE
+    assert args.n_gpu == 1 and args.train_batch_size == train.RECIPE["per_device_train_batch_size"]
 
 
 def test_deterministic_algorithms_can_be_asked_for_from_python(tiny_model, monkeypatch):

@@ -157,7 +157,7 @@ def test_training_with_steps_in_the_backward_pass_continues_and_frees_its_memory
 def test_samples_leave_steps_in_the_backward_pass_as_they_are(workspace, tiny_model, monkeypatch):
     monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
     logged = []
-    monkeypatch.setattr(samples.tracking, "log_texts", lambda args, name, *_: logged.append(name))
+    monkeypatch.setattr(samples.tracking, "log_texts", lambda name, *_: logged.append(name))
     changes = {"optimizer": "8bit_in_backward", "learning_rate": 1e-3}
     run(tiny_model, output_dir="tried", **changes | {"max_steps": 1})  # the first one tries the optimizer, and so draws
     plain, sampled = (run(tiny_model, output_dir=f"run{count}", eval_samples=count, **changes) for count in (0, 2))

@@ -16,7 +16,7 @@ from helpers import ROOT, as_flags, free_port, history, refused, run_script, sam
 
 import train
 from parts import terminal
-from parts.run import checkpoints, processes, run_settings
+from parts.run import checkpoints, folder, processes
 
 HERE = "tests/training/test_processes.py"
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
@@ -121,7 +121,7 @@ def test_other_numbers_of_processes_hear_how_a_step_stays_the_same(tmp_path):
     message = f"{tmp_path} 里未完成的训练用的是别的设置：examples_per_step 4 -> 8；请用 --per_device_train_batch_size "
     message += "让所有进程每步仍是 4 条，或用 --output_dir 换一个文件夹重新训练。"
     old, new = {"examples_per_step": 4}, {"examples_per_step": 8}
-    refused(message, run_settings.refuse_changes, tmp_path, old, new)
+    refused(message, folder.refuse_changes, tmp_path, old, new)
 
 
 def test_what_says_that_a_process_is_gone():

@@ -30,7 +30,7 @@ def test_qlora_trains_an_adapter_that_the_plain_model_can_use(workspace, tiny_mo
 @needs_bitsandbytes
 def test_samples_leave_the_training_as_it_is(workspace, tiny_model, monkeypatch):
     logged = []
-    monkeypatch.setattr(samples.tracking, "log_texts", lambda args, name, *_: logged.append(name))
+    monkeypatch.setattr(samples.tracking, "log_texts", lambda name, *_: logged.append(name))
     changes = {"load_in_4bit": True, "learning_rate": 1e-3}
     plain, sampled = (
         run(tiny_model, True, output_dir=f"run{count}", eval_samples=count, **changes) for count in (0, 2)

@@ -21,7 +21,7 @@ ASKED = {"eval_samples": 2, "sample_tokens": 6}
 def logged(monkeypatch):
     """[(step, texts)] of the samples, as they come."""
     calls = []
-    monkeypatch.setattr(samples.tracking, "log_texts", lambda args, name, texts, step=None: calls.append((step, texts)))
+    monkeypatch.setattr(samples.tracking, "log_texts", lambda name, texts, step=None: calls.append((step, texts)))
     return calls
 
 
