@@ -18,7 +18,7 @@ import data
 from parts.terminal import first_line
 
 READMES = ("README.md", "README_EN.md")
-NOTES = ("tests/README.md", "tests/benchmarks/README.md")
+NOTES = ("parts/README.md", "tests/README.md", "tests/benchmarks/README.md")
 # Flags that their `serve` or `eval` has in the documentation of vLLM, SGLang 0.5.23 and EvalScope 1.14.1, which are
 # not installed here; tests/test_serving.py starts that of transformers.
 ELSEWHERE = {
