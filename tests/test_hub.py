@@ -299,7 +299,9 @@ def test_the_readmes_two_commands_upload_a_model_and_nothing_else(finished, tmp_
 # ---- nothing that is loaded can run code --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", sorted([*ROOT.glob("*.py"), *ROOT.glob("parts/*.py")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("*.py"), *ROOT.glob("parts/**/*.py")]), ids=lambda path: path.name
+)
 def test_scripts_load_no_code(script):
     """No pickle, no eval; remote code is refused at every from_pretrained of transformers' Auto classes."""
     unsafe = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "read_pickle"}
