@@ -16,7 +16,7 @@ from parts import terminal
 from parts.model.encoding import FORMS, Reply
 from parts.rows import files as row_files
 from parts.rows import shapes
-from parts.rows.row import Row, Unusable, check_history, clean
+from parts.rows.row import Row, check
 from parts.run import checkpoints
 
 BATCH_ROWS = 64  # questions that are answered together, at most
@@ -76,14 +76,11 @@ def read(path: str) -> list[Row]:
         raise SystemExit(f"错误：--questions {path} 里没有问题；请每行写一个问题。")
     rows = []
     for (_, raw), (number, row) in zip(loaded, shapes.to_fields(loaded, path, answered=False)[0]):
-        question, history, problem = "", [], None
-        if isinstance(row, dict) and isinstance(row.get("question"), str):
-            question = clean(row["question"])
-            history, problem = check_history(row.get("history") or [])
-        if isinstance(row, Unusable) or problem or not question:
-            problem = row if isinstance(row, Unusable) else problem or "没有问题，需要一个不为空的 question 字段"
-            raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。")
-        rows.append(row | {"question": question, "history": history, "seen": raw.get("seen") is True})
+        try:
+            asked = check(row, ("question",))
+        except ValueError as problem:
+            raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。") from None
+        rows.append(row | {"history": []} | asked | {"seen": raw.get("seen") is True})
     return rows
 
 
