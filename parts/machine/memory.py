@@ -8,9 +8,8 @@ import psutil
 import torch
 
 from parts.model.weights import head_dim
-from parts.training.loss import LOSS_BYTES
 from parts.training.optimizers import state_bytes
-from parts.training.packing import repeats_heads
+from parts.training.packing import LOSS_BYTES, repeats_heads
 
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate

@@ -10,7 +10,7 @@ import torch
 
 from parts.terminal import first_line, shorten
 from parts.training import optimizers
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 ROUNDING = 0.03  # relative difference that bfloat16 explains; right kernels were under 0.01 on a CPU
 FOUR_BITS = 0.15  # and NF4, 0.1 of random weights

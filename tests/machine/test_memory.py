@@ -10,7 +10,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from parts.machine import memory
 from parts.machine import plan as memory_plan
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Qwen2"])

@@ -7,7 +7,7 @@ import torch
 from helpers import build_trainer
 
 from parts.machine import proof
-from parts.training import loss, optimizers
+from parts.training import optimizers, packing
 
 CPU = torch.device("cpu")
 
@@ -40,9 +40,9 @@ def test_a_missing_compiler_is_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_is_that_of_all_logits(dtype, monkeypatch):
     assert proof.try_loss(CPU, dtype).runs
-    backward = loss.LinearCrossEntropy.backward
+    backward = packing.LinearCrossEntropy.backward
     wrong = staticmethod(lambda *args: (backward(*args)[0] * 2, *backward(*args)[1:]))
-    monkeypatch.setattr(loss.LinearCrossEntropy, "backward", wrong)
+    monkeypatch.setattr(packing.LinearCrossEntropy, "backward", wrong)
     assert not proof.try_loss(CPU, dtype).runs
 
 
