@@ -5,12 +5,10 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from parts import terminal
 
-DRIVER_GB = 0.5  # of a card, that the driver takes for this process; an estimate
 OPTIMIZERS = ("kahan", "8bit", "8bit_in_backward", "adamw")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 TRACKERS = ("swanlab", "tensorboard", "wandb", "none")
@@ -145,14 +143,9 @@ def check(values: Mapping[str, object]) -> None:
         allowed, words = flag.limit
         if not allowed(value):
             refuse(f"--{name} {value}：要一个{words}")
-    optimizer, memory_gb = values.get("optimizer"), values.get("memory_gb")
-    checkpoint, eval_steps = values.get("resume_from_checkpoint"), values.get("eval_steps") or 1
+    optimizer, eval_steps = values.get("optimizer"), values.get("eval_steps") or 1
     if not values.get("output_dir", True):
         refuse("--output_dir 是空的")
-    if checkpoint and not Path(checkpoint).is_dir():
-        refuse(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；不写它，就会从最近的完整检查点继续")
-    if memory_gb and memory_gb <= DRIVER_GB:
-        refuse(f"--memory_gb {memory_gb}：驱动自己就要约 {DRIVER_GB} GB")
     if (values.get("save_steps") or eval_steps) % eval_steps:
         refuse(f"--save_steps {values['save_steps']}：要是 --eval_steps {eval_steps} 的倍数")
     if values.get("warmup_steps") and values.get("lr_scheduler_type") == "constant":

@@ -82,20 +82,6 @@ class SafeTrainer(transformers.Trainer):
         if not args.process_index:
             self.sealing = checkpoints.Sealer(checkpoint, self.state.best_model_checkpoint, self.limit)
 
-    def _load_from_checkpoint(self, *args, **kwargs):
-        super()._load_from_checkpoint(*args, **kwargs)
-        self.restore_dtype()
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        self.restore_dtype()
-
-    def restore_dtype(self) -> None:
-        """peft loads adapters as float32, whatever they were: training would go on with other rounding."""
-        for p in self.model.parameters():
-            if p.requires_grad:
-                p.data = p.data.to(self.model.dtype)
-
     def _run_epoch(self, *args, **kwargs):
         # Continued from its last checkpoint, Trainer would take one step more.
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:

@@ -251,18 +251,13 @@ def test_a_weight_that_is_no_number_in_one_part_stops_all(folder, tiny_model):
 
 
 def test_what_does_not_go_with_a_cut_model_is_refused(monkeypatch):
-    def refused(message: str, **changes) -> None:
-        with pytest.raises(SystemExit, match=message):
-            flags_of.check({"fsdp": True} | changes)
-
-    refused("--fsdp：.*torchrun --nproc_per_node 2 train.py --fsdp true")
+    helpers.refused("--fsdp：模型分给几张卡，要用 torchrun 启动~", flags_of.check, {"fsdp": True})
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    refused("--load_in_4bit 不能和 --fsdp 一起用", load_in_4bit=True)
-    refused("--full_logits 不能和 --fsdp 一起用", full_logits=True)
-    refused("--optimizer 8bit_in_backward 不能和 --fsdp 一起用", optimizer="8bit_in_backward")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refused("去掉 accelerate launch 的 .*--use_deepspeed")
+    for name, value in {"load_in_4bit": True, "optimizer": "8bit"}.items():
+        helpers.refused(f"--{name}~ 不能和 --fsdp 一起用。", flags_of.check, {"fsdp": True, name: value})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    helpers.refused("请去掉 accelerate launch 的 --use_fsdp~", flags_of.check, {"fsdp": True})
 
 
 def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model):

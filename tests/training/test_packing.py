@@ -2,6 +2,7 @@
 is that of transformers."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -51,19 +52,15 @@ def test_no_example_of_a_batch_sees_another_or_what_comes_later(tiny_model):
 
 def test_heads_are_repeated_where_flash_is_missing(monkeypatch):
     """With grouped heads torch would take the kernel that keeps all scores; what is computed is the same."""
-    query, key, value = (torch.randn(1, heads, 60, 16) for heads in (4, 2, 2))
-    seen, attend = [], packing.scaled_dot_product_attention
-
-    def noting(query, key, value, **options):
-        seen.append((key.shape[1], options["enable_gqa"]))
-        return attend(query, key, value, **options)
-
-    monkeypatch.setattr(packing, "scaled_dot_product_attention", noting)
-    grouped, _ = packing.packed_attention(None, query, key, value, None, 0.25, (20, 40))
-    monkeypatch.setattr(packing, "repeats_heads", lambda device, dtype: True)
-    repeated, _ = packing.packed_attention(None, query, key, value, None, 0.25, (20, 40))
-    assert seen == [(2, True)] * 2 + [(4, False)] * 2
-    torch.testing.assert_close(grouped, repeated)
+    tensors = [torch.randn(1, heads, 60, 16) for heads in (4, 2, 2)]
+    attend, outputs = torch.nn.functional.scaled_dot_product_attention, []
+    for repeats in (False, True):
+        spy = mock.Mock(side_effect=attend)
+        monkeypatch.setattr(packing, "scaled_dot_product_attention", spy)
+        monkeypatch.setattr(packing, "repeats_heads", mock.Mock(return_value=repeats))
+        outputs.append(packing.packed_attention(None, *tensors, None, 0.25, (20, 40))[0])
+        assert [call.kwargs["enable_gqa"] for call in spy.mock_calls] == [not repeats] * 2
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize(
