@@ -9,7 +9,7 @@ from helpers import LENGTHS, build_trainer, examples, gradient, history, losses,
 from transformers.models.qwen3 import modeling_qwen3
 
 import data
-from parts.model import decoding
+from parts.model import decoding, fused
 from parts.model import weights as models
 from parts.training import packing
 
@@ -110,7 +110,7 @@ def test_qlora_learns(build):
 def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
     """In float32, past the first growth of the cache, with padding on the left; each step's logits."""
     model = models.load_weights(str(tiny_model), CUDA).float()
-    decoding.fuse_norms(model)
+    fused.fuse_norms(model)
     ids = torch.randint(10, 4000, (rows, 30), device=CUDA)
     mask = torch.ones_like(ids)
     mask[1:, :7] = 0

@@ -11,9 +11,9 @@ import torch
 
 from parts import hub
 from parts.machine import proof
-from parts.machine.proof import Verdict, missing
 from parts.model import architecture, decoding, encoding
 from parts.model import weights as models
+from parts.model.fused import Verdict, missing
 from parts.training import environment
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is

@@ -6,26 +6,14 @@ from functools import partial
 import torch
 import transformers
 from torch.nn.functional import pad
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from parts.machine.proof import Verdict, compare, missing
+from parts.model.fused import Verdict, compare, missing
 from parts.terminal import first_line
 
 CACHE_STEP = 512  # tokens by which the key-value cache grows; attention reads all of it, each growth costs a capture
 READ_EVERY = 16  # tokens from one look at what was generated to the next: each look waits for the GPU
 WARM_UP = 2  # steps before a capture, which must find kernels loaded and their workspaces allocated
 SHORT_REPLY = 32  # max_new_tokens below which a capture costs more than it saves
-
-
-def fuse_norms(model) -> None:
-    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel instead of
-    eight."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
-            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
-            norm.weight = module.weight
-            model.set_submodule(name, norm)
 
 
 class Decoder:

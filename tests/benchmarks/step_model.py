@@ -405,7 +405,7 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
     """One step of generate, sampled as Qwen3 wants it: the mean of the last 16 of 32, at a cache of 512."""
     from decode_speed import SAMPLING
 
-    from parts.model import decoding
+    from parts.model import decoding, fused
 
     trace, counts = Tracer(), []
     plain_forward = decoding.Decoder.forward
@@ -420,7 +420,7 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
     with tracing(trace), mock.patch.object(decoding.Decoder, "forward", forward), torch.no_grad():
         model = build_model(small, "meta").eval()
         if our_own:
-            decoding.fuse_norms(model)
+            fused.fuse_norms(model)
         ids = torch.zeros(rows, CACHE - 2 * STEPS, dtype=torch.long, device="meta")
         for tokens in (STEPS, 2 * STEPS):
             trace.ops.clear()

@@ -12,8 +12,8 @@ from helpers import run, weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import data
-from parts.machine.proof import difference
 from parts.model import architecture
+from parts.model.fused import difference
 from parts.training import packing
 from parts.training.loss import LinearCrossEntropy
 

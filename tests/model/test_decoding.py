@@ -9,7 +9,7 @@ import transformers
 from helpers import SMALL, build_model, load_attentive
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parts.model import decoding
+from parts.model import decoding, fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # float32 on either
 STOP, PAD = 2, 0
@@ -190,7 +190,7 @@ def test_fused_norms_change_no_logits(kind, norms):
         parameter.mul_(1 + 0.1 * torch.rand_like(parameter))  # new norms have weights of 1
     ids = draw(1, 20)["input_ids"].cpu()
     before, names = model(ids).logits, set(model.state_dict())
-    decoding.fuse_norms(model)
+    fused.fuse_norms(model)
     assert sum(isinstance(module, torch.nn.RMSNorm) for module in model.modules()) == norms
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == names

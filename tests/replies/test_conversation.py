@@ -13,7 +13,7 @@ from rich.console import Console
 
 import data
 import inference
-from parts.model import decoding, system_prompt
+from parts.model import fused, system_prompt
 from parts.model import generate as replies
 from parts.model import weights as models
 from parts.model.encoding import encode_messages
@@ -131,7 +131,7 @@ def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished, name)
 def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
     """Without it no layer is another one, and the loop is transformers'."""
     used = []
-    monkeypatch.setattr(decoding, "fuse_norms", lambda model: used.append("norms"))
+    monkeypatch.setattr(fused, "fuse_norms", lambda model: used.append("norms"))
     monkeypatch.setattr(replies, "fast_loop", lambda *_: used.append("loop"))
     for fast in (True, False):
         Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast).ask("头痛？")
