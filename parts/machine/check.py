@@ -29,7 +29,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     """
     print(f"显卡：{environment.describe_card(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    versions = environment.versions() | environment.optional_versions()
+    versions = environment.versions(environment.LIBRARIES)
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
     files = (args.train_file, args.val_file)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ import train  # noqa: E402
 import train_lora  # noqa: E402
 from parts.machine import plan  # noqa: E402
 from parts.run import model_card  # noqa: E402
-from parts.training import loss  # noqa: E402
+from parts.training import packing  # noqa: E402
 
 HERE = ROOT / "tests" / "demo"
 IMAGES = ROOT / "readme_images"
@@ -72,7 +72,7 @@ def memory_table() -> dict[str, dict[str, float]]:
     one, whole = (n["tokens"], step), (step, step)
     table = {"published recipe": memory_parts(model, "adamw", *one)}
     # All logits and their gradients at once, in place of chunks of them.
-    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - loss.LOSS_BYTES) / 1e9
+    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - packing.LOSS_BYTES) / 1e9
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
     table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *whole)

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 import train
 import train_lora
 from parts.machine import plan
-from parts.model import weights as models
 from parts.model.encoding import IGNORE_INDEX
+from parts.model.weights import load_weights
 from parts.run import checkpoints
 from parts.training import flags as flags_of
 from parts.training import optimizers, sharding
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 HERE = "tests/training/test_fsdp.py"
 LORA = "train_lora.py"
@@ -49,7 +49,7 @@ def make_trainer(model_path, **changes):
     import datasets
 
     args = helpers.arguments(model_path, output_dir="trainer", fsdp="WORLD_SIZE" in os.environ, **changes)
-    model = models.load_weights(str(model_path), args.device, on_cpu=args.fsdp)
+    model = load_weights(str(model_path), args.device, on_cpu=args.fsdp)
     dataset = datasets.Dataset.from_list(helpers.examples())
     return train.build_trainer(args, model, None, dataset, dataset)
 
@@ -101,7 +101,8 @@ def step(name: str, file: str) -> None:
         if gathered := sharding.gather_states(optimizer, first):
             torch.save(gathered, "states.pt")
         torch.distributed.barrier()
-    if gathered := sharding.gather(model, first):
+    gathered = sharding.collect(sharding.trained_of(model), first)
+    if first:
         save_file(gathered, file)
 
 
@@ -120,7 +121,7 @@ def take_steps(model, name: str, states: str | None):
     for _ in range(2):
         for p in model.parameters():
             grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            p.grad = sharding.distribute(p, sharding.cut(p, grad)) if isinstance(p, DTensor) else grad
+            p.grad = sharding.cut(p, grad) if isinstance(p, DTensor) else grad
         optimizer.step()
     return optimizer
 
@@ -164,7 +165,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
 def test_gradients_and_evaluations_are_those_of_one_process(folder, tiny_model, tied):
     """The gathered output layer's too, where it is the embedding and where it is not."""
     if not tied:
-        model = models.load_weights(str(tiny_model), CPU)
+        model = load_weights(str(tiny_model), CPU)
         model.config.tie_word_embeddings = False
         shutil.copytree(tiny_model, "untied")
         type(model)(model.config).save_pretrained("untied")
@@ -265,8 +266,8 @@ def test_what_does_not_go_with_a_cut_model_is_refused(monkeypatch):
 
 def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model):
     card = torch.device("meta")  # stands for a GPU
-    assert models.load_weights(str(tiny_model), card).device == card
-    assert models.load_weights(str(tiny_model), card, on_cpu=True).device == CPU
+    assert load_weights(str(tiny_model), card).device == card
+    assert load_weights(str(tiny_model), card, on_cpu=True).device == CPU
 
 
 @pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)
