@@ -1,5 +1,5 @@
-"""What training and asking share of fast paths: whether a fast form gives here what its plain form gives, and norms
-as one kernel. Knows no plan, no flag and no prompt."""
+"""What training and asking share of fast paths: whether a fast form gives here what its plain form gives, and
+norms as one kernel. Knows no plan, no flag and no prompt."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,7 +28,8 @@ def missing(why: str) -> Verdict:
 
 
 def attempt(run: Callable, *args, **kwargs):
-    """Return what `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver raises."""
+    """Return what `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver
+    raises."""
     try:
         return run(*args, **kwargs)
     except Exception as error:
@@ -36,8 +37,8 @@ def attempt(run: Callable, *args, **kwargs):
 
 
 def compare(plain, fast, most: float = ROUNDING) -> Verdict:
-    """Tell whether the outcome `fast` differs from `plain` by `most` at the most. Each is a list of tensors, or the
-    error that came in its place."""
+    """Tell whether the outcome `fast` differs from `plain` by `most` at the most. Each is a list of tensors,
+    or the error that came in its place."""
     for outcome in (plain, fast):
         if isinstance(outcome, Exception):
             return Verdict(False, reason(outcome))
@@ -57,8 +58,8 @@ def reason(error: Exception) -> str:
 
 
 def fuse_norms(model) -> None:
-    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel instead of
-    eight."""
+    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel
+    instead of eight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")

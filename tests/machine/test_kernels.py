@@ -10,8 +10,7 @@ import torch
 from helpers import SMALL, build_model, build_trainer
 
 from parts.machine import kernels, proof
-from parts.model import fused
-from parts.model import weights as models
+from parts.model import fused, weights
 from parts.training import packing
 
 LENGTHS = (37, 91)
@@ -32,7 +31,7 @@ def test_kernels_that_do_not_run_here_are_not_chosen_and_the_reason_is_said(work
 @pytest.fixture
 def probe(tiny_model):
     """The small model on which kernels are tried."""
-    return kernels.shrink(models.load_weights(str(tiny_model), torch.device("cpu")))
+    return kernels.shrink(weights.load_weights(str(tiny_model), torch.device("cpu")))
 
 
 def test_the_layer_is_tried_with_all_its_gradients(probe):
