@@ -11,7 +11,7 @@ import torch
 
 from parts import hub
 from parts.machine import kernels
-from parts.model import architecture, decoding, encoding, weights
+from parts.model import encoding, generate, weights
 from parts.model.fused import Verdict, missing
 from parts.training import environment
 
@@ -58,13 +58,17 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
 def find_model(args):
     """Return (model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = name if Path(name).is_dir() else hub.is_name(name) and weights.find_downloaded(name, revision)
+    path = None
+    if Path(name).is_dir():
+        path = weights.find_model(name, "", revision)
+    elif hub.split(name):
+        path = weights.find_downloaded(name, revision)
     if path:
-        path = weights.find_model(name, "", revision) if path == name else str(path)
+        path = str(path)
         print(f"模型：{path}")
         tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
-        architecture.require(path, name, tokenizer)
+        weights.check_family(path, name, tokenizer)
         return weights.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
     if args.fsdp:
         raise SystemExit(f"错误：--check 加 --fsdp 时要有模型，{name} 还没有下载；请先下载，或不加它。")
@@ -92,5 +96,5 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
         verdicts["8 位优化器 torchao"] = kernels.try_step("8bit", args.device)
     verdicts |= kernels.require(trainer.model, args.load_in_4bit)
     model = trainer.release()
-    verdicts["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else decoding.try_graph(model)
+    verdicts["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else generate.try_graph(model)
     return verdicts

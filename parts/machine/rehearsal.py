@@ -83,7 +83,7 @@ def rehearse(trainer) -> Rehearsed | None:
 
 
 def measure(trainer) -> Rehearsed:
-    """Take the worst step, twice, and the largest evaluation batch, beside a block as large as the optimizer's states."""
+    """Take the worst step, twice, and the largest evaluation batch, beside a block of the optimizer's size."""
     args, data = trainer.args, trainer.train_dataset
     by_length = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     batch = trainer.data_collator([data[i] for i in by_length[-args.per_device_train_batch_size :]])
