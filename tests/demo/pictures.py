@@ -24,7 +24,7 @@ import memory_budget  # noqa: E402
 
 import train  # noqa: E402
 import train_lora  # noqa: E402
-from parts.machine import memory  # noqa: E402
+from parts.machine import plan  # noqa: E402
 from parts.run import model_card  # noqa: E402
 from parts.training import packing  # noqa: E402
 
@@ -89,7 +89,7 @@ def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool =
     """The plan's estimate, with the gradients apart from what else a step takes."""
     args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, full_logits=False, gradient_accumulation_steps=1)
     args.world_size, args.fsdp = 1, False
-    weights, states, peak, reserve = memory.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
+    weights, states, peak, reserve = plan.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     gradients *= not optimizer.endswith("in_backward")
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}

@@ -13,8 +13,7 @@ import pytest
 from helpers import Started, as_jsonl, load_attentive, refused, run_script
 
 import data
-from parts.model import generate as replies
-from parts.model import weights as models
+from parts.model import generate
 from parts.model.encoding import Reply
 from parts.replies import questions
 from parts.replies.conversation import Conversation
@@ -30,7 +29,7 @@ REPLY = Reply("想", "答", True, "one", 5, 0.25)
 
 @pytest.fixture
 def likeliest(tiny_model):
-    """A model that always takes the likeliest token, although replies.generate samples."""
+    """A model that always takes the likeliest token, although generate.generate samples."""
     model = load_attentive(tiny_model)
     model.generation_config.top_k = 1
     return model
@@ -38,7 +37,7 @@ def likeliest(tiny_model):
 
 @pytest.fixture
 def answer(likeliest, tokenizer, monkeypatch):
-    """answer(rows): the rows of replies.jsonl after the model was asked; `.asked` has the questions that it got."""
+    """answer(rows): the rows of generate.jsonl after the model was asked; `.asked` has the questions that it got."""
     asked = []
 
     def begin(model, tokenizer):
@@ -52,14 +51,14 @@ def answer(likeliest, tokenizer, monkeypatch):
         conversation.generate = generate_and_note
         return conversation
 
-    def run(rows: list[dict], path: str = "replies.jsonl") -> list[dict]:
+    def run(rows: list[dict], path: str = "generate.jsonl") -> list[dict]:
         asked.clear()
         candidate = Candidate("tiny", path, by=BY)
         with questions.hold(path):
             questions.complete(rows, candidate, begin)
         return read_lines(path)
 
-    monkeypatch.setattr(models, "load", lambda trained: (likeliest, tokenizer))
+    monkeypatch.setattr("parts.model.weights.load", lambda trained: (likeliest, tokenizer))
     run.asked = asked
     return run
 
@@ -80,7 +79,7 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
     rows = [{"question": f"第 {i} 问：" + LONG, "answer": "多休息。"} for i in range(10)]
     Path("q.jsonl").write_text(as_jsonl(rows), encoding="utf-8")
     flags = ["--questions", "q.jsonl", "--max_new_tokens", "40", "--model_path", "full", "--compare_with", "lora"]
-    process, path = Started("inference.py", flags, finished), Path("replies.jsonl")
+    process, path = Started("inference.py", flags, finished), Path("generate.jsonl")
     while not (path.is_file() and path.stat().st_size) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -89,24 +88,24 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
     assert len(before) in (3, 6, 9)
     again = run_script("inference.py", *flags, cwd=finished)
     assert again.returncode == 0, again.stdout
-    assert f"replies.jsonl 里已有 {len(before)} 条" in again.stdout and "full（前）与 lora（后）相比" in again.stdout
-    replies_of = [file.read_bytes().splitlines() for file in (path, Path("replies.lora.jsonl"))]
+    assert f"generate.jsonl 里已有 {len(before)} 条" in again.stdout and "full（前）与 lora（后）相比" in again.stdout
+    replies_of = [file.read_bytes().splitlines() for file in (path, Path("generate.lora.jsonl"))]
     assert [len(lines) for lines in replies_of] == [10, 10] and set(before) <= set(replies_of[0])
     for lines in replies_of:
         assert [json.loads(line)["question"] for line in lines] == [row["question"] for row in rows]
-    [full, lora] = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]
+    [full, lora] = json.loads(Path("generate.scores.json").read_text(encoding="utf-8"))["models"]
     assert full["by"]["weights"] != lora["by"]["weights"] and lora["differences"]
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
     if browser:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={finished}/profile"]
-        page = f"file://{finished}/replies.scores.html"
+        page = f"file://{finished}/generate.scores.html"
         shown = subprocess.run([*command, "--dump-dom", page], capture_output=True, timeout=60).stdout.decode()
         assert shown.count("<h4>full</h4>") == shown.count("<h4>lora</h4>") == 10
     # The adapter by its own script: the same file of its replies, and the other model's as an earlier file.
-    flags = [*flags[:4], "--replies", "replies.lora.jsonl", "--model_path", "lora", "--compare_with", "replies.jsonl"]
+    flags = [*flags[:4], "--replies", "generate.lora.jsonl", "--model_path", "lora", "--compare_with", "generate.jsonl"]
     third = run_script("inference_lora.py", *flags, cwd=finished)
     assert third.returncode == 0 and "已回答" not in third.stdout, third.stdout
-    assert replies_of == [file.read_bytes().splitlines() for file in (path, Path("replies.lora.jsonl"))]
+    assert replies_of == [file.read_bytes().splitlines() for file in (path, Path("generate.lora.jsonl"))]
 
 
 def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokenizer, answer):
@@ -118,7 +117,7 @@ def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokeni
     assert [len(question) for question in answer.asked] != [len(row["question"]) for row in rows]
     for row, line in zip(rows, found):
         asked = data.to_messages(row["question"], history=row.get("history"))
-        [alone] = replies.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
+        [alone] = generate.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
         assert list(alone[:5]) == [line[name] for name in ("think", "answer", "complete", "form", "tokens")]
         assert line["seconds"] > 0 and line["by"] == BY
     assert found[-1]["history"] == [["头痛？", "先休息。"]] and found[-1]["answer"] != found[0]["answer"]
@@ -129,40 +128,40 @@ def test_it_goes_on_where_it_stopped(folder, answer):
     rows = [{"question": text} for text in ("头痛？", "感冒？", "头痛？", "失眠？")]
     rows += [{"question": "感冒？", "history": [["头痛？", "先休息。"]]}, {"question": "水\udcff？"}]
     answer(rows)
-    lines = Path("replies.jsonl").read_bytes().splitlines()
+    lines = Path("generate.jsonl").read_bytes().splitlines()
     kept = []
     for place, line in enumerate([lines[5], lines[2], lines[4]]):
         kept.append(json.dumps(json.loads(line) | {"answer": f"第 {place} 行"}).encode())
     for last in (b"", lines[1][:40], lines[1][:5], lines[1][:-2], b"\0" * 40, b'{"ques\0\0', b'{"question": "\0'):
-        Path("replies.jsonl").write_bytes(b"\n".join(kept) + b"\n" + last)
+        Path("generate.jsonl").write_bytes(b"\n".join(kept) + b"\n" + last)
         found = answer(rows)
         assert sorted(answer.asked) == ["失眠？", "头痛？", "感冒？"]
         assert [row["question"] for row in found] == ["头痛？", "感冒？", "头痛？", "失眠？", "感冒？", "水?？"]
         assert [row["answer"] for row in found if "行" in row["answer"]] == ["第 1 行", "第 2 行", "第 0 行"]
         assert found[0]["answer"] == "第 1 行" and found[4]["answer"] == "第 2 行"
-    whole = Path("replies.jsonl").read_bytes()
-    Path("replies.jsonl").write_bytes(b"\n".join(reversed(whole.splitlines())))  # and the last line is not ended
+    whole = Path("generate.jsonl").read_bytes()
+    Path("generate.jsonl").write_bytes(b"\n".join(reversed(whole.splitlines())))  # and the last line is not ended
     found = answer(rows)
     assert answer.asked == [] and [row["question"] for row in found][:2] == ["头痛？", "感冒？"]
-    assert sorted(Path("replies.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
-    assert [path.name for path in folder.iterdir()] == ["replies.jsonl"]
+    assert sorted(Path("generate.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert [path.name for path in folder.iterdir()] == ["generate.jsonl"]
 
 
 def test_a_full_disk_keeps_what_is_answered(folder, answer):
     """A file that takes no more is what a full disk is, to one who writes."""
     rows = [{"question": f"第 {i} 问：" + LONG} for i in range(6)]
     answer(rows)
-    size = Path("replies.jsonl").stat().st_size
-    Path("replies.jsonl").unlink()
+    size = Path("generate.jsonl").stat().st_size
+    Path("generate.jsonl").unlink()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, limits[1]))
     try:
-        refused("写 replies.jsonl 失败（~）~写完的回复都还在；~", answer, rows)
+        refused("写 generate.jsonl 失败（~）~写完的回复都还在；~", answer, rows)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert len(questions.read_replies("replies.jsonl", rows, BY).replies) in (3, 4)
+    assert len(questions.read_replies("generate.jsonl", rows, BY).replies) in (3, 4)
     assert len(answer(rows)) == 6 and len(answer.asked) in (2, 3)
 
 
@@ -170,14 +169,16 @@ def test_a_question_that_is_too_long_is_named_before_any_is_answered(folder, lik
     likeliest.config.max_position_embeddings = 300
     rows = [{"question": "头痛？"}, {"question": "头" * 600}]
     refused("第 2 个问题连同之前的对话有 ~ 个 token，模型最多读 300 个；请缩短。", answer, rows)
-    assert not Path("replies.jsonl").exists()
+    assert not Path("generate.jsonl").exists()
 
 
 def test_a_file_that_somebody_writes_is_left_to_them(folder, answer):
-    with questions.hold("replies.jsonl"):
-        refused("另一个进程正在写 replies.jsonl；~", answer, ROWS)
-        refused("另一个进程正在写 replies.jsonl；~", questions.list_candidates, ROWS, "full", None, "replies.jsonl", [])
-    assert not Path("replies.jsonl").exists()
+    with questions.hold("generate.jsonl"):
+        refused("另一个进程正在写 generate.jsonl；~", answer, ROWS)
+        refused(
+            "另一个进程正在写 generate.jsonl；~", questions.list_candidates, ROWS, "full", None, "generate.jsonl", []
+        )
+    assert not Path("generate.jsonl").exists()
 
 
 def test_models_are_loaded_one_after_another(finished):
@@ -205,7 +206,7 @@ def test_a_model_that_cannot_be_asked_is_refused_before_another_answers(finished
     flags = ("--model_path", "full", "--questions", "q.txt", "--max_new_tokens", "3", "--compare_with", other)
     result = run_script("inference.py", *flags, cwd=finished)
     assert result.returncode == 1 and result.stdout.startswith("错误：") and other in result.stdout, result.stdout
-    assert not Path("replies.jsonl").exists()
+    assert not Path("generate.jsonl").exists()
 
 
 def test_an_adapter_is_known_by_its_folder_before_its_training_has_ended(interrupted):

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import train
 import train_lora
-from parts.machine import memory
-from parts.machine import plan as memory_plan
+from parts.machine import plan
 from parts.model.encoding import IGNORE_INDEX
 from parts.model.weights import load_weights
 from parts.run import checkpoints
@@ -141,13 +140,13 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     args = card_arguments()
     args.fsdp, args.world_size = True, 4
     model = on_meta(layers=layers, shape=shape)
-    estimate = memory.estimate(model, args, False, tokens, every, False, "kahan", tokens)
+    estimate = plan.estimate(model, args, False, tokens, every, False, "kahan", tokens)
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     mesh, kept = sharding.init_device_mesh("cpu", (4,)), []
     with FakeTensorMode(), mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh):
         model = build_model(layers=layers, shape=shape)
         sharding.shard(model, CPU, 4)
-        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model)
+        plan.apply(plan.Plan(tokens, every, False, "kahan", {}, 0), model)
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         model.get_decoder().register_forward_hook(lambda _, args, output: kept.append(output.last_hidden_state[0]))
         (tracker := MemTracker()).track_external(model)
@@ -156,7 +155,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
             model(input_ids=ids, position_ids=positions, **asked)
             LinearCrossEntropy.apply(kept.pop(), model.lm_head.weight, ids[0])[0].backward()
             [snapshot] = tracker.get_tracker_snapshot("peak").values()
-    print(json.dumps([sum(estimate.values()) - memory.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
+    print(json.dumps([sum(estimate.values()) - plan.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------

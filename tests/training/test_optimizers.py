@@ -11,7 +11,7 @@ import transformers
 from helpers import At, build_trainer, losses, run, same, terminate, weights
 
 import train
-from parts.machine import plan as memory_plan
+from parts.machine import plan
 from parts.model import weights as loading
 from parts.training import samples
 
@@ -140,7 +140,7 @@ def test_several_processes_cannot_step_in_the_backward_pass(workspace, tiny_mode
     model = loading.load_weights(str(tiny_model), torch.device("cpu"))
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(SystemExit, match="只用一张 GPU"):
-        memory_plan.choose(args, model, [100] * 8, False, 1e9)
+        plan.choose(args, model, [100] * 8, False, 1e9)
 
 
 @pytest.mark.skipif(has_torchao, reason="is about its absence")
