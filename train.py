@@ -92,8 +92,7 @@ def prepare_files(args) -> None:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part."""
-    from parts.machine import kernels, memory, proof, rehearsal
-    from parts.machine import plan as memory_plan
+    from parts.machine import kernels, plan, rehearsal
     from parts.training import packing, sharding
     from parts.training.safe_trainer import BestCheckpoint
     from parts.training.trainer import PackedTrainer
@@ -102,10 +101,11 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     if args.fsdp:
         sharding.shard(model, args.device, args.world_size)
         trainer_class = sharding.ShardedTrainer
-    proof.require(model, args.load_in_4bit)
+    kernels.require(model, args.load_in_4bit)
     fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
+    free = plan.free_bytes(args.device, model, args.memory_gb)
+    plans = plan.choose(args, model, lengths, fast.fused, free, **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
@@ -155,7 +155,7 @@ def train(args, add_adapter=None, callbacks=()):
     it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts.machine import plan as memory_plan
+    from parts.machine import plan
     from parts.model import weights
     from parts.run import folder as output_folder
     from parts.run import processes, tracking
@@ -164,7 +164,7 @@ def train(args, add_adapter=None, callbacks=()):
 
     tracking.check(args, PROJECT)
     with processes.explain_loss(args, LOST), output_folder.hold(args):
-        with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
+        with terminal.explain_out_of_memory(OUT_OF_MEMORY), plan.limited(args.device):
             # The data and the base model, fetched where they are missing: by the first process, then by the first one
             # of each other machine, which may share its folders
             state = args.distributed_state
@@ -221,10 +221,10 @@ def train(args, add_adapter=None, callbacks=()):
 
 def check(args, add_adapter=None) -> None:
     """Whether a training with these arguments would run here, as a page; writes nothing."""
-    from parts.machine import check as diagnosis
+    from parts.machine import check as page
 
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
+        page.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
 
 
 def changed_flags(args) -> list[str]:

@@ -10,13 +10,14 @@ import datasets
 import torch
 
 from parts import hub
-from parts.machine import proof
+from parts.machine import kernels
 from parts.model import encoding, generate, weights
 from parts.model.fused import Verdict, missing
 from parts.training import environment
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
 SMALL_LENGTH = 32  # neither a model nor a GPU
+ROWS, EVAL_ROWS = 2000, 200  # of drawn examples, in place of the data sets
 
 
 def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
@@ -28,17 +29,19 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     """
     print(f"显卡：{environment.describe_card(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    versions = environment.versions() | environment.optional_versions()
+    versions = environment.versions(environment.LIBRARIES)
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
+    files = (args.train_file, args.val_file)
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
         args.output_dir = folder  # which Trainer would make
         model, tokenizer = find_model(args)
-        files = (args.train_file, args.val_file)
         if tokenizer and all(Path(file).is_file() for file in files):
             train_dataset, eval_dataset = (load_dataset(file, tokenizer, args.max_length) for file in files)
         else:
-            train_dataset, eval_dataset = (draw(args, length, rows) for rows in (2000, 200))
+            longest = min(args.max_length, SMALL_LENGTH) if args.device.type == "cpu" else args.max_length
+            train_dataset = draw(args.per_device_train_batch_size, longest, min(length, longest))
+            eval_dataset = train_dataset.select(range(EVAL_ROWS))
         model = add_adapter(model, args) if add_adapter else model
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
@@ -53,11 +56,15 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
 
 
 def find_model(args):
-    """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
+    """Return (model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = weights.find_downloaded(name, revision) if hub.split(name) and not Path(name).is_dir() else None
-    if path or Path(name).is_dir():
-        path = str(path or weights.find_model(name, "", revision))
+    path = None
+    if Path(name).is_dir():
+        path = weights.find_model(name, "", revision)
+    elif hub.split(name):
+        path = weights.find_downloaded(name, revision)
+    if path:
+        path = str(path)
         print(f"模型：{path}")
         tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
@@ -72,23 +79,22 @@ def find_model(args):
     return weights.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
 
 
-def draw(args, length: int, rows: int) -> datasets.Dataset:
-    """Examples of random ids: a whole step of the longest, and `rows` of `length` tokens."""
-    longest = min(args.max_length, SMALL_LENGTH) if args.device.type == "cpu" else args.max_length
-    print(f"数据：{rows} 条随机的样本，最长 {longest} 个 token")
-    sizes = [longest] * args.per_device_train_batch_size + [min(length, longest)] * rows
+def draw(batch_size: int, longest: int, length: int) -> datasets.Dataset:
+    """Return examples of random ids: a step of the `longest`, then many of `length` tokens."""
+    print(f"数据：{ROWS} 条随机的样本，最长 {longest} 个 token")
     ids = torch.randint(100, 1000, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = [longest] * batch_size + [length] * ROWS
     return datasets.Dataset.from_list([{"input_ids": ids[:size], "labels": ids[:size]} for size in sizes])
 
 
 def verdicts_of(trainer) -> dict[str, Verdict]:
-    """All that was tried, and what else is tried only here."""
-    args, kernels = trainer.args, trainer.kernels
-    found = {"打包的注意力 torch varlen": kernels.attention, "融合算子 Liger": kernels.layers}
-    found["优化器 Triton"] = kernels.step
+    """Return all that was tried, and what else is tried only here."""
+    args, chosen = trainer.args, trainer.kernels
+    verdicts = {"打包的注意力 torch varlen": chosen.attention, "融合算子 Liger": chosen.layers}
+    verdicts["优化器 Triton"] = chosen.step
     if args.device.type == "cuda" or trainer.plan.optimizer.startswith("8bit"):
-        found["8 位优化器 torchao"] = proof.try_step("8bit", args.device)
-    found |= proof.require(trainer.model, args.load_in_4bit)
+        verdicts["8 位优化器 torchao"] = kernels.try_step("8bit", args.device)
+    verdicts |= kernels.require(trainer.model, args.load_in_4bit)
     model = trainer.release()
-    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else generate.try_graph(model)
-    return found
+    verdicts["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else generate.try_graph(model)
+    return verdicts

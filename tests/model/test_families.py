@@ -15,7 +15,7 @@ import data
 from parts.model.fused import difference
 from parts.model.weights import FAMILIES, check_family
 from parts.training import packing
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 TOKENS = 4096  # in the vocabulary
 LENGTHS = (9, 5, 12)  # tokens of the examples

@@ -17,14 +17,13 @@ from torch.distributed.tensor import DTensor
 
 import train
 import train_lora
-from parts.machine import memory
-from parts.machine import plan as memory_plan
+from parts.machine import plan
 from parts.model.encoding import IGNORE_INDEX
 from parts.model.weights import load_weights
 from parts.run import checkpoints
 from parts.training import flags as flags_of
 from parts.training import optimizers, sharding
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 HERE = "tests/training/test_fsdp.py"
 LORA = "train_lora.py"
@@ -102,7 +101,8 @@ def step(name: str, file: str) -> None:
         if gathered := sharding.gather_states(optimizer, first):
             torch.save(gathered, "states.pt")
         torch.distributed.barrier()
-    if gathered := sharding.gather(model, first):
+    gathered = sharding.collect(sharding.trained_of(model), first)
+    if first:
         save_file(gathered, file)
 
 
@@ -121,7 +121,7 @@ def take_steps(model, name: str, states: str | None):
     for _ in range(2):
         for p in model.parameters():
             grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            p.grad = sharding.distribute(p, sharding.cut(p, grad)) if isinstance(p, DTensor) else grad
+            p.grad = sharding.cut(p, grad) if isinstance(p, DTensor) else grad
         optimizer.step()
     return optimizer
 
@@ -140,13 +140,13 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     args = card_arguments()
     args.fsdp, args.world_size = True, 4
     model = on_meta(layers=layers, shape=shape)
-    estimate = memory.estimate(model, args, False, tokens, every, False, "kahan", tokens)
+    estimate = plan.estimate(model, args, False, tokens, every, False, "kahan", tokens)
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     mesh, kept = sharding.init_device_mesh("cpu", (4,)), []
     with FakeTensorMode(), mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh):
         model = build_model(layers=layers, shape=shape)
         sharding.shard(model, CPU, 4)
-        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model)
+        plan.apply(plan.Plan(tokens, every, False, "kahan", {}, 0), model)
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         model.get_decoder().register_forward_hook(lambda _, args, output: kept.append(output.last_hidden_state[0]))
         (tracker := MemTracker()).track_external(model)
@@ -155,7 +155,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
             model(input_ids=ids, position_ids=positions, **asked)
             LinearCrossEntropy.apply(kept.pop(), model.lm_head.weight, ids[0])[0].backward()
             [snapshot] = tracker.get_tracker_snapshot("peak").values()
-    print(json.dumps([sum(estimate.values()) - memory.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
+    print(json.dumps([sum(estimate.values()) - plan.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------
