@@ -20,7 +20,7 @@ from functools import partial
 from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
 from parts import terminal
 from parts.endpoint import Endpoint
-from parts.model import system_prompt
+from parts.model import encoding
 from parts.replies import flags as asking
 from parts.replies import questions, report, web
 
@@ -53,7 +53,7 @@ def begin(args: argparse.Namespace, model, tokenizer):
     """Return the conversation in which a model is asked as the command line says."""
     from parts.replies.conversation import Conversation
 
-    system = system_prompt.default(tokenizer)  # what the model was trained with
+    system = encoding.default_system(tokenizer)  # what the model was trained with
     start = partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
     settings = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "fast_kernels": args.fast_kernels}
     return Conversation(model, tokenizer, start, not args.no_thinking, **settings)
@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> None:
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
         if args.questions:
             return evaluate(args)
-        from parts.model import weights as models  # imports torch, which takes seconds
+        from parts.model import weights  # imports torch, which takes seconds
 
-        model, tokenizer = models.load_trained(args.model_path, args.revision, not args.no_thinking)
+        model, tokenizer = weights.load_trained(args.model_path, args.revision, not args.no_thinking)
         ask(args, begin(args, model, tokenizer))
 
 

@@ -19,7 +19,7 @@ import shlex
 import data
 from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
 from parts import terminal
-from parts.model import encoding, system_prompt
+from parts.model import encoding
 from parts.training import environment, flags
 
 RECIPE = {  # what the command line may change; the other flags are in parts/training/flags.py
@@ -79,26 +79,27 @@ def prepare_files(args) -> str:
             f"错误：找不到 {'、'.join(missing)}；请先运行 python data.py --dataset <数据> "
             f"--train_file {args.train_file} --val_file {args.val_file}"
         )
-    return weights.find_model(args.model_name, "用 --model_name 指定本地模型文件夹", args.model_revision)
+    remedy = "用 --model_name 指定本地模型文件夹"
+    return weights.find_model(args.model_name, remedy, args.model_revision, to_train=True)
 
 
 def load_tokenizer(args, base: str):
     """The base model's tokenizer, in whose chat template SYSTEM_PROMPT is the default. Raises SystemExit for a model
     that cannot be trained here."""
-    from parts.model import architecture, weights
+    from parts.model import weights
 
     tokenizer = weights.load_tokenizer(base)
-    architecture.require(base, args.model_name, tokenizer)
+    weights.check_family(base, args.model_name, tokenizer)
     encoding.require_thinking(tokenizer, args.model_name)
-    if system_prompt.default(tokenizer) not in (None, SYSTEM_PROMPT):
+    if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
         print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
-    return system_prompt.with_default(tokenizer, SYSTEM_PROMPT)
+    return encoding.with_system(tokenizer, SYSTEM_PROMPT)
 
 
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part."""
-    from parts.machine import kernels, memory, plan, proof, rehearsal
+    from parts.machine import kernels, plan, rehearsal
     from parts.training import packing, sharding, trainer
     from parts.training.safe_trainer import BestCheckpoint
 
@@ -106,10 +107,11 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     if args.fsdp:
         sharding.shard(model, args.device, args.world_size)
         trainer_class = sharding.ShardedTrainer
-    proof.require(model, args.load_in_4bit)
+    kernels.require(model, args.load_in_4bit)
     fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
+    free = plan.free_bytes(args.device, model, args.memory_gb)
+    plans = plan.choose(args, model, lengths, fast.fused, free, **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
@@ -139,7 +141,7 @@ def describe_step(args) -> str:
 
 def save(trainer, tokenizer, run) -> None:
     """The best weights, complete, into the run's folder; the mark of a finished run comes last."""
-    from parts.model import export, older_readers
+    from parts.model import export
     from parts.run import model_card
 
     args, model = trainer.args, trainer.release()
@@ -149,9 +151,9 @@ def save(trainer, tokenizer, run) -> None:
     with run.finishing(trainer.state):
         model.save_pretrained(run.folder, state_dict=gathered)
         tokenizer.save_pretrained(run.folder)
-        older_readers.include(run.folder)
+        export.translate(run.folder)
         if not args.trains_adapter:
-            export.write(run.folder, tokenizer, model.generation_config)
+            export.write_modelfile(run.folder, tokenizer, model.generation_config)
         model_card.write(trainer, run.settings, data.read_origin(args.train_file), environment.versions())
 
 
@@ -240,10 +242,10 @@ def train(args, add_adapter=None, callbacks=()):
 
 def check(args, add_adapter=None) -> None:
     """Whether a training with these arguments would run here, as a page; writes nothing."""
-    from parts.machine import check as diagnosis
+    from parts.machine import check as page
 
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
+        page.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
 
 
 def changed_flags(args) -> list[str]:

@@ -9,8 +9,7 @@ import transformers
 from rich.console import Console
 from transformers.generation.streamers import BaseStreamer
 
-from parts.model import decoding
-from parts.model import generate as replies
+from parts.model import fused, generate, weights
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply, think_tokens
 from parts.model.generate import Messages
 
@@ -88,11 +87,11 @@ class Conversation:
         self.console = Console(highlight=False, emoji=False)
         transformers.set_seed(seed)
         if fast_kernels and model.device.type == "cuda":
-            decoding.fuse_norms(model)
+            fused.fuse_norms(model)
 
     def generate(self, conversations: list[Messages], streamer=None, stop=None) -> list[Reply]:
-        """Return what replies.generate returns when it asks as this conversation is held."""
-        return replies.generate(
+        """Return what generate.generate returns when it asks as this conversation is held."""
+        return generate.generate(
             self.model,
             self.tokenizer,
             conversations,
@@ -121,7 +120,7 @@ class Conversation:
                 queue.tokens.put(None)
 
         Thread(target=generate, daemon=True).start()
-        stops, ids, prompt = replies.stop_tokens(self.model, self.tokenizer), [], None
+        stops, ids, prompt = weights.stop_tokens(self.model, self.tokenizer), [], None
         try:
             while (new := queue.tokens.get()) is not None:
                 if prompt is None:

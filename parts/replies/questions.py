@@ -38,7 +38,7 @@ class Candidate:
     path: str  # of the file with its replies
     revision: str | None = None
     by: dict | None = None  # what makes its replies: model, weights (of a local folder, else None), and SETTINGS
-    trained: tuple | None = None  # where its weights are, a models.Trained, once replies are missing
+    trained: tuple | None = None  # where its weights are, a weights.Trained, once replies are missing
     replies: list[Reply] = field(default_factory=list)  # to all questions, in their order, once they are there
 
 
@@ -210,18 +210,18 @@ def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin: 
     """Give all candidates their replies, models asked with `settings` (of SETTINGS). Those of which replies are missing
     are loaded one after another, and all that can be refused is, before the first one is. `begin(model, tokenizer)`
     returns the Conversation in which one is asked."""
-    from parts.model import weights as models
+    from parts.model.weights import find_local, find_trained
 
     asked = [candidate for candidate in candidates if not candidate.replies]
     for candidate in asked:
-        folder = models.find_local(candidate.name)
+        folder = find_local(candidate.name)
         weights = checkpoints.weights_sha256(folder)[:16] if folder else None
         name = f"{candidate.name}@{candidate.revision}" if candidate.revision else candidate.name
         candidate.by = {"model": name, "weights": weights} | settings
         if len(read_replies(candidate.path, rows, candidate.by).replies) < len(rows):
             # What was found is what is loaded: a training that goes on may write a better checkpoint meanwhile.
             name = str(folder or candidate.name)
-            candidate.trained = models.find_trained(name, candidate.revision, not settings["no_thinking"])
+            candidate.trained = find_trained(name, candidate.revision, not settings["no_thinking"])
     for candidate in asked:
         with hold(candidate.path):
             complete(rows, candidate, begin)
@@ -232,11 +232,11 @@ def complete(rows: list[Row], candidate: Candidate, begin: Callable) -> None:
     and gone when this returns."""
     from accelerate.utils.memory import clear_device_cache
 
-    from parts.model import weights as models
+    from parts.model.weights import load
 
     known = read_replies(candidate.path, rows, candidate.by)
     if len(known.replies) < len(rows):
-        ask_missing(rows, candidate, known, begin(*models.load(candidate.trained)))
+        ask_missing(rows, candidate, known, begin(*load(candidate.trained)))
         clear_device_cache(garbage_collection=True)
     candidate.replies = known.in_order()
     lines = [to_line(row, reply, candidate.by) for row, reply in zip(rows, candidate.replies)]
@@ -249,8 +249,7 @@ def ask_missing(rows: list[Row], candidate: Candidate, known: Known, conversatio
     raises SystemExit, before any is answered, for a question that is too long."""
     from rich.progress import Progress
 
-    from parts.model.decoding import CACHE_STEP
-    from parts.model.generate import room_in_memory
+    from parts.model.generate import CACHE_STEP, room_in_memory
 
     path, replies, console = candidate.path, known.replies, conversation.console
     prompts = [conversation.to_messages(row["question"], history=row.get("history")) for row in rows]

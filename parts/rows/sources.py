@@ -102,7 +102,7 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
         if revision:
             raise SystemExit(f"错误：--revision {revision} 只用于 hub 上的数据集，而 {dataset} 是本地文件。")
         return {"": files.read_bytes(Path(dataset))}
-    if not hub.is_name(dataset):
+    if not hub.split(dataset):
         what = "既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）"
         raise SystemExit(f"错误：--dataset {dataset} {what}。{hub.forms(dataset)}")
     with tempfile.TemporaryDirectory() as folder:

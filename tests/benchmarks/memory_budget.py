@@ -34,7 +34,7 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     import train_speed
 
     from parts import terminal
-    from parts.machine import memory
+    from parts.training.trainer import peak
 
     script, flags = KINDS[kind]
     examples = train_speed.draw_examples(4 * steps, first=(WORST,) * 4)
@@ -49,7 +49,7 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
     return {
         "tokens_per_second": statistics.median(speeds[1:]),
-        "peak_gb": memory.peak(trainer.args.device) / 1e9,
+        "peak_gb": peak(trainer.args.device) / 1e9,
         "estimate_gb": plan.total / 1e9,
         "plan": describe(plan),
     }
@@ -82,11 +82,10 @@ def plan_only(cap: float, float32: bool = False) -> None:
 
     import train
     import train_lora
-    from parts.machine import memory
-    from parts.machine import plan as memory_plan
-    from parts.model import weights as models
+    from parts.machine import plan
+    from parts.model import weights
 
-    models.quiet_libraries()
+    weights.quiet_libraries()
     for kind, (script, _) in KINDS.items():
         make = train_lora.arguments if script == "train_lora" else train.arguments
         args = card_arguments(make, memory_gb=cap)
@@ -97,10 +96,10 @@ def plan_only(cap: float, float32: bool = False) -> None:
         if kind == "QLoRA":
             size = model.get_memory_footprint() - saved_by_4_bits(model)
             model.get_memory_footprint = lambda size=size: size
-        free = memory.free(args, model)
-        plan, *_ = memory_plan.choose(args, model, [2048] * 4, True, free)
-        fits = "yes" if plan.fits else "no"
-        print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {describe(plan)} |")
+        free = plan.free_bytes(args.device, model, args.memory_gb)
+        fastest, *_ = plan.choose(args, model, [2048] * 4, True, free)
+        fits = "yes" if fastest.fits else "no"
+        print(f"| {cap:g} | {kind} | {fits} | {fastest.total / 1e9:.1f} | {describe(fastest)} |")
 
 
 def main() -> None:

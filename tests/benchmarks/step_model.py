@@ -308,8 +308,8 @@ def adamw(model, fused: bool | None):
 def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False) -> Counter:
     """This project's step; `published`: as its flags make it the published recipe, see train_speed.PUBLISHED."""
     import train_lora
-    from parts.machine import kernels
-    from parts.machine import plan as memory_plan
+    from parts.machine import plan
+    from parts.model.fused import fuse_layers
     from parts.training import packing
     from parts.training.trainer import PackedTrainer
 
@@ -323,8 +323,8 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
         if not published:
             packing.use(model)
         if fused:
-            kernels.fuse(model)
-        memory_plan.apply(SimpleNamespace(checkpoint_every=every, offload=False), model)
+            fuse_layers(model)
+        plan.apply(SimpleNamespace(checkpoint_every=every, offload=False), model)
         trainer = PackedTrainer.__new__(PackedTrainer)  # without what Trainer sets up
         trainer.model, trainer.kernels = model, SimpleNamespace(varlen=fused)
         trainer.args = SimpleNamespace(full_logits=False)
@@ -409,10 +409,10 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
     """One step of generate, sampled as Qwen3 wants it: the mean of the last 16 of 32, at a cache of 512."""
     from decode_speed import SAMPLING
 
-    from parts.model import decoding
+    from parts.model import fused, generate
 
     trace, counts = Tracer(), []
-    plain_forward = decoding.Decoder.forward
+    plain_forward = generate.Decoder.forward
 
     def forward(decoder, *args):
         trace.replayed = decoder.used > CACHE - 2 * STEPS  # after the prompt
@@ -421,16 +421,16 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
         finally:
             trace.replayed = False
 
-    with tracing(trace), mock.patch.object(decoding.Decoder, "forward", forward), torch.no_grad():
+    with tracing(trace), mock.patch.object(generate.Decoder, "forward", forward), torch.no_grad():
         model = build_model(small, "meta").eval()
         if our_own:
-            decoding.fuse_norms(model)
+            fused.fuse_norms(model)
         ids = torch.zeros(rows, CACHE - 2 * STEPS, dtype=torch.long, device="meta")
         for tokens in (STEPS, 2 * STEPS):
             trace.ops.clear()
             trace.left = tokens
             options = {"max_new_tokens": tokens, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-            model.generate(ids, custom_generate=decoding.decode if our_own else None, **options, **SAMPLING)
+            model.generate(ids, custom_generate=generate.decode if our_own else None, **options, **SAMPLING)
             counts.append(trace.ops.copy())
     mean = {op: number / STEPS for op, number in (counts[1] - counts[0]).items()}
     return Counter(mean | ({Op("replay of the graph"): 1} if our_own else {}))

@@ -85,14 +85,14 @@ def draw_examples(count: int, first: tuple = ()):
 def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
     import train
     import train_lora
-    from parts.model import weights as models
+    from parts.model import weights
 
     if compiled := "compile" in flags:
         flags = {}
         sys.modules["liger_kernel"] = None  # as if it were not installed
     make = train_lora.arguments if script == "train_lora" else train.arguments
     args = make(eval_steps=NEVER, **common, **flags)
-    model = models.load_weights(folder, args.device, flags.get("load_in_4bit", False))
+    model = weights.load_weights(folder, args.device, flags.get("load_in_4bit", False))
     model = train_lora.add_adapter(model, args) if script == "train_lora" else model
     trainer = train.build_trainer(args, model, None, examples, examples)
     for layer in model.model.layers if compiled else ():
@@ -146,7 +146,7 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
     import torch
     import transformers
 
-    from parts.machine import memory
+    from parts.training.trainer import peak
 
     script, flags, _ = ARMS[name]
     total = warmup + steps
@@ -179,7 +179,7 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
         "seconds": statistics.median(seconds[warmup:]),
         "tokens": len(labels) / total,
         "supervised": sum(label != -100 for label in labels) / total,
-        "peak_gb": memory.peak(trainer.args.device) / 1e9,
+        "peak_gb": peak(trainer.args.device) / 1e9,
         "loss": trainer.state.log_history[-1]["train_loss"],
     }
 

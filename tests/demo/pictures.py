@@ -24,9 +24,9 @@ import memory_budget  # noqa: E402
 
 import train  # noqa: E402
 import train_lora  # noqa: E402
-from parts.machine import memory  # noqa: E402
+from parts.machine import plan  # noqa: E402
 from parts.run import model_card  # noqa: E402
-from parts.training import loss  # noqa: E402
+from parts.training import packing  # noqa: E402
 
 HERE = ROOT / "tests" / "demo"
 IMAGES = ROOT / "readme_images"
@@ -72,7 +72,7 @@ def memory_table() -> dict[str, dict[str, float]]:
     one, whole = (n["tokens"], step), (step, step)
     table = {"published recipe": memory_parts(model, "adamw", *one)}
     # All logits and their gradients at once, in place of chunks of them.
-    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - loss.LOSS_BYTES) / 1e9
+    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - packing.LOSS_BYTES) / 1e9
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
     table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *whole)
@@ -91,7 +91,7 @@ def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool =
         lora_dropout=train_lora.RECIPE["lora_dropout"], full_logits=False, gradient_accumulation_steps=1
     )
     args.world_size, args.fsdp = 1, False
-    weights, states, peak, reserve = memory.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
+    weights, states, peak, reserve = plan.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     gradients *= not optimizer.endswith("in_backward")
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}

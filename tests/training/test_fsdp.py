@@ -17,14 +17,13 @@ from torch.distributed.tensor import DTensor
 
 import train
 import train_lora
-from parts.machine import memory
-from parts.machine import plan as memory_plan
-from parts.model import weights as models
+from parts.machine import plan
 from parts.model.encoding import IGNORE_INDEX
+from parts.model.weights import load_weights
 from parts.run import checkpoints
 from parts.training import flags as flags_of
 from parts.training import optimizers, sharding
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 HERE = "tests/training/test_fsdp.py"
 LORA = "train_lora.py"
@@ -50,7 +49,7 @@ def make_trainer(model_path, **changes):
     import datasets
 
     args = helpers.arguments(model_path, output_dir="trainer", fsdp="WORLD_SIZE" in os.environ, **changes)
-    model = models.load_weights(str(model_path), args.device, on_cpu=args.fsdp)
+    model = load_weights(str(model_path), args.device, on_cpu=args.fsdp)
     dataset = datasets.Dataset.from_list(helpers.examples())
     return train.build_trainer(args, model, None, dataset, dataset)
 
@@ -102,7 +101,8 @@ def step(name: str, file: str) -> None:
         if gathered := sharding.gather_states(optimizer, first):
             torch.save(gathered, "states.pt")
         torch.distributed.barrier()
-    if gathered := sharding.gather(model, first):
+    gathered = sharding.collect(sharding.trained_of(model), first)
+    if first:
         save_file(gathered, file)
 
 
@@ -121,7 +121,7 @@ def take_steps(model, name: str, states: str | None):
     for _ in range(2):
         for p in model.parameters():
             grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            p.grad = sharding.distribute(p, sharding.cut(p, grad)) if isinstance(p, DTensor) else grad
+            p.grad = sharding.cut(p, grad) if isinstance(p, DTensor) else grad
         optimizer.step()
     return optimizer
 
@@ -140,13 +140,13 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     args = card_arguments()
     args.fsdp, args.world_size = True, 4
     model = on_meta(layers=layers, shape=shape)
-    estimate = memory.estimate(model, args, False, tokens, every, False, "kahan", tokens)
+    estimate = plan.estimate(model, args, False, tokens, every, False, "kahan", tokens)
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     mesh, kept = sharding.init_device_mesh("cpu", (4,)), []
     with FakeTensorMode(), mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh):
         model = build_model(layers=layers, shape=shape)
         sharding.shard(model, CPU, 4)
-        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model)
+        plan.apply(plan.Plan(tokens, every, False, "kahan", {}, 0), model)
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         model.get_decoder().register_forward_hook(lambda _, args, output: kept.append(output.last_hidden_state[0]))
         (tracker := MemTracker()).track_external(model)
@@ -155,7 +155,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
             model(input_ids=ids, position_ids=positions, **asked)
             LinearCrossEntropy.apply(kept.pop(), model.lm_head.weight, ids[0])[0].backward()
             [snapshot] = tracker.get_tracker_snapshot("peak").values()
-    print(json.dumps([sum(estimate.values()) - memory.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
+    print(json.dumps([sum(estimate.values()) - plan.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
 def test_gradients_and_evaluations_are_those_of_one_process(folder, tiny_model, tied):
     """The gathered output layer's too, where it is the embedding and where it is not."""
     if not tied:
-        model = models.load_weights(str(tiny_model), CPU)
+        model = load_weights(str(tiny_model), CPU)
         model.config.tie_word_embeddings = False
         shutil.copytree(tiny_model, "untied")
         type(model)(model.config).save_pretrained("untied")
@@ -250,24 +250,19 @@ def test_a_weight_that_is_no_number_in_one_part_stops_all(folder, tiny_model):
 
 
 def test_what_does_not_go_with_a_cut_model_is_refused(monkeypatch):
-    def refused(message: str, **changes) -> None:
-        with pytest.raises(SystemExit, match=message):
-            flags_of.check({"fsdp": True} | changes)
-
-    refused("--fsdp：.*torchrun --nproc_per_node 2 train.py --fsdp true")
+    helpers.refused("--fsdp：模型分给几张卡，要用 torchrun 启动~", flags_of.check, {"fsdp": True})
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    refused("--load_in_4bit 不能和 --fsdp 一起用", load_in_4bit=True)
-    refused("--full_logits 不能和 --fsdp 一起用", full_logits=True)
-    refused("--optimizer 8bit_in_backward 不能和 --fsdp 一起用", optimizer="8bit_in_backward")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refused("去掉 accelerate launch 的 .*--use_deepspeed")
+    for name, value in {"load_in_4bit": True, "optimizer": "8bit"}.items():
+        helpers.refused(f"--{name}~ 不能和 --fsdp 一起用。", flags_of.check, {"fsdp": True, name: value})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    helpers.refused("请去掉 accelerate launch 的 --use_fsdp~", flags_of.check, {"fsdp": True})
 
 
 def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model):
     card = torch.device("meta")  # stands for a GPU
-    assert models.load_weights(str(tiny_model), card).device == card
-    assert models.load_weights(str(tiny_model), card, on_cpu=True).device == CPU
+    assert load_weights(str(tiny_model), card).device == card
+    assert load_weights(str(tiny_model), card, on_cpu=True).device == CPU
 
 
 @pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)
