@@ -20,7 +20,7 @@ from functools import partial
 from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
 from parts import terminal
 from parts.endpoint import Endpoint
-from parts.model import system_prompt
+from parts.model import encoding
 from parts.replies import flags, questions, report, web
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
@@ -45,7 +45,7 @@ def begin(args: argparse.Namespace, model, tokenizer):
     """Return the conversation in which a model is asked as the command line says."""
     from parts.replies.conversation import Conversation
 
-    system = system_prompt.default(tokenizer)  # what the model was trained with
+    system = encoding.default_system(tokenizer)  # what the model was trained with
     start = partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
     settings = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "fast_kernels": args.fast_kernels}
     return Conversation(model, tokenizer, start, not args.no_thinking, **settings)

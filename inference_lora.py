@@ -14,8 +14,7 @@ from pathlib import Path
 import inference
 from data import LORA_OUTPUT_DIR
 from parts import terminal
-from parts.model import export as modelfile
-from parts.model import older_readers
+from parts.model import export
 from parts.run import checkpoints
 
 
@@ -45,8 +44,8 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
     model, tokenizer = weights.load(trained, torch.device("cpu"))
     model.to(AutoConfig.from_pretrained(trained.base_path).dtype or model.dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    older_readers.include(folder)
-    modelfile.write(folder, tokenizer, model.generation_config)
+    export.translate(folder)
+    export.write_modelfile(folder, tokenizer, model.generation_config)
     adapter, run_folder = Path(trained.path), weights.run_folder(trained.path)
     cards = [adapter / "README.md", adapter / "loss.png"] if adapter == run_folder else []  # a checkpoint's is peft's
     for file in (*cards, run_folder / checkpoints.RUN_FILE, adapter / checkpoints.FINISHED_MARK):

@@ -20,7 +20,7 @@ from functools import partial
 import data
 from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
 from parts import terminal
-from parts.model import encoding, system_prompt
+from parts.model import encoding
 from parts.training import environment, flags
 
 LEARNING_RATE = 1e-4  # linear to 0, no warm-up
@@ -133,21 +133,20 @@ def describe_step(args) -> str:
 
 def save(trainer, tokenizer, settings: dict) -> None:
     """The best weights, complete, into the output folder; the mark of a finished run comes last."""
-    from parts.model import export as modelfile
-    from parts.model import older_readers
+    from parts.model import export
     from parts.run import folder as output_folder
     from parts.run import model_card
 
     args, model = trainer.args, trainer.release()
-    weights = trainer.gather()  # by all processes together
+    state_dict = trainer.gather()  # by all processes together
     if args.process_index:
         return
     with output_folder.finishing(args, trainer.state):
-        model.save_pretrained(args.output_dir, state_dict=weights)
+        model.save_pretrained(args.output_dir, state_dict=state_dict)
         tokenizer.save_pretrained(args.output_dir)
-        older_readers.include(args.output_dir)
+        export.translate(args.output_dir)
         if not args.trains_adapter:
-            modelfile.write(args.output_dir, tokenizer, model.generation_config)
+            export.write_modelfile(args.output_dir, tokenizer, model.generation_config)
         model_card.write(trainer, settings, data.read_origin(args.train_file), environment.versions())
 
 
@@ -157,8 +156,7 @@ def train(args, add_adapter=None, callbacks=()):
     import transformers
 
     from parts.machine import plan as memory_plan
-    from parts.model import architecture
-    from parts.model import weights as models
+    from parts.model import weights
     from parts.run import folder as output_folder
     from parts.run import processes, tracking
     from parts.run.interruption import Interruption
@@ -173,16 +171,16 @@ def train(args, add_adapter=None, callbacks=()):
             with state.main_process_first(), state.local_main_process_first():
                 prepare_files(args)
                 remedy = "用 --model_name 指定本地模型文件夹"
-                model_path = models.find_model(args.model_name, remedy, args.model_revision)
-            tokenizer = models.load_tokenizer(model_path)
-            architecture.require(model_path, args.model_name, tokenizer)
+                model_path = weights.find_model(args.model_name, remedy, args.model_revision, to_train=True)
+            tokenizer = weights.load_tokenizer(model_path)
+            weights.check_family(model_path, args.model_name, tokenizer)
             encoding.require_thinking(tokenizer, args.model_name)
             run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
 
             # Tokenizer, training set, validation set
-            if system_prompt.default(tokenizer) not in (None, SYSTEM_PROMPT):
+            if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
                 print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
-            tokenizer = system_prompt.with_default(tokenizer, SYSTEM_PROMPT)  # saved with the model
+            tokenizer = encoding.with_system(tokenizer, SYSTEM_PROMPT)  # saved with the model
             load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
             train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
             print(encoding.describe_example(tokenizer, train_dataset[0]))
@@ -191,8 +189,8 @@ def train(args, add_adapter=None, callbacks=()):
 
             # Model, adapter, Trainer
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = models.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
-            models.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
+            model = weights.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
+            weights.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
             model = add_adapter(model, args) if add_adapter else model
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
             rows = data.read_examples(args.val_file)

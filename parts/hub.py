@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from parts.terminal import first_line, shorten
 
-OWNED = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
-NAME = re.compile(rf"(?:(hf|ms)://(?=.))?({OWNED})(?:/(.+))?")  # a path after hf://, ms://
+CONFIG = "config.json"  # of a model
+# owner/name, perhaps with a hub before it, hf:// or ms://, and a path of it behind
+NAME = re.compile(r"(?:(hf|ms)://(?=.))?([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?")
 # Names that a client would write outside its folder, on one system or another.
 LEAVES_FOLDER = re.compile(r"[/\\].*|[A-Za-z]:.*|(.*[/\\])?\.\.([/\\].*)?", re.DOTALL)
 # Limits of the ModelScope client, which reads them at its import; the environment's go first. A hub that is
@@ -25,12 +26,9 @@ LIMITS = {
     "MODELSCOPE_DOWNLOAD_MIN_BYTES_PER_SECOND": "10240",
     "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "21600",  # seconds a file; an hour is short for 3.4 GB
 }
-NOT_THERE = "没有这个名称、版本或文件"
-NOT_ALLOWED = "没有这个名称，或没有权限：私有的要先登录，有条款的要先在网页上同意"
-NOT_AS_LISTED = "内容与文件列表不符"
 NOT_REACHED = "连不上，或服务器出错"
-# What an answer's status means; from 500 on, NOT_REACHED too.
-OF_STATUS = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: NOT_THERE, 429: NOT_REACHED}
+OF_STATUS = {404: "没有这个名称、版本或文件", 429: NOT_REACHED}  # what an answer's status means
+OF_STATUS |= dict.fromkeys((401, 403), "没有这个名称，或没有权限：私有的要先登录，有条款的要先在网页上同意")
 NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")  # one of them is under each client
 
 
@@ -45,7 +43,7 @@ class HubName(NamedTuple):
 class Cause(NamedTuple):
     """Why a client did not do what it was asked for."""
 
-    kind: str  # one of the above, for the user
+    kind: str  # in the user's words
     error: Exception  # which says so in the client's words
 
 
@@ -68,7 +66,7 @@ class ModelScope:
         self.endpoint = self.api.legacy.endpoint
 
     def list_files(self, repository: str, kind: str, revision: str | None) -> dict[str, dict]:
-        """{path: what `download` wants to know of the file}."""
+        """Return {path: what `download` wants to know of the file}."""
         files = {}
         for file in self.api.list_repo_files(repository, kind, revision=revision):
             if not file.is_dir:
@@ -83,7 +81,7 @@ class ModelScope:
         return self.api.download_repo(repository, kind, revision=revision, **options)
 
     def find(self, repository: str, revision: str | None) -> Path | None:
-        """The folder of a model in the cache, whole or not."""
+        """Return the folder of a model in the cache, whole or not."""
         from modelscope_hub.errors import CacheNotFound
 
         options = {"revision": revision or "master", "local_files_only": True}
@@ -119,7 +117,7 @@ class HuggingFace:
     def find(self, repository: str, revision: str | None) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
-        config = try_to_load_from_cache(repository, "config.json", revision=revision)
+        config = try_to_load_from_cache(repository, CONFIG, revision=revision)
         return Path(config).parent if isinstance(config, str) else None
 
 
@@ -127,26 +125,22 @@ HUBS = {"ms": ModelScope, "hf": HuggingFace}
 
 
 def split(name: str) -> HubName | None:
-    """The parts of a name on a hub: owner/name, which is ModelScope's, or ms:// or hf:// before it, and then
-    perhaps a path behind it; None for anything else."""
+    """Return the parts of a name on a hub: owner/name, which is ModelScope's, or ms:// or hf:// before it,
+    and then perhaps a path behind it; None for anything else."""
     match = NAME.fullmatch(name)
     if not match or match[3] and not match[1]:
         return None
     return HubName(match[1] or "ms", match[2], match[3] or "")
 
 
-def is_name(text: str) -> bool:
-    return split(text) is not None
-
-
 def forms(text: str) -> str:
-    """How to write the name of something on a hub, where an address was meant."""
+    """Return how to write the name of something on a hub, where `text` looks like an address."""
     return "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。" if ":/" in text else ""
 
 
 def find_cause(error: Exception) -> Cause:
-    """What an error of a client means, going by it and by what caused it: an answer's status tells most, and
-    from which library it comes tells whether the network failed."""
+    """Return what an error of a client means, going by it and by what caused it: an answer's status tells
+    most, and the library that it comes from tells whether the network failed."""
     link = error
     while link:
         # ModelScope's client has the status on its own errors, Hugging Face's on the answer that it keeps.
@@ -157,7 +151,7 @@ def find_cause(error: Exception) -> Cause:
             return Cause(OF_STATUS[status], link)
         # ModelScope's code for it, and how Hugging Face's sentence begins.
         if getattr(link, "error_code", "") == "E2020" or str(link).startswith("Consistency check failed"):
-            return Cause(NOT_AS_LISTED, link)
+            return Cause("内容与文件列表不符", link)
         if status >= 500 or library in NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
             return Cause(NOT_REACHED, link)
         link = link.__cause__
@@ -165,17 +159,20 @@ def find_cause(error: Exception) -> Cause:
 
 
 def refuse_outside(name: str, paths) -> None:
-    """Raises SystemExit when one of these paths, or a revision, would be written outside the client's folder."""
+    """Raises SystemExit when one of these paths, or a revision, would be written outside the client's
+    folder."""
     for path in paths:
         if LEAVES_FOLDER.fullmatch(path):
             raise SystemExit(f"错误：{name} 的 {path} 会写到文件夹之外，什么都没有下载；请换一个。")
 
 
-def download(name: str, kind: str, remedy: str, choose, folder=None, revision: str | None = None):
-    """(folder, names) of those files of a repository that `choose` takes from all names.
+def download(name: str, kind: str, remedy: str, choose, folder=None, revision: str | None = None, look=None):
+    """Download those files of a repository that `choose` takes from all names; return (folder, names).
 
-    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. `remedy` is what else
-    could be done where it fails. Raises SystemExit with one sentence, Unreachable when nothing was written yet.
+    `kind` is "dataset" or "model"; without a `folder` they go into the client's cache. A model's config.json
+    comes before all else where `look` is given, and `look(its folder)` may raise SystemExit. `remedy` is what
+    else could be done where the download fails. Raises SystemExit with one sentence, Unreachable when nothing
+    was written yet.
     """
     refuse_outside(name, [revision or ""])
     scheme, repository, _ = split(name)
@@ -187,6 +184,8 @@ def download(name: str, kind: str, remedy: str, choose, folder=None, revision: s
         if not files:
             raise SystemExit(f"错误：{name} 的文件列表是空的；请换一个。")
         refuse_outside(name, files)
+        if look and CONFIG in files:
+            look(hub.download(repository, kind, revision, {CONFIG: files[CONFIG]}, folder))
         names = choose(list(files))
         chosen = {path: files[path] for path in names}
         return Path(hub.download(repository, kind, revision, chosen, folder)), names
@@ -195,17 +194,11 @@ def download(name: str, kind: str, remedy: str, choose, folder=None, revision: s
         failures = getattr(error, "failed_files", None) or {"": error}
         path, error = next(iter(failures.items()))
         cause = find_cause(error)
-        said = f"{path} {first_line(cause.error).rpartition('Caused by ')[2]}"
+        reason = f"{path} {first_line(cause.error).rpartition('Caused by ')[2]}"
         ending = Unreachable if files is None and cause.kind == NOT_REACHED else SystemExit
         what = "数据集" if kind == "dataset" else "模型"
         raise ending(
             f"错误：无法从 {hub.endpoint} 下载{what} {name}（{cause.kind}）；"
             f"请检查名称和网络后重试同一命令，或用环境变量 {hub.variable} 换一个镜像，或{remedy}。"
-            f"{hub.title} 的客户端说：{shorten(said, 160)}"
+            f"{hub.title} 的客户端说：{shorten(reason, 160)}"
         ) from None
-
-
-def find_cached(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that an earlier command began to download, whole or not; else None."""
-    scheme, repository, _ = split(name)
-    return HUBS[scheme]().find(repository, revision)

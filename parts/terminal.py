@@ -1,45 +1,56 @@
-"""How the project speaks to the person at the terminal: one sentence for each mistake, in any encoding, from the first
-of several processes only. Knows no model, no data and no flag's name."""
+"""How the project speaks to the person at the terminal: one sentence for each mistake, in any encoding, from
+the first of several processes only; and checksums of files. Knows no model, no data and no flag's name."""
 
 import argparse
 import contextlib
 import difflib
+import hashlib
 import os
 import re
 import shutil
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in one line; its class when it says nothing."""
+    """Return what an error says in one line; its class when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def shorten(text: str, most: int = 120) -> str:
-    """In one line, of at most `most` characters and two more dots."""
+    """Return `text` in one line, of at most `most` characters and two more dots."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most] + "……"
 
 
-def show_progress(what: str, size: int):
-    """tqdm's bar over `size` bytes, for a person who would wait: of several GB, and at a terminal."""
+def sha256(*paths: str | Path) -> str:
+    """Return the SHA-256 of the files' contents, one after another. A person at a terminal who would wait,
+    with several GB, sees a bar."""
     from tqdm import tqdm
 
-    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=size < 4e9 or not sys.stderr.isatty())
+    digest, size = hashlib.sha256(), sum(Path(path).stat().st_size for path in paths)
+    hidden = size < 4e9 or not sys.stderr.isatty()
+    with tqdm(desc="SHA-256", total=size, unit="B", unit_scale=True, disable=hidden) as progress:
+        for path in paths:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    progress.update(len(block))
+    return digest.hexdigest()
 
 
 def in_main_thread() -> bool:
-    """Only the main thread hears signals."""
+    """Tell whether this is the main thread, which alone hears signals."""
     return threading.current_thread() is threading.main_thread()
 
 
 def run_main(main) -> None:
-    """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`. Of several
-    processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
+    """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`. Of
+    several processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
     rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"  # launchers set both
     if rank != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -60,7 +71,8 @@ def run_main(main) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of any device: torch.OutOfMemoryError is a RuntimeError; MPS and the CPU raise it plain."""
+    """Tell whether memory ran out, on any device: torch.OutOfMemoryError is a RuntimeError; MPS and the CPU
+    raise a plain one."""
     text = str(error).lower()
     return any(words in text for words in ("out of memory", "allocate memory", "cublas_status_alloc_failed"))
 
@@ -94,15 +106,15 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
 
 @contextlib.contextmanager
 def hold(lock: str | Path, message: str):
-    """Keep for this process alone what the file `lock` stands for; who comes second ends with `message`. The system
-    lets go of it when the process ends, however it ends."""
+    """Keep for this process alone what the file `lock` stands for; who comes second ends with `message`. The
+    system lets go of it when the process ends, however it ends."""
     import filelock
 
     try:
-        held = filelock.FileLock(lock).acquire(timeout=0)
+        lock_held = filelock.FileLock(lock).acquire(timeout=0)
     except filelock.Timeout:
         raise SystemExit(message) from None
-    with held:
+    with lock_held:
         try:
             yield
         finally:
@@ -114,18 +126,19 @@ NOT_GIVEN = argparse.SUPPRESS  # as a flag's default: what is not given is not i
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in Chinese: a wrong flag names the nearest one, and a flag that is gone says what there is instead."""
+    """argparse in Chinese: a wrong flag names the nearest one, and a flag that is gone says what there is
+    instead."""
 
     WORDS = (  # what argparse says, and what is said here; its words are the same in Python 3.11 to 3.15
         ("argument ([^:]+): not allowed with argument (.+)", r"\1 和 \2 不能一起写"),
         ("argument ([^:]+): expected (at least )?one argument", r"\1 后面要有一个值"),
+        ("argument ([^:]+): invalid int value: (.+)", r"\1：要一个整数，不是 \2"),
+        ("argument ([^:]+): invalid float value: (.+)", r"\1：要一个数，不是 \2"),
         ("argument ([^:]+): ", r"\1："),
     )
 
     def __init__(self, **options):
-        def formatter(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
-
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110)
         super().__init__(formatter_class=formatter, allow_abbrev=False, add_help=False, **options)
         self.add_argument_group("帮助").add_argument("-h", "--help", action="help", help="显示这些说明")
         self.gone: dict[str, str] = {}  # {flag: what to do instead}
@@ -148,7 +161,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def true_or_false(text: str) -> bool:
-    """For argparse."""
+    """Read a switch, for argparse."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"只能是 true 或 false，不是 {text!r}")
@@ -156,7 +169,8 @@ def true_or_false(text: str) -> bool:
 
 
 def one_of(words: tuple[str, ...]):
-    """For argparse: reads one of these words."""
+    """Return a function that reads one of these words, for argparse: its own `choices` would be told in
+    English."""
 
     def read(text: str) -> str:
         if text not in words:
@@ -166,27 +180,15 @@ def one_of(words: tuple[str, ...]):
     return read
 
 
-def number(kind: type):
-    """For argparse: reads an int or a float."""
-
-    def read(text: str) -> float:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"要一个{'整数' if kind is int else '数'}，不是 {text!r}") from None
-
-    return read
-
-
 def whole_number(least: int, text: str) -> int:
-    """A whole number from `least` on, as large as seeds may be, for argparse."""
+    """Read a whole number from `least` on, as large as seeds may be, for argparse."""
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"要一个 {least} 到 {2**32 - 1} 的整数，不是 {text!r}")
     return int(text)
 
 
 def some_text(text: str) -> str:
-    """A text that is not empty, for argparse."""
+    """Read a text that is not empty, for argparse."""
     if not text.strip():
         raise argparse.ArgumentTypeError("问题是空的")
     return text.strip()

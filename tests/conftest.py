@@ -43,21 +43,21 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model):
-    from parts.model import weights as models
+    from parts.model.weights import load_tokenizer
 
-    return models.load_tokenizer(str(tiny_model))
+    return load_tokenizer(str(tiny_model))
 
 
 @pytest.fixture(scope="session", params=["demo", "real"])
 def any_tokenizer(request, tokenizer):
     """The demo's tokenizer, and Qwen3's own where it is at hand."""
-    from parts.model import weights as models
+    from parts.model.weights import load_tokenizer
 
     if request.param == "demo":
         return tokenizer
     if not REAL.is_dir():
         pytest.skip("the real tokenizer is not part of the project")
-    return models.load_tokenizer(str(REAL / "qwen3-1.7b"))
+    return load_tokenizer(str(REAL / "qwen3-1.7b"))
 
 
 @pytest.fixture

@@ -181,11 +181,11 @@ def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jso
     import data
     import train
     import train_lora
-    from parts.model import weights as models
+    from parts.model.weights import load_weights
 
     make = train_lora.arguments if lora else train.arguments
     args = make(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
-    model = models.load_weights(str(model_path), args.device, args.load_in_4bit)
+    model = load_weights(str(model_path), args.device, args.load_in_4bit)
     model = model.to(dtype) if dtype else model
     model = train_lora.add_adapter(model, args) if lora else model
     dataset = data.load_dataset(file, tokenizer, 2048)
@@ -288,9 +288,9 @@ def load_attentive(tiny_model, device: str = "cpu"):
     """The tiny model with weights so large that its tokens hang on all that came before: else it repeats one token."""
     import torch
 
-    from parts.model import weights as models
+    from parts.model.weights import load_weights
 
-    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(device)
+    model = load_weights(str(tiny_model), torch.device("cpu")).to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

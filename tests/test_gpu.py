@@ -9,8 +9,7 @@ from helpers import LENGTHS, build_trainer, examples, gradient, history, losses,
 from transformers.models.qwen3 import modeling_qwen3
 
 import data
-from parts.model import decoding
-from parts.model import weights as models
+from parts.model import fused, generate, weights
 from parts.training import packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -109,21 +108,21 @@ def test_qlora_learns(build):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
     """In float32, past the first growth of the cache, with padding on the left; each step's logits."""
-    model = models.load_weights(str(tiny_model), CUDA).float()
-    decoding.fuse_norms(model)
+    model = weights.load_weights(str(tiny_model), CUDA).float()
+    fused.fuse_norms(model)
     ids = torch.randint(10, 4000, (rows, 30), device=CUDA)
     mask = torch.ones_like(ids)
     mask[1:, :7] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    tokens = torch.randint(10, 4000, (decoding.CACHE_STEP + 40, rows), device=CUDA)
-    decoders = [decoding.Decoder(model, ids, positions, mask if rows > 1 else None) for _ in range(2)]
+    tokens = torch.randint(10, 4000, (generate.CACHE_STEP + 40, rows), device=CUDA)
+    decoders = [generate.Decoder(model, ids, positions, mask if rows > 1 else None) for _ in range(2)]
     decoders[1].capturable = False
     with torch.inference_mode():
         for token in tokens:
             for decoder in decoders:
                 decoder.advance(token)
             torch.testing.assert_close(decoders[0].logits, decoders[1].logits, rtol=1e-3, atol=1e-3)
-    assert decoders[0].graph and decoders[0].room > 30 + decoding.CACHE_STEP
+    assert decoders[0].graph and decoders[0].room > 30 + generate.CACHE_STEP
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_lora.py"])

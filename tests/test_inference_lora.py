@@ -11,7 +11,7 @@ from helpers import refused, run, weights
 from safetensors.torch import save_file
 
 import inference_lora
-from parts.model import weights as models
+from parts.model.weights import find_model, load_trained, load_weights
 from parts.run import checkpoints
 
 ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
@@ -26,28 +26,28 @@ def name_base(adapter: str, base: str) -> None:
 
 def test_whatever_a_folder_holds_is_asked_and_an_adapter_is_not_trained(finished):
     """By its folder, by a checkpoint of it: in each the adapter, merged."""
-    adapter, full = models.load_trained("lora")[0].state_dict(), models.load_trained("full")[0].state_dict()
-    again = models.load_trained("lora/checkpoint-2")[0].state_dict()
+    adapter, full = load_trained("lora")[0].state_dict(), load_trained("full")[0].state_dict()
+    again = load_trained("lora/checkpoint-2")[0].state_dict()
     assert adapter.keys() == full.keys() == again.keys() and all(adapter[name].equal(again[name]) for name in again)
     assert not all(adapter[name].equal(full[name]) for name in full)
     merge = "请先合并：python inference_lora.py --model_path lora --merge_to output/merged"
-    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", models.find_model, "lora", "")
+    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", find_model, "lora", "")
 
 
 def test_files_that_are_cut_off_or_missing(finished):
     for file in (Path("full/model.safetensors"), Path("lora/adapter_model.safetensors")):
         file.write_bytes(file.read_bytes()[:1000])
-    refused("full 里的模型无法读取（~）；请重新下载或重新训练。", models.load_trained, "full")
+    refused("full 里的模型无法读取（~）；请重新下载或重新训练。", load_trained, "full")
     base = json.loads(Path("lora/adapter_config.json").read_text())["base_model_name_or_path"]
-    refused(ADAPTER.format(base, "~"), models.load_trained, "lora")
+    refused(ADAPTER.format(base, "~"), load_trained, "lora")
     Path("lora/adapter_model.safetensors").unlink()  # no hub is asked for it
-    refused(ADAPTER.format(base, "缺少 adapter_model.safetensors"), models.load_trained, "lora")
+    refused(ADAPTER.format(base, "缺少 adapter_model.safetensors"), load_trained, "lora")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"base_model_name_or_path": null}', '{"base_model_name_or_path": "/no"}'])
 def test_adapter_configuration_that_is_broken_or_names_no_base(finished, text):
     Path("lora/adapter_config.json").write_text(text, encoding="utf-8")
-    refused("lora/adapter_config.json 用不了（~）；~python train_lora.py", models.load_trained, "lora")
+    refused("lora/adapter_config.json 用不了（~）；~python train_lora.py", load_trained, "lora")
 
 
 @pytest.mark.parametrize("path", ["lora", "lora/checkpoint-2"])
@@ -59,7 +59,7 @@ def test_adapter_of_another_base(finished, tiny_model, path):
     name_base(path, "other")
     sums = [checkpoints.weights_sha256(folder) for folder in (tiny_model, "other")]
     message = "{} 的适配器不是在现在的 other 上训练的（权重的 SHA-256 应为 {}，现在是 {}）；请放回原来的基础模型。"
-    refused(message.format(path, *sums), models.load_trained, path)
+    refused(message.format(path, *sums), load_trained, path)
 
 
 def test_adapter_without_a_record_of_its_base(finished, capsys):
@@ -69,7 +69,7 @@ def test_adapter_without_a_record_of_its_base(finished, capsys):
     tiny_model.build("wide", tiny_model.sample_texts(), hidden_size=128)
     Path("lora/run.json").unlink()
     name_base("lora", "wide")
-    refused(ADAPTER.format("wide", "~"), models.load_trained, "lora")
+    refused(ADAPTER.format("wide", "~"), load_trained, "lora")
     assert "lora/run.json 无法读取" in capsys.readouterr().out
 
 
@@ -86,12 +86,12 @@ def test_merging_is_refused_into_anything_but_a_new_folder(folder, tmp_path, mon
 def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finished, tiny_model, monkeypatch):
     """bfloat16, although a CPU computes in float32: rounded once, at the end."""
     shutil.copytree(tiny_model, "half")
-    model = models.load_weights("half", torch.device("cpu"))
+    model = load_weights("half", torch.device("cpu"))
     model.to(torch.bfloat16).save_pretrained("half")
     run("half", lora=True, max_steps=2, learning_rate=1e-1, output_dir="adapter")
     monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--model_path", "adapter", "--merge_to", "merged"])
     inference_lora.main()
-    exact = models.load_trained("adapter")[0].state_dict()
+    exact = load_trained("adapter")[0].state_dict()
     merged = weights("merged")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert all(tensor.equal(exact[name].to(torch.bfloat16)) for name, tensor in merged.items())

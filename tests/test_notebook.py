@@ -78,7 +78,7 @@ def check_outputs(cells) -> None:
     prompt, learned = shown(find(cells, "def show_tokens")).split("要学会写的，计损失")
     assert "color: gray" in prompt and "&lt;|im_start|&gt;user" in prompt and "&lt;think&gt;" not in prompt
     assert re.search(r">&lt;think&gt;</span>.*>&lt;/think&gt;</span>.*>&lt;\|im_end\|&gt;</span></p>$", learned)
-    before, after = shown(find(cells, "def show_reply")), shown(find(cells, "models.load_trained"))
+    before, after = shown(find(cells, "def show_reply")), shown(find(cells, "weights.load_trained"))
     assert "不能代替医生的诊断" in before and before != after
     thinking, answer = re.search(r"<summary>思考</summary>(.+?)</details><p><b>答</b>　(.+?)</p>", after).groups()
     assert "糖尿病" in thinking and "医生" in answer and "没有说完" not in answer
@@ -115,7 +115,7 @@ def test_lora_by_one_variable(runs):
     folder, *_, cells = runs
     assert "trainable params" in shown(find(cells, "train.train(args"))
     assert (folder / "output" / "notebook" / "lora" / "adapter_model.safetensors").is_file()
-    assert "<b>答</b>" in shown(find(cells, "models.load_trained"))
+    assert "<b>答</b>" in shown(find(cells, "weights.load_trained"))
 
 
 def test_wrong_folder(tmp_path):
@@ -160,7 +160,7 @@ def test_mistakes_get_a_sentence(tmp_path):
     assert "没有 SwanLab API key，只记录在本地" in shown(key)  # nobody can be asked here
     assert "tests/demo/medical.jsonl 是空文件" in error(no_data)
     assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "model_card.plot_losses("))
-    assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "models.load_trained"))
+    assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "weights.load_trained"))
     if not torch.accelerator.is_available():
         assert "没有找到 GPU；请把上一格改成 DEMO = True" in error(gpu)
     failed = [cell for cell in after if error(cell)]

@@ -19,8 +19,8 @@ import transformers
 from helpers import REAL, SAMPLES, as_jsonl, load_attentive, run
 
 import data
-from parts.model import encoding, older_readers, system_prompt
-from parts.model import weights as models
+from parts.model import encoding, export
+from parts.model.weights import load_tokenizer, load_weights
 
 ROWS = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()][:4:2]  # two topics
 LLAMA_CPP = os.environ.get("LLAMA_CPP")
@@ -79,7 +79,7 @@ def test_thinking_is_in_a_field_of_its_own(client):
 
 def test_request_without_a_system_prompt_is_asked_as_trained(client):
     folder, question = client.folder / "attentive", ROWS[0]["question"]
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     expected = encoding.encode_messages(tokenizer, data.to_messages(question), prompt_only=True)
     saved = transformers.AutoTokenizer.from_pretrained(folder)
     assert saved.apply_chat_template(user(question), add_generation_prompt=True)["input_ids"] == expected
@@ -90,7 +90,7 @@ def test_request_without_a_system_prompt_is_asked_as_trained(client):
         return said.choices[0].message.content, said.usage.prompt_tokens
 
     assert reply() == reply(data.SYSTEM_PROMPT) != reply("别的")
-    assert reply()[1] == len(expected) and system_prompt.default(tokenizer) == data.SYSTEM_PROMPT
+    assert reply()[1] == len(expected) and encoding.default_system(tokenizer) == data.SYSTEM_PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +110,9 @@ def saved(tmp_path_factory) -> Path:
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.ndim == 2 else 1)
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = models.load_tokenizer(str(REAL / "qwen3-1.7b"))
-    system_prompt.with_default(tokenizer, data.SYSTEM_PROMPT).save_pretrained(folder)
-    older_readers.include(folder)
+    tokenizer = load_tokenizer(str(REAL / "qwen3-1.7b"))
+    encoding.with_system(tokenizer, data.SYSTEM_PROMPT).save_pretrained(folder)
+    export.translate(folder)
     converter = str(Path(LLAMA_CPP, "convert_hf_to_gguf.py"))
     command = [sys.executable, converter, str(folder), "--outfile", str(folder / "exact.gguf"), "--outtype", "f32"]
     subprocess.run(command, check=True)
@@ -134,19 +134,19 @@ def test_the_converter_carries_all_of_the_model(saved, monkeypatch):
 
     read = gguf.GGUFReader(saved / "exact.gguf")
     values = {name: field.contents() for name, field in read.fields.items()}
-    tokenizer = models.load_tokenizer(str(saved))
+    tokenizer = load_tokenizer(str(saved))
     assert values["general.architecture"] == "qwen3" and values["qwen3.rope.freq_base"] == 1e6
     assert values["tokenizer.chat_template"] == tokenizer.chat_template  # with the system prompt that was trained
     assert values["tokenizer.ggml.pre"] == "qwen2" and values["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     weights = {tensor.name: torch.tensor(tensor.data) for tensor in read.tensors}
-    state = models.load_weights(str(saved), torch.device("cpu")).state_dict()
+    state = load_weights(str(saved), torch.device("cpu")).state_dict()
     assert weights["token_embd.weight"].equal(state["model.embed_tokens.weight"].float())
     assert len(weights) == len(state.keys() - {"lm_head.weight"})
 
 
 @llama_cpp
 def test_llama_cpp_reads_a_prompt_as_we_do_and_computes_the_same_logits(saved, llama):
-    model, tokenizer = models.load_weights(str(saved), torch.device("cpu")), models.load_tokenizer(str(saved))
+    model, tokenizer = load_weights(str(saved), torch.device("cpu")), load_tokenizer(str(saved))
     turns = [data.to_messages(question) for question in QUESTIONS]
     turns.append(data.to_messages("那吃什么药？", history=[["感冒了", "多休息。"]]))
     for messages in turns:

@@ -12,8 +12,8 @@ from helpers import ROOT, arguments, losses, make_row, opening, refused, run, sa
 
 import data
 import train
-from parts.model import encoding, system_prompt
-from parts.model import weights as models
+from parts.model import encoding
+from parts.model.weights import load_tokenizer
 
 CURVE = ROOT / "tests" / "loss_curve.json"
 
@@ -109,11 +109,11 @@ def test_a_template_that_does_not_think_is_refused_before_data_and_weights(works
 
 def test_another_system_prompt_of_the_base_is_replaced_and_said(workspace, tiny_model, capsys):
     shutil.copytree(tiny_model, "base")
-    system_prompt.with_default(models.load_tokenizer("base"), "你是律师。").save_pretrained("base")
+    encoding.with_system(load_tokenizer("base"), "你是律师。").save_pretrained("base")
     run("base", max_steps=1)
     said = "提示：base 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。"
     assert capsys.readouterr().out.count(said) == 1
-    assert system_prompt.default(models.load_tokenizer(data.OUTPUT_DIR)) == data.SYSTEM_PROMPT
+    assert encoding.default_system(load_tokenizer(data.OUTPUT_DIR)) == data.SYSTEM_PROMPT
     run(data.OUTPUT_DIR, max_steps=1, output_dir="further")
     assert "另一个系统提示词" not in capsys.readouterr().out
 
@@ -138,7 +138,7 @@ def test_conversations_and_rows_without_thinking_are_trained_on(workspace, tiny_
     run(tiny_model, max_steps=2, **files)
     out = capsys.readouterr().out
     assert "turns.jsonl：12 条" in out and "\n【问题】问题0？\n" in out
-    tokenizer = models.load_tokenizer(data.OUTPUT_DIR)
+    tokenizer = load_tokenizer(data.OUTPUT_DIR)
     examples = data.load_dataset("turns.jsonl", tokenizer, 2048)
     texts = [
         tokenizer.decode([label for label in labels if label != encoding.IGNORE_INDEX]) for labels in examples["labels"]

@@ -14,7 +14,7 @@ import data
 import inference_lora
 import train_lora
 from parts.model import encoding
-from parts.model import weights as models
+from parts.model.weights import load_tokenizer, load_trained, load_weights, settle_generation
 
 
 def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
@@ -40,20 +40,20 @@ def test_checkpoints_name_their_base_as_the_user_did(interrupted, tiny_model):
 
 def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
     trainer = run(tiny_model, lora=True, max_steps=2, learning_rate=1e-1)
-    model, tokenizer = models.load_trained(data.LORA_OUTPUT_DIR)
+    model, tokenizer = load_trained(data.LORA_OUTPUT_DIR)
     inference_lora.merge_to("merged", data.LORA_OUTPUT_DIR)
     ids = torch.tensor([encoding.encode_messages(tokenizer, data.to_messages("头痛？"), prompt_only=True)])
-    plain, _ = models.load_trained("merged")
+    plain, _ = load_trained("merged")
     with torch.no_grad():
         logits = [m.eval()(input_ids=ids).logits for m in (trainer.model, model, plain)]
-        untuned = models.load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
+        untuned = load_weights(str(tiny_model), torch.device("cpu"))(input_ids=ids).logits
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1], logits[2], rtol=0, atol=0)
     assert (logits[0] - untuned).abs().max() > 1e-2
 
 
 def test_adapters_have_the_dtype_of_the_weights(workspace, tiny_model):
-    model = models.load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16)
+    model = load_weights(str(tiny_model), torch.device("cpu")).to(torch.bfloat16)
     model = train_lora.add_adapter(model, train_lora.arguments())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -62,7 +62,7 @@ def test_saving_an_adapter_asks_no_hub(tiny_model, tmp_path, monkeypatch):
     """Although it names its base as a hub does."""
     asked = []
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *names: asked.append(names))
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = load_weights(str(tiny_model), torch.device("cpu"))
     args = train_lora.arguments(model_name="Qwen/Qwen3-1.7B", report_to="none")
     train_lora.add_adapter(model, args).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def base(tiny_model, folder):
     shutil.copytree(tiny_model, "base")
     settings = json.loads(Path("base/tokenizer_config.json").read_text(encoding="utf-8"))
     Path("base/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
-    end = models.load_tokenizer("base").convert_tokens_to_ids("<|endoftext|>")
+    end = load_tokenizer("base").convert_tokens_to_ids("<|endoftext|>")
     Path("base/generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": end}))
     config = json.loads(Path("base/config.json").read_text(encoding="utf-8"))
     Path("base/config.json").write_text(json.dumps(config | {"eos_token_id": end}))
@@ -106,8 +106,8 @@ def test_what_is_saved_is_asked_elsewhere_as_it_is_here(workspace, base, lora, c
 
 
 def test_settings_of_a_models_own_are_kept(tiny_model, tokenizer):
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = load_weights(str(tiny_model), torch.device("cpu"))
     model.generation_config.temperature = 0.3
     before = model.generation_config.to_dict()
-    models.settle_generation(model, tokenizer)
+    settle_generation(model, tokenizer)
     assert model.generation_config.to_dict() == before

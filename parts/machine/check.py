@@ -11,9 +11,8 @@ import torch
 
 from parts import hub
 from parts.machine import proof
-from parts.machine.proof import Verdict, missing
-from parts.model import architecture, decoding, encoding
-from parts.model import weights as models
+from parts.model import encoding, generate, weights
+from parts.model.fused import Verdict, missing
 from parts.training import environment
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
@@ -56,21 +55,21 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
 def find_model(args):
     """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = models.find_downloaded(name, revision) if hub.is_name(name) and not Path(name).is_dir() else None
+    path = weights.find_downloaded(name, revision) if hub.split(name) and not Path(name).is_dir() else None
     if path or Path(name).is_dir():
-        path = str(path or models.find_model(name, "", revision))
+        path = str(path or weights.find_model(name, "", revision))
         print(f"模型：{path}")
-        tokenizer = models.load_tokenizer(path)
+        tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
-        architecture.require(path, name, tokenizer)
-        return models.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
+        weights.check_family(path, name, tokenizer)
+        return weights.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
     if args.fsdp:
         raise SystemExit(f"错误：--check 加 --fsdp 时要有模型，{name} 还没有下载；请先下载，或不加它。")
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
-    models.save_random(name, str(folder), args.device, **SMALL if small else {})
-    return models.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
+    weights.save_random(name, str(folder), args.device, **SMALL if small else {})
+    return weights.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
 
 
 def draw(args, length: int, rows: int) -> datasets.Dataset:
@@ -91,5 +90,5 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
         found["8 位优化器 torchao"] = proof.try_step("8bit", args.device)
     found |= proof.require(trainer.model, args.load_in_4bit)
     model = trainer.release()
-    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else decoding.try_graph(model)
+    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else generate.try_graph(model)
     return found

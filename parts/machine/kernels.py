@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from parts.machine.proof import Verdict, attempt, compare, missing, try_step
+from parts.machine.proof import try_step
+from parts.model.fused import Verdict, attempt, compare, missing
 from parts.model.weights import head_dim
 from parts.training import packing
 

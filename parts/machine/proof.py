@@ -3,58 +3,14 @@ two outcomes. Knows no model and no plan."""
 
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-from parts.terminal import first_line, shorten
+from parts.model.fused import ROUNDING, Verdict, attempt, compare, missing, reason
 from parts.training import optimizers
 from parts.training.loss import LinearCrossEntropy
 
-ROUNDING = 0.03  # relative difference that bfloat16 explains; right kernels were under 0.01 on a CPU
 FOUR_BITS = 0.15  # and NF4, 0.1 of random weights
-COMPILER = "没有 C 编译器，Linux 上可以 apt install gcc"
-
-
-class Verdict(NamedTuple):
-    """What is known of a fast path on this device."""
-
-    runs: bool
-    why: str  # how far it stands from the plain one, or why it is left out
-    expected: bool = True  # that it runs: what the device or the installation does not have is no fault
-
-
-def missing(why: str) -> Verdict:
-    return Verdict(False, why, expected=False)
-
-
-def attempt(run: Callable, *args, **kwargs):
-    """What `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver raises."""
-    try:
-        return run(*args, **kwargs)
-    except Exception as error:
-        return error
-
-
-def compare(plain, fast, most: float = ROUNDING) -> Verdict:
-    """Of two outcomes, lists of tensors or the errors in their place: whether `fast` differs by `most` at the most."""
-    for found in (plain, fast):
-        if isinstance(found, Exception):
-            return Verdict(False, reason(found))
-    differences = [difference(*pair) for pair in zip(plain, fast)]
-    worst = next((size for size in differences if not size < most), max(differences))  # NaN is not smaller either
-    return Verdict(worst < most, f"与普通算子相差 {worst:.1%}")
-
-
-def difference(plain: torch.Tensor, fast: torch.Tensor) -> float:
-    """Relative; of two tensors of zeros 0."""
-    return 0.0 if plain.equal(fast) else ((plain - fast).float().norm() / plain.float().norm()).item()
-
-
-def reason(error: Exception) -> str:
-    """Why a kernel failed, in a few words."""
-    return COMPILER if "C compiler" in str(error) else shorten(first_line(error), 100)
 
 
 def require(model, in_4bit: bool) -> dict[str, Verdict]:

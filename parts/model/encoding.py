@@ -1,6 +1,8 @@
-"""Messages to token ids and labels, and generated ids back to thinking and answer. What people wrote is text and never
-control. The only place where the chat template is called, for training and for asking alike. Knows no question."""
+"""Messages to token ids and labels, generated ids back to thinking and answer, and the system prompt that
+travels in a chat template. What people wrote is text and never control. The only place where the template is
+called, for training and for asking alike. Knows no question and no text of a system prompt."""
 
+import copy
 import itertools
 import json
 import re
@@ -19,6 +21,14 @@ FORMS = {  # how thinking and answer stand in a reply, read from its tokens
     "unclosed": "it ends inside a thinking",
     "broken": "anything else: two thinkings, a text before the thinking, a tag that closes nothing",
 }
+# In front of a chat template: the system message of a conversation that brings none. The text is a JSON
+# string, which is one of Jinja's too, so quotes, line breaks and braces in it are text.
+DEFAULT_SYSTEM = """\
+{%- if not messages or messages[0].role != 'system' %}
+{%- set messages = [{'role': 'system', 'content': TEXT}] + messages %}
+{%- endif %}
+"""
+DEFAULT_PATTERN = re.compile(re.escape(DEFAULT_SYSTEM).replace("TEXT", r'("(?:[^"\\]|\\.)*")'))
 PROBE = [{"role": "system", "content": "系统"}, {"role": "user", "content": "问"}]
 
 
@@ -33,16 +43,33 @@ class Reply(NamedTuple):
     seconds: float = 0.0  # that its batch took, divided by the batch's replies: they add up to the time of all
 
 
+def with_system(tokenizer, text: str):
+    """Return a copy of `tokenizer` whose chat template begins each conversation that has no system message
+    with this one, in place of an earlier default. A conversation that has one is rendered as before."""
+    tokenizer = copy.copy(tokenizer)
+    template = DEFAULT_PATTERN.sub("", tokenizer.get_chat_template(), count=1)
+    tokenizer.chat_template = DEFAULT_SYSTEM.replace("TEXT", json.dumps(text, ensure_ascii=False)) + template
+    return tokenizer
+
+
+def default_system(tokenizer) -> str | None:
+    """Return the system prompt that `with_system` put into the template, or None."""
+    match = DEFAULT_PATTERN.match(tokenizer.get_chat_template())
+    return json.loads(match[1]) if match else None
+
+
 @lru_cache(maxsize=4)
 def control_pattern(tokenizer) -> re.Pattern:
-    """Matches any token, such as <|im_end|> or <think>, that the tokenizer takes whole out of a text."""
+    """Return what matches any token, such as <|im_end|> or <think>, that the tokenizer takes whole out of a
+    text."""
     tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
 
 @lru_cache(maxsize=4)
 def text_tokenizer(tokenizer):
-    """The same tokenizer without its control tokens: to it, `<|im_end|>` is ten ordinary characters."""
+    """Return the same tokenizer without its control tokens: to it, `<|im_end|>` is ten ordinary
+    characters."""
     from tokenizers import Tokenizer
 
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -51,21 +78,22 @@ def text_tokenizer(tokenizer):
 
 
 def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, thinking: bool = True) -> list[int]:
-    """Token ids of `messages` through the tokenizer's own chat template: the only place where it is called.
+    """Return the token ids of `messages` through the tokenizer's own chat template.
 
-    `prompt_only` adds the opening of the assistant's turn; with `thinking=False` the template puts an empty thinking
-    block into it. What people wrote is text and never control: the template is rendered around placeholders, and
-    only control tokens that the template itself wrote become control ids, so a question that contains `<|im_end|>`
-    cannot end its own turn. For all other text the ids are those of `tokenizer.apply_chat_template`.
+    `prompt_only` adds the opening of the assistant's turn; with `thinking=False` the template puts an empty
+    thinking block into it. What people wrote is text and never control: the template is rendered around
+    placeholders, and only control tokens that the template itself wrote become control ids, so a question
+    that contains `<|im_end|>` cannot end its own turn. For all other text the ids are those of
+    `tokenizer.apply_chat_template`.
     """
-    texts: list[str] = []
-
-    def placeholder(text: str) -> str:
-        texts.append(text.encode("utf-8", "replace").decode())  # a terminal may hand over half a character
-        return f"\ue000{len(texts) - 1}\ue001"
-
-    # An empty text stays one: templates look whether there is any thinking.
-    shells = [{k: placeholder(v) if v and k != "role" else v for k, v in message.items()} for message in messages]
+    texts, shells = [], []
+    for message in messages:
+        shell = dict(message)
+        for key, text in message.items():
+            if text and key != "role":  # an empty text stays one: templates look whether there is any thinking
+                shell[key] = f"\ue000{len(texts)}\ue001"
+                texts.append(text.encode("utf-8", "replace").decode())  # a terminal may hand over half a character
+        shells.append(shell)
     rendered = tokenizer.apply_chat_template(
         shells, tokenize=False, add_generation_prompt=prompt_only, enable_thinking=thinking
     )
@@ -77,27 +105,33 @@ def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, 
             continue
         for token in control_pattern(tokenizer).split(part):
             if control_pattern(tokenizer).fullmatch(token):
-                ids += text_tokenizer(tokenizer).encode(piece, add_special_tokens=False).ids if piece else []
+                ids += encode_text(tokenizer, piece)
                 ids.append(tokenizer.convert_tokens_to_ids(token))
                 piece = ""
             else:
                 piece += token
-    return ids + (text_tokenizer(tokenizer).encode(piece, add_special_tokens=False).ids if piece else [])
+    return ids + encode_text(tokenizer, piece)
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Return the ids of a text in which nothing is control."""
+    return text_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
 
 
 def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
-    """{"input_ids", "labels"}, both of length T, of a conversation that ends with the assistant's message, as the
-    template renders it. Supervised are the last reply with its thinking, the answers of earlier ones, which the
-    template shows without theirs, and the <|im_end|> of each; all other labels are IGNORE_INDEX. A last reply without
-    thinking stands behind the prompt that asks for none. Raises SystemExit where the template has no such prompt."""
+    """Return {"input_ids", "labels"}, both of length T, of a conversation that ends with the assistant's
+    message, as the template renders it. Supervised are the last reply with its thinking, the answers of
+    earlier ones, which the template shows without theirs, and the <|im_end|> of each; all other labels are
+    IGNORE_INDEX. A last reply without thinking stands behind the prompt that asks for none. Raises SystemExit
+    where the template has no such prompt."""
     ids = encode_messages(tokenizer, messages)
     labels = [IGNORE_INDEX] * len(ids)
     marks = think_tokens(tokenizer)
-    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    for place in turns:
-        last = place == turns[-1]
-        thinking = not last or bool(messages[place].get("reasoning_content"))
-        prompt = encode_messages(tokenizer, messages[:place], prompt_only=True, thinking=thinking)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for turn in turns:
+        last = turn == turns[-1]
+        thinking = not last or bool(messages[turn].get("reasoning_content"))
+        prompt = encode_messages(tokenizer, messages[:turn], prompt_only=True, thinking=thinking)
         if not thinking and not set(marks) <= set(prompt):
             raise SystemExit(
                 "错误：数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；"
@@ -105,11 +139,13 @@ def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
             )
         if not last and opens_thinking(tokenizer, prompt):  # what the prompt opens is not in the history
             prompt = prompt[: prompt.index(marks[0])]
-        # When the model is asked, it is <think> that follows an earlier turn's header, here it is the answer, whose
-        # thinking was dropped. To supervise that first token would teach not to think; the rest follows from it.
+        # When the model is asked, it is <think> that follows an earlier turn's header, here it is the answer,
+        # whose thinking was dropped. To supervise that first token would teach not to think; the rest follows
+        # from it.
         start = len(prompt) + (not last)
         if ids[: len(prompt)] != prompt or tokenizer.eos_token_id not in ids[start:]:
-            raise SystemExit(DIFFERS.format("多轮对话" if turns[1:] else "有思考的行" if thinking else "没有思考的行"))
+            kind = "有思考的行" if thinking else "没有思考的行"
+            raise SystemExit(DIFFERS.format("多轮对话" if turns[1:] else kind))
         end = ids.index(tokenizer.eos_token_id, start) + 1
         if not last and set(marks) & set(ids[start - 1 : end]):
             raise SystemExit(DIFFERS.format("多轮对话"))
@@ -118,18 +154,20 @@ def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
 
 
 def think_tokens(tokenizer) -> list[int]:
-    """The ids of <think> and </think>."""
+    """Return the ids of <think> and </think>."""
     return tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
 
 
 def opens_thinking(tokenizer, prompt: list[int]) -> bool:
-    """Whether the reply to a prompt begins inside the thinking, as with models that cannot do without."""
+    """Tell whether the reply to a prompt begins inside the thinking, as with models that cannot do
+    without."""
     start, end = think_tokens(tokenizer)
     return next((token == start for token in reversed(prompt) if token in (start, end)), False)
 
 
 def require_thinking(tokenizer, name: str) -> None:
-    """Raises SystemExit unless the chat template of the model `name` writes thinking and answer as they are trained."""
+    """Raise SystemExit unless the chat template of the model `name` writes thinking and answer as they are
+    trained."""
     reply = {"role": "assistant", "reasoning_content": "想", "content": "答"}
     try:
         example = encode_example(tokenizer, [*PROBE, reply])
@@ -146,22 +184,23 @@ def require_thinking(tokenizer, name: str) -> None:
 
 
 def has_no_thinking_mode(tokenizer) -> bool:
-    """Whether the template, asked for no thinking, puts an empty block of it into the prompt."""
+    """Tell whether the template, asked for no thinking, puts an empty block of it into the prompt."""
     return set(think_tokens(tokenizer)) <= set(encode_messages(tokenizer, PROBE, prompt_only=True, thinking=False))
 
 
 def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:
-    """Lengths in tokens, and how many examples were left out for theirs."""
-    mean, p50, p95 = sum(lengths) / len(lengths), *(sorted(lengths)[int(len(lengths) * q)] for q in (0.5, 0.95))
+    """Return lengths in tokens, and how many examples were left out for theirs, in one line."""
+    ordered, count = sorted(lengths), len(lengths)
     over = sum(length > max_length for length in lengths)
     return (
-        f"{path}：{len(lengths)} 条，token 数平均 {mean:.0f}，p50 {p50}，p95 {p95}，最长 {max(lengths)}；"
-        f"超过 --max_length {max_length} 而未采用的 {over} 条"
+        f"{path}：{count} 条，token 数平均 {sum(lengths) / count:.0f}，p50 {ordered[count // 2]}，"
+        f"p95 {ordered[int(count * 0.95)]}，最长 {ordered[-1]}；超过 --max_length {max_length} 而未采用的 {over} 条"
     )
 
 
 def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
-    """One example as the model sees it: the prompt, and the supervised part; of a conversation one after another."""
+    """Return one example as the model sees it: prompt and supervised part, of a conversation one after
+    another."""
     lines = ["示例（⏎ 为换行）"]
     for masked, run in itertools.groupby(zip(*example.values()), lambda pair: pair[1] == IGNORE_INDEX):
         text = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
@@ -170,18 +209,26 @@ def describe_example(tokenizer, example: dict[str, list[int]]) -> str:
 
 
 def split_reply(tokenizer, ids: list[int], complete: bool = True, opened: bool = False) -> Reply:
-    """Thinking and answer of the generated `ids`, wherever the thinking begins and ends; `opened`: it begins in the
-    prompt. Cut off inside the thinking, the answer is what stood before it, as a rule nothing."""
+    """Return thinking and answer of the generated `ids`, wherever the thinking begins and ends; `opened`: it
+    begins in the prompt. Cut off inside the thinking, the answer is what stood before it, as a rule
+    nothing."""
     start, end = think_tokens(tokenizer)
-    inside = opened or end in ids and start not in ids[: ids.index(end)]  # closed, although it was never opened
+    tags = [token for token in ids if token in (start, end)]
+    inside = opened or tags[:1] == [end]  # closed, although it was never opened
     begins = inside or ids[:1] == [start]
-    parts: dict[bool, list[int]] = {True: [], False: []}
+    thinking, answer = [], []
     for token in ids:
         if token in (start, end):
             inside = token == start
+        elif inside:
+            thinking.append(token)
         else:
-            parts[inside].append(token)
-    tags = [token for token in ids if token in (start, end)]
-    form = "unclosed" if inside else "one" if begins and tags in ([start, end], [end]) else "broken" if tags else "none"
-    texts = (tokenizer.decode(parts[i], skip_special_tokens=True).strip() for i in (True, False))
+            answer.append(token)
+    if inside:
+        form = "unclosed"
+    elif begins and tags in ([start, end], [end]):
+        form = "one"
+    else:
+        form = "broken" if tags else "none"
+    texts = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in (thinking, answer)]
     return Reply(*texts, complete, form)

@@ -1,18 +1,29 @@
-"""Conversations to replies, sampled in one batch. Knows prompts and sampling, not where questions come from."""
+"""Conversations to replies, sampled in one batch, and the loop that generates them with a static cache and
+CUDA graphs. Knows prompts, sampling and a model, not where questions come from."""
 
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import transformers
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from parts.model.decoding import fast_loop
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
+from parts.model.fused import Verdict, compare, missing
 from parts.model.weights import head_dim, stop_tokens
+from parts.terminal import first_line
 
 # What Qwen advises for replies without thinking. While thinking the model's own generation settings hold.
 NO_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
-BATCH_TOKENS = 10_000  # of prompts and replies together, at most, where the free memory is not known: 2.3 GB in float32
+BATCH_TOKENS = 10_000  # of prompts and replies, at most, where the free memory is not known: 2.3 GB in float32
 BATCH_MEMORY = 0.5  # share of the free GPU memory that the cache of a batch may take
+CACHE_STEP = 512  # tokens by which the cache grows; attention reads all of it, each growth costs a capture
+READ_EVERY = 16  # tokens from one look at what was generated to the next: each look waits for the GPU
+WARM_UP = 2  # steps before a capture, which must find kernels loaded and their workspaces allocated
+SHORT_REPLY = 32  # max_new_tokens below which a capture costs more than it saves
 Messages = list[dict[str, str]]
 
 
@@ -26,23 +37,23 @@ def generate(
     stop: Callable[[], bool] | None = None,
     fast_kernels: bool = True,
 ) -> list[Reply]:
-    """Return a Reply to each conversation, sampled as one left-padded batch: never greedily, which makes thinking loop.
+    """Return a Reply to each conversation, sampled as one left-padded batch: never greedily, which makes
+    thinking loop.
 
     All replies are cut off where `stop()` says so. Without `fast_kernels` the loop is transformers'.
     """
     prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
-    longest = max(map(len, prompts))
-    input_ids, attention_mask = pad_left(prompts, longest, tokenizer.pad_token_id, model.device)
-    stops = stop_tokens(model, tokenizer)
-    criteria = []
+    input_ids = pad_left(prompts, tokenizer.pad_token_id)
+    attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], 0)
+    stops, criteria = stop_tokens(model, tokenizer), []
     if stop:
         criteria.append(lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool))
     sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
     began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens,
             use_cache=True,
             streamer=streamer,
@@ -52,7 +63,7 @@ def generate(
             eos_token_id=stops,
             **sampling,
         )
-    generated = output[:, longest:].tolist()  # which waits for the GPU
+    generated = output[:, input_ids.shape[1] :].tolist()  # which waits for the GPU
     seconds = (time.perf_counter() - began) / len(prompts)
     replies = []
     for prompt, ids in zip(prompts, generated):
@@ -63,24 +74,159 @@ def generate(
     return replies
 
 
-def pad_left(prompts: list[list[int]], longest: int, padding: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids and the attention mask, [prompts, longest] each, of prompts that end together."""
-    ids = torch.full((len(prompts), longest), padding)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+def pad_left(rows: list[list[int]], padding: int) -> torch.Tensor:
+    """Return [rows, longest], of rows that end together."""
+    return pad_sequence([torch.tensor(row) for row in rows], True, padding, padding_side="left")
 
 
 def room_in_memory(model) -> int:
-    """Return the tokens of prompts and replies that a batch may have: their keys and values have to fit the GPU."""
+    """Return the tokens of prompts and replies that a batch may have: their keys and values have to fit the
+    GPU."""
     if model.device.type != "cuda":
         return BATCH_TOKENS
-    return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes(model)
-
-
-def token_bytes(model) -> int:
-    """Return the bytes of the keys and values of one token."""
     config = model.config
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize
+    return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes
+
+
+class Decoder:
+    """A model that has read its prompts, and goes on by one token a row with `advance`.
+
+    Plain decoding spends its time launching more than a thousand small kernels per token from Python. Here
+    all that changes from token to token, the cache included, lives in tensors of fixed addresses, so on CUDA
+    the launches are recorded once as a graph and then replayed at once. When the cache is full it grows, and
+    the graph is recorded anew.
+
+    input_ids and position_ids are [rows, prompt], left-padded; attention_mask is the same, or None without
+    padding.
+    """
+
+    def __init__(self, model, input_ids, position_ids, attention_mask=None):
+        self.model, self.graph, self.warm_steps = model, None, 0
+        self.capturable = input_ids.is_cuda
+        self.used = input_ids.shape[1]  # tokens in the cache
+        self.room = (self.used // CACHE_STEP + 1) * CACHE_STEP
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=self.room)
+        self.logits = self.forward(input_ids, position_ids, attention_mask)  # [rows, vocabulary]
+        self.token = torch.zeros_like(input_ids[:, -1:])
+        self.position = position_ids[:, -1:].clone()
+        # What is yet to come is left out by its position, so the mask is the padding alone and never changes.
+        self.mask = attention_mask
+        if attention_mask is not None:
+            self.mask = pad(attention_mask.bool(), (0, self.room - self.used), value=True)
+
+    def forward(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
+        """Return the logits [rows, vocabulary] after the last token of `input_ids`, whose keys and values
+        join the cache."""
+        return self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def advance(self, token: torch.Tensor) -> None:
+        """Put the logits after `token` [rows] into `self.logits`."""
+        if self.used == self.room:
+            self.grow()
+        self.token.copy_(token[:, None])
+        self.position += 1
+        self.used += 1
+        if self.graph:
+            return self.graph.replay()
+        self.logits = self.forward(self.token, self.position, self.mask)
+        self.warm_steps += 1
+        if self.capturable and self.warm_steps >= WARM_UP and self.used < self.room:
+            self.capture()
+
+    def grow(self) -> None:
+        """Make room for CACHE_STEP more tokens. The addresses change, so the graph is of no use any more."""
+        self.graph, self.warm_steps = None, 0
+        self.room += CACHE_STEP
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (pad(states, (0, 0, 0, CACHE_STEP)) for states in (layer.keys, layer.values))
+            layer.max_cache_len = self.room
+        if self.mask is not None:
+            self.mask = pad(self.mask, (0, CACHE_STEP), value=True)
+
+    def capture(self) -> None:
+        """Record one step without running it, and run the last one again by it, which has to give the same.
+        Where either fails, say why and go on step by step."""
+        stream = None
+        try:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            with torch.cuda.graph(graph):
+                logits = self.forward(self.token, self.position, self.mask)
+            for layer in self.cache.layers:
+                layer.cumulative_length -= 1
+            graph.replay()
+            self.verdict = compare([self.logits], [logits])
+            if not self.verdict.runs:
+                raise RuntimeError(self.verdict.why)
+            self.graph, self.logits = graph, logits
+        except RuntimeError as error:
+            self.capturable, self.verdict = False, Verdict(False, first_line(error))
+            if stream:
+                torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
+            print(f"（CUDA graph 用不了，改为逐步计算，会慢一些：{first_line(error)}）", file=sys.stderr)
+
+
+@torch.inference_mode()
+def try_graph(model) -> Verdict:
+    """Tell whether a step can be recorded here, and then gives what it gives by itself."""
+    if model.device.type != "cuda":
+        return missing("它要 GPU")
+    ids = torch.arange(100, 120, device=model.device)[None]
+    decoder = Decoder(model, ids, torch.arange(20, device=model.device)[None])
+    for token in ids[0, :WARM_UP]:
+        decoder.advance(token[None])
+    return decoder.verdict
+
+
+def decode(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs
+) -> torch.Tensor:
+    """The loop of `model.generate`, which prepares these arguments (`custom_generate`) and returns what this
+    returns: prompts and replies as [rows, prompt + new], padded on the right; the last tokens may all be
+    padding."""
+    prompt, longest = input_ids.shape[1], generation_config.max_length
+    padding = generation_config.pad_token_id
+    sequence = pad(input_ids, (0, longest - prompt), value=padding)
+    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    # Its own: in torch 2.11 a capture that fails leaves the default one unusable.
+    generator = torch.Generator(input_ids.device).manual_seed(int(torch.randint(2**62, ())))
+    # Arguments with names of their own would be taken for settings that generate need not prepare.
+    decoder = Decoder(model, input_ids, model_kwargs["position_ids"], model_kwargs.get("attention_mask"))
+    shown = prompt
+    for length in range(prompt + 1, longest + 1):
+        scores = logits_processor(sequence[:, : length - 1], decoder.logits.float())
+        if generation_config.do_sample:
+            # The largest of p / Exponential(1) is a sample of p; torch.multinomial checks p first, and so
+            # waits.
+            scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
+        token = scores.argmax(-1).masked_fill(finished, padding)
+        sequence[:, length - 1] = token
+        finished |= stopping_criteria(sequence[:, :length], None)
+        if (length - prompt) % READ_EVERY == 0 or length == longest:
+            if streamer:
+                for new in sequence[:, shown:length].cpu().flatten():
+                    if new != padding:
+                        streamer.put(new[None])
+            shown = length
+            if finished.all():
+                break
+        decoder.advance(token)
+    if streamer:
+        streamer.end()
+    return sequence[:, :length]
+
+
+def fast_loop(model, max_new_tokens: int, streamer=None):
+    """Return `decode` where its CUDA graphs pay and its static cache is known to be right, else None, which
+    stands for transformers' loop."""
+    layers = set(getattr(model.config, "layer_types", None) or ())  # a sliding window would need another cache
+    fits = layers == {"full_attention"} and model.config._attn_implementation == "sdpa"
+    pays = model.device.type == "cuda" and max_new_tokens >= SHORT_REPLY
+    return partial(decode, streamer=streamer) if fits and pays else None  # generate keeps the streamer to itself

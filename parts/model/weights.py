@@ -1,30 +1,43 @@
-"""A model: its tokenizer, its weights on this machine's device in the dtype that it computes in, the adapter that is
-merged into them, and the settings with which it is asked. Knows Qwen3's end of turn and peft's files, no question."""
+"""A model: where it is, whether it can be trained here, its tokenizer, its weights on this machine's device,
+the adapter that is merged into them, and the settings with which it is asked. Knows Qwen3's end of turn and
+peft's files, no question."""
 
 import json
 import logging
 import os
 import shlex
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import accelerate
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parts import hub
-from parts.model.encoding import encode_messages, has_no_thinking_mode
+from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, weight_files
 from parts.terminal import first_line
 
+# Dense decoders of text, by the model_type of their config.json, that tests/model/test_families.py proves to
+# be trained rightly here. The proof fails for gemma2, granite and cohere, which scale or cap their logits,
+# for phi, whose output layer has a bias, and for gpt_oss, which has sinks of attention and experts.
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma", "smollm3", "phi3", "olmo2", "glm4", "ernie4_5")
+# The others, dynamic and longrope, turn by the longest of all examples in a batch, not by each one's length.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 END_OF_TURN = "<|im_end|>"  # generation stops here
 PADDING = "<|endoftext|>"  # Qwen's, for tokenizers that name none
 OUTPUTS = "output/"  # below it the trainings write: a name that begins so is never a hub's
 # What Qwen advises for thinking, for a model that has no settings of its own.
 THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them
+BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+# Weights in other forms, which are neither needed nor safe to load
+NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
 SHAPES = {  # of each SIZES; heads of 128, 8 for keys
     "Qwen3-1.7B": (2048, 6144, 28, 16, True),
@@ -37,11 +50,45 @@ SHAPES = {  # of each SIZES; heads of 128, 8 for keys
 
 
 class Trained(NamedTuple):
-    """Where the weights of a model lie that can be asked."""
+    """Where the weights of a model are that can be asked."""
 
     path: str  # the folder of a model, or of an adapter
     base: str | None = None  # the adapter's base model, as the adapter names it
     base_path: str | None = None  # the folder of that base model
+
+
+def check_family(folder: str | Path, name: str, tokenizer=None) -> None:
+    """Raise SystemExit unless the model in `folder`, which the user calls `name`, is trained rightly here,
+    also with this tokenizer if there is one. Nothing is read but config.json."""
+    path = Path(folder, hub.CONFIG)
+    try:
+        settings = {**json.loads(path.read_text(encoding="utf-8"))}
+        family = settings.get("model_type")
+        config = CONFIG_MAPPING[family].from_dict(settings) if family in FAMILIES else None
+    except Exception as error:  # of a field, each configuration raises its own
+        raise SystemExit(f"错误：{path} 无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
+
+    tokens = 1 + max(tokenizer.get_vocab().values()) if tokenizer else 0
+    if not config:
+        why = f"它的 model_type 是 {family}，这里只训练 {'、'.join(FAMILIES)}"
+    elif getattr(config, "quantization_config", None):
+        why = "它的权重已经量化，不能照原样训练"
+    elif not attends_to_all(config):
+        why = "它的注意力不是每层都看到全部上文（滑动窗口或线性注意力）"
+    elif (rope := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
+        why = f"它的位置编码（rope_type {rope}）随一批里最长的样本改变"
+    elif tokens > config.vocab_size:
+        why = f"分词器有 {tokens} 个 token，而模型的词表只有 {config.vocab_size}"
+    else:
+        return
+    raise SystemExit(f"错误：{name} 不能在这里正确训练：{why}；请换一个模型，例如 Qwen/Qwen3-1.7B。")
+
+
+def attends_to_all(config) -> bool:
+    """Tell whether no layer has a sliding window or linear attention."""
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds) == {"full_attention"}
+    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
 def head_dim(config) -> int:
@@ -49,8 +96,28 @@ def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def shape_of(name: str, **changes) -> transformers.Qwen3Config:
+    """Return the configuration, as far as its size goes, of a model that is not here. Raises SystemExit for
+    one not known."""
+    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
+        raise SystemExit(
+            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
+        )
+    shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
+    return transformers.Qwen3Config(**shape | changes)
+
+
+def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
+    """Write a model with random weights, of the shape of `name` but for these changes."""
+    config = shape_of(name, **changes)
+    quiet_libraries()
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=best_dtype(device))
+    model.save_pretrained(folder)
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes in it, else float32."""
+    """Return bfloat16 where the device computes in it, else float32."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
@@ -61,32 +128,26 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def quiet_libraries() -> None:
-    """Keep off the screen what libraries tell each other: weight-file progress bars, deprecations, tied weights."""
+    """Keep off the screen what libraries tell each other: progress of weight files, deprecations, tied
+    weights."""
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    tied = "missing keys in the checkpoint model loaded: ['lm_head.weight']"  # it is the embedding, and is loaded
+    # It is the embedding, and is loaded.
+    tied = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
     logging.getLogger("transformers.trainer").addFilter(lambda record: tied not in record.getMessage())
 
 
-def pick_device() -> torch.device:
-    """CUDA, NPU, MPS or the CPU: what accelerate, and so the Trainer, finds here."""
-    from accelerate import PartialState
-
-    return PartialState().device
-
-
 def load_tokenizer(path: str):
-    """The tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is not there, or
-    writes no such turns."""
-    if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):  # else transformers would make an empty one
+    """Return the tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is
+    not there, or writes no such turns."""
+    if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):  # transformers would make an empty one
         files = "、".join(TOKENIZER_FILES)
         raise SystemExit(f"错误：{path} 里没有分词器（{files} 都没有）；请把文件补齐，或把它改名后重新下载。")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template:
-            probe = [{"role": role, "content": "？"} for role in ("system", "user")]
-            encode_messages(tokenizer, probe, prompt_only=True)
-    except Exception as error:  # tokenizers raises that itself; of a broken template jinja tells only when it is used
+            encode_messages(tokenizer, PROBE, prompt_only=True)
+    except Exception as error:  # which tokenizers and jinja raise themselves
         raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
     if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
         missing = END_OF_TURN if tokenizer.chat_template else "对话模板"
@@ -98,161 +159,39 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_weights(path: str, device: torch.device, in_4bit: bool = False, on_cpu: bool = False):
-    """The model of a folder, in `best_dtype(device)`, on `device`, in eval mode; its linear layers in 4 bits (NF4) if
-    asked, for training adapters on it. `on_cpu`: it stays in the CPU's memory, from which it is cut for several
-    devices."""
+def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = False, on_cpu: bool = False):
+    """Return the model of a folder, in `best_dtype(device)`, in eval mode, on `device` or where accelerate,
+    and so the Trainer, computes here. `in_4bit`: its linear layers are in NF4, for training adapters on it.
+    `on_cpu`: it stays in the CPU's memory, from which it is cut for several devices."""
     quiet_libraries()
-    # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports; flash does not.
+    device = device or accelerate.PartialState().device
+    # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
         raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
-    dtype = best_dtype(device)
-    options = {"quantization_config": four_bits(dtype), "device_map": {"": device}} if in_4bit else {}
+    options = {"dtype": best_dtype(device)}
+    if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
+        four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
+        options["device_map"] = {"": device}
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
-        if missing := sorted(found["missing_keys"]):  # else they would be random, with a warning at most
+        if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():
-            transformers.GenerationConfig.from_pretrained(path)  # one that is broken would be passed over in silence
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # missing, broken, another shape
+            transformers.GenerationConfig.from_pretrained(path)  # a broken one would be passed over in silence
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
     return (model if in_4bit or on_cpu else model.to(device)).eval()
 
 
-def shape_of(name: str, **changes) -> transformers.Qwen3Config:
-    """The configuration of a model that is not here, as far as its size goes, but for these changes. Raises SystemExit
-    for one not known."""
-    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
-        raise SystemExit(
-            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
-        )
-    shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
-    return transformers.Qwen3Config(**shape | changes)
-
-
-def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
-    """Write a model of the shape of `name`, but for these changes of its configuration, with random weights."""
-    config = shape_of(name, **changes)
-    quiet_libraries()
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=best_dtype(device))
-    model.save_pretrained(folder)
-
-
-def four_bits(dtype: torch.dtype):
-    """QLoRA's quantization: NF4, its scales quantized too, products in `dtype`. Raises SystemExit without it."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise SystemExit("错误：--load_in_4bit 要用 bitsandbytes；请先运行 pip install bitsandbytes") from None
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-# ---- where a model is ---------------------------------------------------------------------------------------------
-
-NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")  # other forms of weights
-BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a downloaded model is complete: what belongs beside the weights, all weight files that the index names,
-    each as long as its own header says, and no download that was cut off."""
-    try:
-        for name in weight_files(folder):
-            with safe_open(folder / name, "pt"):
-                pass
-        return all((folder / name).stat().st_size for name in BESIDE_WEIGHTS) and not any(folder.rglob("*.incomplete"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        return False
-
-
-def find_downloaded(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that an earlier command downloaded whole, in this revision; else None."""
-    folder = hub.find_cached(name, revision)
-    return folder if folder and is_whole(folder) else None
-
-
-def choose_files(names: list[str]) -> list[str]:
-    """All files but weights in other forms than safetensors, which are neither needed nor safe to load."""
-    return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
-
-
-def find_model(name: str, remedy: str, revision: str | None = None) -> str:
-    """A folder as it is; else the folder into which a hub's client downloads the model `name`. When the hub cannot be
-    reached, what an earlier command downloaded whole. `remedy`: what else could be done where that fails."""
-    if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
-        check_folder(name, revision)
-        return str(Path(name).resolve())
-    on_hub = hub.split(name)
-    if not on_hub or on_hub.inside or name.startswith("output/"):
-        raise SystemExit(
-            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
-            f"{hub.forms(name)}"
-        )
-    try:
-        return str(hub.download(name, "model", remedy, choose_files, revision=revision)[0])
-    except hub.Unreachable:
-        folder = find_downloaded(name, revision)
-        if not folder:
-            raise
-    print(f"提示：连不上 {hub.HUBS[on_hub.scheme].title}，使用以前下载的模型 {name}：{folder}", flush=True)
-    return str(folder)
-
-
-def check_folder(name: str, revision: str | None) -> None:
-    """Raises SystemExit when a folder cannot be the model that is asked for."""
-    if revision:
-        raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
-    if Path(name, ADAPTER_CONFIG).is_file():
-        raise SystemExit(
-            f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
-            f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-        )
-    if hub.is_name(name) and not any(Path(name).glob("*.safetensors")):
-        raise SystemExit(
-            f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
-            "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
-        )
-
-
-def find_local(name: str) -> Path | None:
-    """Return the folder with the best weights below `name`, an output folder of a training or any model's folder;
-    None where `name` is a hub's."""
-    if os.path.isdir(name) or name.startswith(OUTPUTS):  # os.path.isdir takes a name that is too long for a folder
-        return checkpoints.find_trained(name)
-    return None
-
-
-def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> Trained:
-    """Find what `load` loads. `name` is an output folder of a training, any folder with a model, an adapter or a
-    checkpoint, or a hub's name. `revision` is that of the hub's model, for a local adapter that of its base.
-
-    It raises SystemExit for all that can be refused before the weights are read: a model that is not there, an adapter
-    whose base is another one than it was trained on, and a model that cannot be asked without `thinking`.
-    """
-    adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
-    local = find_local(name) if adapter or not revision else None  # find_model says what a revision is for
-    path = str(local or find_model(name, "检查 --model_path", revision))
-    if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
-        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
-    if not Path(path, ADAPTER_CONFIG).is_file():
-        return Trained(path)
-    base, trained_revision = read_base(path)
-    remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
-    base_path = find_model(base, remedy, revision if local and revision else trained_revision)
-    check_base(path, base, base_path)
-    return Trained(path, base, base_path)
-
-
 def load(trained: Trained, device: torch.device | None = None):
-    """Return (model, tokenizer), ready to be asked, on `device` or where this machine computes. An adapter is merged
-    into its base's weights."""
-    model = load_weights(trained.base_path or trained.path, device or pick_device())
+    """Return (model, tokenizer), ready to be asked, as `load_weights` loads them. An adapter is merged into
+    its base's weights."""
+    model = load_weights(trained.base_path or trained.path, device)
     if trained.base_path:
         model = merge(model, trained)
     tokenizer = load_tokenizer(trained.path)
@@ -260,43 +199,9 @@ def load(trained: Trained, device: torch.device | None = None):
     return model, tokenizer
 
 
-def load_trained(name: str, revision: str | None = None, thinking: bool = True, device: torch.device | None = None):
+def load_trained(name: str, revision: str | None = None, thinking: bool = True):
     """Return (model, tokenizer) of what `find_trained` finds."""
-    return load(find_trained(name, revision, thinking), device)
-
-
-def read_base(path: str) -> tuple[str, str | None]:
-    """Return the name or folder, and the revision, of the base model that the adapter in `path` was made for."""
-    config = Path(path, ADAPTER_CONFIG)
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        base = settings["base_model_name_or_path"]
-        if not base or Path(base).is_absolute() and not Path(base).is_dir():
-            raise ValueError(f"找不到基础模型 {base}")
-        return base, None if Path(base).is_dir() else settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"错误：{config} 用不了（{first_line(error)}）；请放回基础模型，或重新运行 python train_lora.py"
-        ) from None
-
-
-def run_folder(path: str) -> Path:
-    """Return the output folder to which an adapter belongs: its own, or that of its checkpoint."""
-    return Path(path).parent if Path(path).name.startswith("checkpoint-") else Path(path)
-
-
-def check_base(path: str, base: str, base_path: str) -> None:
-    """Raise SystemExit when the weights in `base_path` are not those that the adapter in `path` was trained on, as far
-    as its run has a record of them."""
-    from parts.run import run_settings
-
-    expected = run_settings.read(run_folder(path)).get("model_sha256")
-    actual = checkpoints.weights_sha256(base_path) if expected else None
-    if actual != expected:
-        raise SystemExit(
-            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（权重的 SHA-256 应为 {expected}，现在是 {actual}）；"
-            "请放回原来的基础模型。"
-        )
+    return load(find_trained(name, revision, thinking))
 
 
 def merge(model, trained: Trained):
@@ -317,18 +222,149 @@ def merge(model, trained: Trained):
 def stop_tokens(model, tokenizer) -> list[int]:
     """Return the end of turn, and what the model's own settings name besides."""
     stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return [tokenizer.eos_token_id, *(token for token in stops if token not in (None, tokenizer.eos_token_id))]
+    others = stops if isinstance(stops, list) else [stops]
+    end = tokenizer.eos_token_id
+    return [end, *(token for token in others if token not in (None, end))]
 
 
 def settle_generation(model, tokenizer) -> None:
-    """Make the settings that are saved with `model` those with which it is asked here: a base model's would not stop at
-    the end of turn, and would think greedily, which loops."""
+    """Make the settings that are saved with `model` those with which it is asked here: a base model's would
+    not stop at the end of turn, and would think greedily, which loops."""
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id = stop_tokens(model, tokenizer), tokenizer.pad_token_id
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if not (settings.do_sample and settings.temperature):
-        settings.update(do_sample=True, **THINKING_SAMPLING)
-    for name, value in THINKING_SAMPLING.items():  # what is left out, each tool fills in as it likes
-        if getattr(settings, name) is None:
+    greedy = not (settings.do_sample and settings.temperature)
+    settings.do_sample = True
+    for name, value in THINKING_SAMPLING.items():
+        if greedy or getattr(settings, name) is None:  # what is left out, each tool fills in as it likes
             setattr(settings, name, value)
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a downloaded model is complete: what belongs beside the weights, all weight files that the
+    index names, each as long as its own header says, and no download that was cut off."""
+    try:
+        for name in weight_files(folder):
+            with safe_open(folder / name, "pt"):
+                pass
+        beside = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
+        return beside and not any(folder.rglob("*.incomplete"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return False
+
+
+def find_downloaded(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a model that an earlier command downloaded whole, in this revision; else None."""
+    scheme, repository, _ = hub.split(name)
+    folder = hub.HUBS[scheme]().find(repository, revision)
+    return folder if folder and is_whole(folder) else None
+
+
+def find_model(name: str, remedy: str, revision: str | None = None, to_train: bool = False) -> str:
+    """Return a folder as it is; else the folder into which a hub's client downloads the model `name`, or,
+    when the hub cannot be reached, an earlier command downloaded it whole. `remedy`: what else could be done
+    where that fails. A model that is `to_train` is refused before its weights come if `check_family` refuses
+    it."""
+    if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
+        check_folder(name, revision)
+        return str(Path(name).resolve())
+    on_hub = hub.split(name)
+    if not on_hub or on_hub.inside or name.startswith(OUTPUTS):
+        raise SystemExit(
+            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
+            f"{hub.forms(name)}"
+        )
+
+    def choose(names: list[str]) -> list[str]:
+        return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
+
+    look = partial(check_family, name=name) if to_train else None
+    try:
+        return str(hub.download(name, "model", remedy, choose, revision=revision, look=look)[0])
+    except hub.Unreachable:
+        folder = find_downloaded(name, revision)
+        if not folder:
+            raise
+    print(f"提示：连不上 {hub.HUBS[on_hub.scheme].title}，使用以前下载的模型 {name}：{folder}", flush=True)
+    return str(folder)
+
+
+def check_folder(name: str, revision: str | None) -> None:
+    """Raise SystemExit when a folder cannot be the model that is asked for."""
+    if revision:
+        raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
+    if Path(name, ADAPTER_CONFIG).is_file():
+        raise SystemExit(
+            f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
+            f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+        )
+    if hub.split(name) and not any(Path(name).glob("*.safetensors")):
+        raise SystemExit(
+            f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
+            "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
+        )
+
+
+def find_local(name: str) -> Path | None:
+    """Return the folder with the best weights below `name`, a training's folder or any model's; None where
+    `name` is a hub's."""
+    if os.path.isdir(name) or name.startswith(OUTPUTS):
+        return checkpoints.find_trained(name)
+    return None
+
+
+def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> Trained:
+    """Find what `load` loads. `name` is an output folder of a training, any folder with a model, an adapter
+    or a checkpoint, or a hub's name. `revision` is that of the hub's model, for a local adapter that of its
+    base.
+
+    Raises SystemExit for all that can be refused before the weights are read: a model that is not there, an
+    adapter whose base is another one than it was trained on, and a model that cannot be asked without
+    `thinking`.
+    """
+    adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
+    local = find_local(name) if adapter or not revision else None  # find_model says what a revision is for
+    path = str(local or find_model(name, "检查 --model_path", revision))
+    if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
+        raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
+    if not Path(path, ADAPTER_CONFIG).is_file():
+        return Trained(path)
+    base, trained_revision = read_base(path)
+    remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
+    base_path = find_model(base, remedy, revision if local and revision else trained_revision)
+    check_base(path, base, base_path)
+    return Trained(path, base, base_path)
+
+
+def read_base(path: str) -> tuple[str, str | None]:
+    """Return the name or folder, and the revision, of the base model of the adapter in `path`."""
+    config = Path(path, ADAPTER_CONFIG)
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        base = settings["base_model_name_or_path"]
+        if not base or Path(base).is_absolute() and not Path(base).is_dir():
+            raise ValueError(f"找不到基础模型 {base}")
+        return base, None if Path(base).is_dir() else settings.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"错误：{config} 用不了（{first_line(error)}）；请放回基础模型，或重新运行 python train_lora.py"
+        ) from None
+
+
+def run_folder(path: str) -> Path:
+    """Return the output folder to which an adapter belongs: its own, or that of its checkpoint."""
+    return Path(path).parent if Path(path).name.startswith("checkpoint-") else Path(path)
+
+
+def check_base(path: str, base: str, base_path: str) -> None:
+    """Raise SystemExit when the weights in `base_path` are not those on which the adapter in `path` was
+    trained, if its run has a record of them."""
+    from parts.run import run_settings
+
+    expected = run_settings.read(run_folder(path)).get("model_sha256")
+    actual = checkpoints.weights_sha256(base_path) if expected else None
+    if actual != expected:
+        raise SystemExit(
+            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（权重的 SHA-256 应为 {expected}，现在是 {actual}）；"
+            "请放回原来的基础模型。"
+        )

@@ -11,7 +11,7 @@ from threading import Event
 import transformers
 from rich.console import Console
 
-from parts.model import decoding, generate
+from parts.model import fused, generate
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 from parts.model.generate import Messages
 
@@ -68,7 +68,7 @@ class Conversation:
         self.worker = ThreadPoolExecutor(1)
         transformers.set_seed(seed)
         if fast_kernels and model.device.type == "cuda":
-            decoding.fuse_norms(model)
+            fused.fuse_norms(model)
 
     def stream(self, messages: Messages) -> Iterator[Reply]:
         """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends early where

@@ -232,8 +232,7 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
     SystemExit, before any is answered, for a question that is too long."""
     from rich.progress import Progress
 
-    from parts.model.decoding import CACHE_STEP
-    from parts.model.generate import room_in_memory
+    from parts.model.generate import CACHE_STEP, room_in_memory
 
     missing, console = candidate.missing(), conversation.console
     known = len(rows) - len(missing)

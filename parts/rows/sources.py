@@ -105,7 +105,7 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
         if revision:
             raise SystemExit(f"错误：--revision {revision} 只用于 hub 上的数据集，而 {dataset} 是本地文件。")
         return {"": row_files.read_bytes(Path(dataset))}
-    if not hub.is_name(dataset):
+    if not hub.split(dataset):
         raise SystemExit(
             f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
             f"{hub.forms(dataset)}"

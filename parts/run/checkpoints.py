@@ -1,7 +1,6 @@
 """A checkpoint: whole or damaged, sealed with a manifest, found again, and whether the disk has room for it. Knows the
 files of an output folder, not the training that writes them; imports no heavy library."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,24 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
-from parts.terminal import first_line, show_progress
+from parts.terminal import first_line, sha256
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's
 FINISHED_MARK = "trainer_state.json"  # Trainer's state: in each checkpoint, and in the folder once all else is written
 RUN_FILE = "run.json"  # written into the output folder first: the settings of the run
 MANIFEST = "manifest.json"  # written into a checkpoint last: {file: [bytes, sha256]}
-
-
-def sha256(*paths: str | Path) -> str:
-    """Of the files' contents, one after another."""
-    digest = hashlib.sha256()
-    with show_progress("SHA-256", sum(Path(path).stat().st_size for path in paths)) as progress:
-        for path in paths:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-                    progress.update(len(block))
-    return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -4,9 +4,9 @@ that would continue it."""
 import json
 from pathlib import Path
 
-from parts.model import weights as models
+from parts.model import weights
 from parts.run import checkpoints
-from parts.terminal import first_line
+from parts.terminal import first_line, sha256
 
 # What decides the weights. Logging, samples, patience and what only saves memory may change while continuing; so may
 # --fast_kernels, a way on where one fails: they were seen to agree.
@@ -23,9 +23,9 @@ def collect(args, model_path: str, system_prompt: str) -> dict[str, object]:
     values = values_of(args, [*SETTINGS, *(LORA_SETTINGS if args.trains_adapter else [])])
     values["model_sha256"] = checkpoints.weights_sha256(model_path)
     values["examples_per_step"] = args.examples_per_step
-    values["system_prompt"], values["dtype"] = system_prompt, str(models.best_dtype(args.device))
+    values["system_prompt"], values["dtype"] = system_prompt, str(weights.best_dtype(args.device))
     for file in (args.train_file, args.val_file):
-        values[f"{file} (sha256)"] = checkpoints.sha256(file)
+        values[f"{file} (sha256)"] = sha256(file)
     return json.loads(json.dumps(values))
 
 

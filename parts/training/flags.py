@@ -130,7 +130,7 @@ def add_flag(group, flag: Flag, default: object) -> None:
     elif flag.kind is list:
         options |= {"nargs": "+", "metavar": "NAME"}
     else:
-        options |= {"type": terminal.number(flag.kind) if flag.kind in (int, float) else str}
+        options |= {"type": flag.kind}
     group.add_argument(f"--{flag.name}", **options)
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from parts.model import generate as replies
+from parts.model import generate
 from parts.rows.row import Row
 from parts.run import tracking
 from parts.terminal import is_out_of_memory
@@ -24,7 +24,7 @@ def answer(model, tokenizer, rows: list[Row], to_messages, tokens: int, stop=Non
     # Under --full_determinism top-p's sums would raise: on CUDA torch has no order for them.
     torch.use_deterministic_algorithms(False)
     try:
-        batch = replies.generate(model, tokenizer, conversations, tokens, thinking, stop=stop)
+        batch = generate.generate(model, tokenizer, conversations, tokens, thinking, stop=stop)
     finally:
         torch.use_deterministic_algorithms(exact)
 

@@ -42,9 +42,9 @@ def prepare(folder: str) -> None:
 
 def tokenize(folder: str) -> None:
     import data
-    from parts.model import weights as models
+    from parts.model import weights
 
-    tokenizer = models.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
+    tokenizer = weights.load_tokenizer(f"{folder}/model" if Path(folder, "model").is_dir() else sys.argv[3])
     started = time.perf_counter()
     dataset = data.load_dataset(f"{folder}/train.jsonl", tokenizer, max_length=10**6)
     seconds = time.perf_counter() - started

@@ -39,13 +39,13 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     """Seconds of the first and the timed run, steps a second, seconds of a capture, peak GB of one arm."""
     import torch
 
-    from parts.model import decoding
+    from parts.model import fused, generate
 
-    rows, ours, fused = ARMS[name]
+    rows, ours, fuse = ARMS[name]
     model = build_model(small).eval()
     device = model.device
-    if fused:
-        decoding.fuse_norms(model)
+    if fuse:
+        fused.fuse_norms(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 150_000, (rows, PROMPT_TOKENS), generator=generator).to(device)
 
@@ -56,7 +56,7 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             pad_token_id=0,  # and no stop token: every reply is as long
-            custom_generate=decoding.decode if ours else None,
+            custom_generate=generate.decode if ours else None,
             **SAMPLING,
         )
         assert output.shape == (rows, PROMPT_TOKENS + tokens), output.shape
@@ -74,10 +74,10 @@ def capture_seconds(model, ids) -> float:
     """Seconds that it takes to capture one step; fails when it cannot be captured."""
     import torch
 
-    from parts.model import decoding
+    from parts.model import generate
 
-    decoder = decoding.Decoder(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
-    for _ in range(decoding.WARM_UP):
+    decoder = generate.Decoder(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
+    for _ in range(generate.WARM_UP):
         decoder.advance(ids[:, 0])
     torch.cuda.synchronize()
     begin = time.perf_counter()

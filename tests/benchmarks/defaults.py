@@ -79,13 +79,13 @@ def leaks(trainer, questions: list[str], tokens: int, seed: int) -> tuple[dict[s
     import transformers
 
     import data
-    from parts.model import generate as replies
+    from parts.model import generate
     from parts.rows import traces
 
     transformers.set_seed(seed)
     shares, seen = {kind: [0.0] * len(questions) for kind in [*traces.KINDS, "explicit"]}, []
     conversations = [data.to_messages(question) for question in questions] * REPLIES
-    answered = replies.generate(trainer.model, trainer.processing_class, conversations, tokens)
+    answered = generate.generate(trainer.model, trainer.processing_class, conversations, tokens)
     for place, (question, reply) in enumerate(zip(questions * REPLIES, answered)):
         found = traces.find(reply.thinking, question, reply.answer)
         seen += [f"{each.kind}: {reply.thinking[max(each.start - 12, 0) : each.end + 12]}" for each in found]

@@ -83,9 +83,9 @@ def plan_only(cap: float) -> None:
     import train_lora
     from parts.machine import memory
     from parts.machine import plan as memory_plan
-    from parts.model import weights as models
+    from parts.model.weights import quiet_libraries
 
-    models.quiet_libraries()
+    quiet_libraries()
     for kind, (script, _) in KINDS.items():
         make = train_lora.arguments if script == "train_lora" else train.arguments
         args = card_arguments(make, memory_gb=cap)

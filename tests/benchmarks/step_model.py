@@ -405,10 +405,10 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
     """One step of generate, sampled as Qwen3 wants it: the mean of the last 16 of 32, at a cache of 512."""
     from decode_speed import SAMPLING
 
-    from parts.model import decoding
+    from parts.model import fused, generate
 
     trace, counts = Tracer(), []
-    plain_forward = decoding.Decoder.forward
+    plain_forward = generate.Decoder.forward
 
     def forward(decoder, *args):
         trace.replayed = decoder.used > CACHE - 2 * STEPS  # after the prompt
@@ -417,16 +417,16 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
         finally:
             trace.replayed = False
 
-    with tracing(trace), mock.patch.object(decoding.Decoder, "forward", forward), torch.no_grad():
+    with tracing(trace), mock.patch.object(generate.Decoder, "forward", forward), torch.no_grad():
         model = build_model(small, "meta").eval()
         if our_own:
-            decoding.fuse_norms(model)
+            fused.fuse_norms(model)
         ids = torch.zeros(rows, CACHE - 2 * STEPS, dtype=torch.long, device="meta")
         for tokens in (STEPS, 2 * STEPS):
             trace.ops.clear()
             trace.left = tokens
             options = {"max_new_tokens": tokens, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-            model.generate(ids, custom_generate=decoding.decode if our_own else None, **options, **SAMPLING)
+            model.generate(ids, custom_generate=generate.decode if our_own else None, **options, **SAMPLING)
             counts.append(trace.ops.copy())
     mean = {op: number / STEPS for op, number in (counts[1] - counts[0]).items()}
     return Counter(mean | ({Op("replay of the graph"): 1} if our_own else {}))

@@ -85,14 +85,14 @@ def draw_examples(count: int, first: tuple = ()):
 def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
     import train
     import train_lora
-    from parts.model import weights as models
+    from parts.model import weights
 
     if compiled := "compile" in flags:
         flags = {}
         sys.modules["liger_kernel"] = None  # as if it were not installed
     make = train_lora.arguments if script == "train_lora" else train.arguments
     args = make(eval_steps=NEVER, **common, **flags)
-    model = models.load_weights(folder, args.device, flags.get("load_in_4bit", False))
+    model = weights.load_weights(folder, args.device, flags.get("load_in_4bit", False))
     model = train_lora.add_adapter(model, args) if script == "train_lora" else model
     trainer = train.build_trainer(args, model, None, examples, examples)
     for layer in model.model.layers if compiled else ():

@@ -4,7 +4,7 @@ import pytest
 from helpers import contents, run_script
 
 from parts.machine import check as diagnosis
-from parts.machine import proof
+from parts.model import fused
 
 
 def test_it_tries_what_is_here(workspace, tiny_model):
@@ -43,7 +43,7 @@ def test_a_shape_that_is_not_known_is_said(folder):
 def test_it_fails_when_something_that_should_run_does_not(workspace, tiny_model, monkeypatch, capsys, expected, status):
     import train
 
-    verdict = proof.Verdict(False, "与普通算子相差 9.0%", expected)
+    verdict = fused.Verdict(False, "与普通算子相差 9.0%", expected)
     monkeypatch.setattr(diagnosis, "verdicts_of", lambda trainer: {"融合算子 Liger": verdict})
     args = train.arguments(model_name=str(tiny_model), check=True, report_to="none")
     if status:

@@ -10,7 +10,7 @@ import torch
 from helpers import SMALL, build_model, build_trainer
 
 from parts.machine import kernels, proof
-from parts.model import weights as models
+from parts.model import fused, weights
 from parts.training import packing
 
 LENGTHS = (37, 91)
@@ -31,7 +31,7 @@ def test_kernels_that_do_not_run_here_are_not_chosen_and_the_reason_is_said(work
 @pytest.fixture
 def probe(tiny_model):
     """The small model on which kernels are tried."""
-    return kernels.shrink(models.load_weights(str(tiny_model), torch.device("cpu")))
+    return kernels.shrink(weights.load_weights(str(tiny_model), torch.device("cpu")))
 
 
 def test_the_layer_is_tried_with_all_its_gradients(probe):
@@ -44,10 +44,10 @@ def test_norms_of_keys_are_tried_at_the_rows_at_which_liger_changes_its_kernel()
 
 def test_a_kernel_that_fails_is_found_out(probe):
     """torch's kernel for packed batches has no CPU form: as on a GPU without it."""
-    plain, failed = (proof.attempt(kernels.outcome, probe, starts, LENGTHS) for starts in (False, True))
+    plain, failed = (fused.attempt(kernels.outcome, probe, starts, LENGTHS) for starts in (False, True))
     assert isinstance(failed, Exception)
     for pair in ((plain, failed), (failed, plain)):
-        assert proof.compare(*pair) == (False, proof.reason(failed), True)
+        assert fused.compare(*pair) == (False, fused.reason(failed), True)
 
 
 def exact_attention(query, key, value, is_causal, scale, enable_gqa):
@@ -70,7 +70,7 @@ def test_a_correct_kernel_that_rounds_otherwise_is_used(monkeypatch, seed):
     plain = kernels.outcome(probe, lengths=LENGTHS)
     monkeypatch.setattr(packing, "scaled_dot_product_attention", exact_attention)
     found = kernels.outcome(probe, lengths=LENGTHS)
-    assert not all(map(torch.equal, plain, found)) and proof.compare(plain, found).runs
+    assert not all(map(torch.equal, plain, found)) and fused.compare(plain, found).runs
 
 
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="Liger is for Linux")

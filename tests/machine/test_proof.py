@@ -7,6 +7,7 @@ import torch
 from helpers import build_trainer
 
 from parts.machine import proof
+from parts.model import fused
 from parts.training import loss, optimizers
 
 CPU = torch.device("cpu")
@@ -19,9 +20,9 @@ def plain() -> list[torch.Tensor]:
 
 
 def test_what_differs_by_rounding_alone_agrees(plain):
-    assert proof.compare(plain, [tensor * (1 + 1e-3) for tensor in plain]) == (True, "与普通算子相差 0.1%", True)
+    assert fused.compare(plain, [tensor * (1 + 1e-3) for tensor in plain]) == (True, "与普通算子相差 0.1%", True)
     zeros = [torch.zeros(3)] * 2
-    assert proof.compare(zeros, zeros).runs  # 0/0
+    assert fused.compare(zeros, zeros).runs  # 0/0
 
 
 @pytest.mark.parametrize("place", [0, 2, -1])
@@ -29,12 +30,12 @@ def test_what_differs_by_rounding_alone_agrees(plain):
 def test_a_difference_anywhere_is_found_out(plain, place, factor, reason):
     fast = [tensor.clone() for tensor in plain]
     fast[place] = fast[place] * factor
-    assert proof.compare(plain, fast) == (False, reason, True)
+    assert fused.compare(plain, fast) == (False, reason, True)
 
 
 def test_a_missing_compiler_is_named():
     error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-    assert proof.compare([], error) == (False, proof.COMPILER, True)
+    assert fused.compare([], error) == (False, fused.COMPILER, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +48,7 @@ def test_the_loss_is_that_of_all_logits(dtype, monkeypatch):
 
 
 def test_a_loss_that_is_wrong_here_stops_the_command(workspace, tiny_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(proof, "try_loss", lambda *_: proof.Verdict(False, "与普通算子相差 7.0%"))
+    monkeypatch.setattr(proof, "try_loss", lambda *_: fused.Verdict(False, "与普通算子相差 7.0%"))
     with pytest.raises(SystemExit, match="^错误：损失在这里算不对（与普通算子相差 7.0%）；"):
         build_trainer(tiny_model, tokenizer)
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from parts.machine import plan as memory_plan
 from parts.machine import proof, rehearsal
+from parts.model import fused
 from parts.training import safe_trainer
 
 
@@ -158,13 +159,13 @@ def test_a_run_that_continues_changes_only_what_leaves_the_weights(workspace, ti
 def test_plans_whose_optimizer_does_not_run_here_are_left_out(workspace, tiny_model, tokenizer, monkeypatch, capsys):
     """As where torchao is installed, but no compiler."""
     trainer = build_trainer(tiny_model, tokenizer)
-    monkeypatch.setattr(proof, "try_step", lambda name, device: proof.Verdict(False, proof.COMPILER))
+    monkeypatch.setattr(proof, "try_step", lambda name, device: fused.Verdict(False, fused.COMPILER))
     kahan = trainer.plan._replace(optimizer="kahan")
     eight = [trainer.plan._replace(optimizer=name) for name in ("8bit", "8bit_in_backward")]
     rehearsal.settle(trainer, [*eight, kahan])
     assert trainer.plan == kahan
-    assert capsys.readouterr().out.count(f"不用 8 位优化器：{proof.COMPILER}。") == 1
-    message = f"放得下的方案都要 8 位优化器（8bit），它在这里用不了：{proof.COMPILER}。"
+    assert capsys.readouterr().out.count(f"不用 8 位优化器：{fused.COMPILER}。") == 1
+    message = f"放得下的方案都要 8 位优化器（8bit），它在这里用不了：{fused.COMPILER}。"
     refused(message, rehearsal.settle, trainer, eight)
 
 

@@ -14,8 +14,7 @@ from helpers import opening
 
 import data
 import inference_lora
-from parts.model import export as modelfile
-from parts.model import system_prompt
+from parts.model import encoding, export
 
 # Ollama hands these values over; its templates, too, are Go's own text/template.
 RENDERER = """
@@ -39,7 +38,7 @@ CONVERSATIONS = [[USER], [SYSTEM, USER], [SYSTEM, USER, REPLY, USER, REPLY, ("us
 def test_it_says_what_was_trained(finished):
     text = Path("full/Modelfile").read_text(encoding="utf-8")
     saved = transformers.GenerationConfig.from_pretrained("full")
-    assert "FROM ./model.gguf\n" in text and f'TEMPLATE """{modelfile.TEMPLATE}"""\n' in text
+    assert "FROM ./model.gguf\n" in text and f'TEMPLATE """{export.TEMPLATE}"""\n' in text
     assert f'SYSTEM """{data.SYSTEM_PROMPT}"""\n' in text
     assert re.findall("PARAMETER (.*)", text) == [
         *('stop "<|im_end|>"', 'stop "<|endoftext|>"'),
@@ -53,25 +52,25 @@ def test_it_says_what_was_trained(finished):
 def test_a_model_that_ollama_would_ask_otherwise_gets_none(folder, tokenizer, capsys):
     config = transformers.GenerationConfig(eos_token_id=[0], temperature=0.6)
     text = '第一行 "引号"\n\t第二行 # 不是注释 {{ .System }} "'
-    modelfile.write(".", system_prompt.with_default(tokenizer, text), config)
+    export.write_modelfile(".", encoding.with_system(tokenizer, text), config)
     assert f'\nSYSTEM """{text}"""\n' in Path("Modelfile").read_text(encoding="utf-8")
-    other = system_prompt.with_default(tokenizer, "系统")
+    other = encoding.with_system(tokenizer, "系统")
     other.chat_template = opening(other.chat_template)
     for model, reason in (
-        (system_prompt.with_default(tokenizer, '说"""三个引号"""'), "系统提示词里有 Modelfile 写不了的字符"),
-        (system_prompt.with_default(tokenizer, "零宽\u200b空格"), "系统提示词里有 Modelfile 写不了的字符"),
+        (encoding.with_system(tokenizer, '说"""三个引号"""'), "系统提示词里有 Modelfile 写不了的字符"),
+        (encoding.with_system(tokenizer, "零宽\u200b空格"), "系统提示词里有 Modelfile 写不了的字符"),
         (other, "它的对话模板与 Qwen3 的不同"),
     ):
         Path("Modelfile").write_text("of an earlier training")
-        modelfile.write(".", model, config)
+        export.write_modelfile(".", model, config)
         assert not Path("Modelfile").exists() and reason in capsys.readouterr().out
-    modelfile.write(".", tokenizer, config)
+    export.write_modelfile(".", tokenizer, config)
     assert "SYSTEM" not in Path("Modelfile").read_text(encoding="utf-8")
 
 
 def test_the_tags_of_thinking_are_where_ollama_looks_for_them():
     """It takes the first and the last text of the branch around {{ .Thinking }}."""
-    [branch] = re.findall(r"\{\{ if and \.Thinking [^}]*\}\}(.*?)\{\{ end \}\}", modelfile.TEMPLATE, re.S)
+    [branch] = re.findall(r"\{\{ if and \.Thinking [^}]*\}\}(.*?)\{\{ end \}\}", export.TEMPLATE, re.S)
     assert [text.strip() for text in branch.split("{{ .Thinking }}")] == ["<think>", "</think>"]
 
 
@@ -88,6 +87,6 @@ def test_go_makes_of_it_what_the_tokenizers_template_makes(folder, any_tokenizer
             asked = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": think is not False}
             expected.append(any_tokenizer.apply_chat_template(messages, **asked))
     Path("render.go").write_text(RENDERER, encoding="utf-8")
-    given = json.dumps({"Template": modelfile.TEMPLATE, "Values": values})
+    given = json.dumps({"Template": export.TEMPLATE, "Values": values})
     ran = subprocess.run(["go", "run", "render.go"], input=given, capture_output=True, encoding="utf-8", check=True)
     assert ran.stdout.split("\0")[:-1] == expected

@@ -13,7 +13,7 @@ import transformers
 from helpers import load_attentive, prepared, run
 
 import inference_lora
-from parts.model import older_readers
+from parts.model import export
 
 TRANSFORMERS_4 = os.environ.get("TRANSFORMERS_4")
 READER = """
@@ -95,7 +95,7 @@ def test_what_older_readers_look_for_is_there(trained, folder):
 def test_transformers_5_reads_the_same_as_before(tmp_path, tokenizer):
     rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}
     config, read = transformers.Qwen3Config(rope_parameters=rope, dtype="bfloat16"), []
-    for include in (lambda folder: None, older_readers.include):
+    for include in (lambda folder: None, export.translate):
         config.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         include(tmp_path)

@@ -3,8 +3,7 @@
 import pytest
 
 import data
-from parts.model import encoding, system_prompt
-from parts.model import weights as models
+from parts.model import encoding, weights
 
 EARLIER = [["头痛，怎么办？", "您好。\n\n先休息。"], ["还痛。", "多久了？"]]
 
@@ -14,13 +13,13 @@ EARLIER = [["头痛，怎么办？", "您好。\n\n先休息。"], ["还痛。",
     [data.SYSTEM_PROMPT, "", "两\n行\r\t\\n", "\"引'号'\"", "{{ messages }}{% endif %}{#", "\\u4f60 é 😀 \u2028"],
 )
 def test_the_default_is_in_the_template(any_tokenizer, tmp_path, system):
-    given = system_prompt.with_default(any_tokenizer, "之前的")
-    tokenizer = system_prompt.with_default(given, system)
-    assert [system_prompt.default(each) for each in (any_tokenizer, given, tokenizer)] == [None, "之前的", system]
+    given = encoding.with_system(any_tokenizer, "之前的")
+    tokenizer = encoding.with_system(given, system)
+    assert [encoding.default_system(each) for each in (any_tokenizer, given, tokenizer)] == [None, "之前的", system]
     assert tokenizer.chat_template.count("set messages = ") == 1
     tokenizer.save_pretrained(tmp_path)
-    saved = models.load_tokenizer(str(tmp_path))
-    assert system_prompt.default(saved) == system
+    saved = weights.load_tokenizer(str(tmp_path))
+    assert encoding.default_system(saved) == system
     trained = data.to_messages("问", history=EARLIER, system=system)
     expected = any_tokenizer.apply_chat_template(trained, tokenize=False, add_generation_prompt=True)
     for messages in (trained, trained[1:]):  # one who sends a system message is obeyed

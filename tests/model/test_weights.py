@@ -14,7 +14,7 @@ from helpers import arguments, refused
 import data
 import train
 from parts.model import encoding
-from parts.model import weights as models
+from parts.model.weights import best_dtype, load_tokenizer, load_trained, load_weights, shape_of
 
 MODEL = "{} 里的模型无法读取（{}）；请重新下载或重新训练。"
 TOKENIZER = "{} 里的分词器无法读取（{}）；请重新下载或换一个模型。"
@@ -57,7 +57,7 @@ def test_model_that_cannot_be_asked(tiny_model, tmp_path, monkeypatch, file, con
     Path("bad", file).unlink()
     if content is not None:
         Path("bad", file).write_bytes(content)
-    refused(message.format("bad", "~"), models.load_trained, "bad")
+    refused(message.format("bad", "~"), load_trained, "bad")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_model_that_is_not_there(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
     Path("a_folder").mkdir()
-    refused(message.format(name), models.load_trained, name)
+    refused(message.format(name), load_trained, name)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
@@ -89,7 +89,7 @@ def test_model_that_cannot_be_trained(workspace, tiny_model, file):
 def test_folder_that_holds_no_tokenizer_cannot_be_trained(folder, tiny_model):
     Path("bad").mkdir()
     shutil.copy(tiny_model / "config.json", "bad")
-    refused(NO_TOKENIZER.format("bad"), models.load_tokenizer, "bad")
+    refused(NO_TOKENIZER.format("bad"), load_tokenizer, "bad")
 
 
 def change_tokens(folder: Path, old: str, new: str | None, **settings) -> Path:
@@ -104,14 +104,14 @@ def change_tokens(folder: Path, old: str, new: str | None, **settings) -> Path:
 def test_turns_that_end_otherwise(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "base")
     path = change_tokens(tmp_path / "base", "<|im_end|>", "<|eot|>", eos_token="<|eot|>")
-    refused(NO_END.format(path), models.load_tokenizer, str(path))
+    refused(NO_END.format(path), load_tokenizer, str(path))
 
 
 @pytest.mark.parametrize(("there", "padding"), [("<|endoftext|>", "<|endoftext|>"), ("<|other|>", "<|im_end|>")])
 def test_tokenizer_that_names_no_padding(tiny_model, tmp_path, there, padding):
     shutil.copytree(tiny_model, tmp_path / "base")
     path = change_tokens(tmp_path / "base", "<|endoftext|>", there, pad_token=None)
-    assert models.load_tokenizer(str(path)).pad_token == padding
+    assert load_tokenizer(str(path)).pad_token == padding
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_tokenizer_that_names_no_padding(tiny_model, tmp_path, there, padding):
 def test_shapes_have_as_many_parameters_as_published(name, billions, inside):
     """Of all, and of all but the embeddings."""
     with torch.device("meta"):
-        model = transformers.Qwen3ForCausalLM(models.shape_of(name))
+        model = transformers.Qwen3ForCausalLM(shape_of(name))
     ends = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.05)
     rest = model.num_parameters() - sum(weight.numel() for weight in ends.values())
@@ -140,7 +140,7 @@ def test_model_that_ends_its_turn_with_another_token(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "base")
     config = tmp_path / "base" / "tokenizer_config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"<|im_end|>"', '"<|endoftext|>"'), encoding="utf-8")
-    tokenizer = models.load_tokenizer(str(tmp_path / "base"))
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
     example = encoding.encode_example(tokenizer, data.to_messages("问", "想", "答"))
     assert tokenizer.decode(example["labels"][-1]) == "<|im_end|>" == tokenizer.eos_token
 
@@ -169,7 +169,7 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_
     if weights:
         Path("bin", weights).write_bytes(pickle.dumps(Bomb()))
     message = "bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
-    refused(message, models.load_trained, "bin")
+    refused(message, load_trained, "bin")
     assert not Path("exploded").exists()
 
 
@@ -179,11 +179,11 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_
 )
 def test_other_devices_compute_in_bfloat16_where_they_can(monkeypatch, kind, macos_14, dtype):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: macos_14 and version == (14, 0))
-    assert models.best_dtype(SimpleNamespace(type=kind)) == dtype
+    assert best_dtype(SimpleNamespace(type=kind)) == dtype
 
 
 def test_attention_is_not_left_to_cudnn(tiny_model):
     """It would plan anew for nearly each batch."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    models.load_weights(str(tiny_model), torch.device("cpu"))
+    load_weights(str(tiny_model), torch.device("cpu"))
     assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -13,16 +13,14 @@ from rich.console import Console
 
 import data
 import inference
-from parts.model import decoding, system_prompt
-from parts.model import generate as replies
-from parts.model import weights as models
+from parts.model import encoding, fused, weights
 from parts.model.encoding import encode_messages
 from parts.replies.conversation import Conversation, ReplyStreamer
 
 
 @pytest.fixture
 def model(tiny_model):
-    return models.load_weights(str(tiny_model), torch.device("cpu"))
+    return weights.load_weights(str(tiny_model), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
     """It would think in circles; and it is compared with its tuned self."""
     shutil.copytree(tiny_model, tmp_path / "base")
     (tmp_path / "base/generation_config.json").write_text('{"do_sample": false, "eos_token_id": 0}', encoding="utf-8")
-    model, tokenizer = models.load_trained(str(tmp_path / "base"))
+    model, tokenizer = weights.load_trained(str(tmp_path / "base"))
     found = model.generation_config
     assert (found.do_sample, found.temperature, found.top_p, found.top_k) == (True, 0.6, 0.95, 20)
     assert found.eos_token_id == [tokenizer.eos_token_id, 0]
@@ -115,7 +113,7 @@ def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, to
         seen.append(kwargs["input_ids"][0].tolist())
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    for tokens in (tokenizer, system_prompt.with_default(tokenizer, "另一个")):
+    for tokens in (tokenizer, encoding.with_system(tokenizer, "另一个")):
         inference.ask(args, inference.begin(args, model, tokens))
     asked = [data.to_messages("头痛？", system=system) for system in (data.SYSTEM_PROMPT, "另一个")]
     assert seen == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
@@ -125,14 +123,14 @@ def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, to
 def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished, name):
     template = Path(name, "chat_template.jinja")
     template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
-    refused(f"{name} 的对话模板不能关闭思考；请去掉 --no_thinking，~", models.load_trained, name, thinking=False)
+    refused(f"{name} 的对话模板不能关闭思考；请去掉 --no_thinking，~", weights.load_trained, name, thinking=False)
 
 
 def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
     """Without it no layer is another one, and the loop is transformers'."""
     used = []
-    monkeypatch.setattr(decoding, "fuse_norms", lambda model: used.append("norms"))
-    monkeypatch.setattr(replies, "fast_loop", lambda *_: used.append("loop"))
+    monkeypatch.setattr(fused, "fuse_norms", lambda model: used.append("norms"))
+    monkeypatch.setattr("parts.model.generate.fast_loop", lambda *_: used.append("loop"))
     for fast in (True, False):
         Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast).ask("头痛？")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where norms are fused

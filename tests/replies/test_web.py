@@ -14,7 +14,7 @@ from helpers import Started, free_port, recite, refused
 
 import data
 import inference
-from parts.model import weights as models
+from parts.model import weights
 from parts.model.encoding import encode_messages
 from parts.replies import web
 from parts.replies.conversation import Conversation
@@ -63,7 +63,7 @@ def visit(browser, tiny_model, tokenizer):
     opened = []
 
     def start(*replies: str, max_new_tokens: int = 2048) -> Visitor:
-        model = models.load_weights(str(tiny_model), torch.device("cpu"))
+        model = weights.load_weights(str(tiny_model), torch.device("cpu"))
         conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens, seed=42)
         prompts = recite(model, tokenizer, [*replies], pause=0.03)
         page = web.Page(conversation, "错误：显存不足。")

@@ -24,7 +24,6 @@ from helpers import (
 
 import data
 import train
-from parts.model import weights as models
 from parts.run import checkpoints
 from parts.run import folder as output_folder
 
@@ -140,7 +139,7 @@ def test_other_weights_and_another_precision_do_not_continue_a_run(interrupted, 
     with pytest.raises(SystemExit, match=f"别的设置：model_sha256 {before} -> {checkpoints.weights_sha256('base')}；"):
         run_steps("base", output_dir="full")
     shutil.copy(tiny_model / "model.safetensors", "base")
-    monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("parts.model.weights.best_dtype", lambda device: torch.bfloat16)
     with pytest.raises(SystemExit, match="dtype torch.float32 -> torch.bfloat16"):
         run_steps("base", output_dir="full")
 

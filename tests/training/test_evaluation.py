@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from helpers import as_jsonl, build_trainer, make_row, run
 
 import data
-from parts.model import encoding
-from parts.model import weights as models
+from parts.model import encoding, weights
 from parts.training import evaluation
 
 X = encoding.IGNORE_INDEX
@@ -25,7 +24,7 @@ def val_rows() -> list[dict]:
 
 def expected(tiny_model, tokenizer) -> dict[str, float]:
     """The losses, from whole logits of one row at a time, split where its text says."""
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = weights.load_weights(str(tiny_model), torch.device("cpu"))
     means, parts = [], {"think": [], "answer": []}
     for row in val_rows():
         example = encoding.encode_example(tokenizer, data.to_messages(**row))

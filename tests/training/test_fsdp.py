@@ -19,8 +19,8 @@ import train
 import train_lora
 from parts.machine import memory
 from parts.machine import plan as memory_plan
-from parts.model import weights as models
 from parts.model.encoding import IGNORE_INDEX
+from parts.model.weights import load_weights
 from parts.run import checkpoints
 from parts.training import flags as flags_of
 from parts.training import optimizers, sharding
@@ -50,7 +50,7 @@ def make_trainer(model_path, **changes):
     import datasets
 
     args = helpers.arguments(model_path, output_dir="trainer", fsdp="WORLD_SIZE" in os.environ, **changes)
-    model = models.load_weights(str(model_path), args.device, on_cpu=args.fsdp)
+    model = load_weights(str(model_path), args.device, on_cpu=args.fsdp)
     dataset = datasets.Dataset.from_list(helpers.examples())
     return train.build_trainer(args, model, None, dataset, dataset)
 
@@ -165,7 +165,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
 def test_gradients_and_evaluations_are_those_of_one_process(folder, tiny_model, tied):
     """The gathered output layer's too, where it is the embedding and where it is not."""
     if not tied:
-        model = models.load_weights(str(tiny_model), CPU)
+        model = load_weights(str(tiny_model), CPU)
         model.config.tie_word_embeddings = False
         shutil.copytree(tiny_model, "untied")
         type(model)(model.config).save_pretrained("untied")
@@ -266,8 +266,8 @@ def test_what_does_not_go_with_a_cut_model_is_refused(monkeypatch):
 
 def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model):
     card = torch.device("meta")  # stands for a GPU
-    assert models.load_weights(str(tiny_model), card).device == card
-    assert models.load_weights(str(tiny_model), card, on_cpu=True).device == CPU
+    assert load_weights(str(tiny_model), card).device == card
+    assert load_weights(str(tiny_model), card, on_cpu=True).device == CPU
 
 
 @pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)

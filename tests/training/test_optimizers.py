@@ -12,7 +12,7 @@ from helpers import At, build_trainer, losses, run, same, terminate, weights
 
 import train
 from parts.machine import plan as memory_plan
-from parts.model import weights as models
+from parts.model.weights import load_weights
 from parts.training import samples
 
 STEPS = 36
@@ -138,7 +138,7 @@ def test_gradients_do_not_outlive_their_own_step(workspace, tiny_model, tokenize
 
 @needs_torchao
 def test_training_with_steps_in_the_backward_pass_continues_and_frees_its_memory(workspace, tiny_model, monkeypatch):
-    monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("parts.model.weights.best_dtype", lambda device: torch.bfloat16)
     changes = {"optimizer": "8bit_in_backward", "max_steps": 6, "eval_steps": 2}
     with pytest.raises(SystemExit, match="143"):
         run(tiny_model, callbacks=[At(3, terminate)], **changes)
@@ -155,7 +155,7 @@ def test_training_with_steps_in_the_backward_pass_continues_and_frees_its_memory
 
 @needs_torchao
 def test_samples_leave_steps_in_the_backward_pass_as_they_are(workspace, tiny_model, monkeypatch):
-    monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("parts.model.weights.best_dtype", lambda device: torch.bfloat16)
     logged = []
     monkeypatch.setattr(samples.tracking, "log_texts", lambda args, name, *_: logged.append(name))
     changes = {"optimizer": "8bit_in_backward", "learning_rate": 1e-3}
@@ -168,7 +168,7 @@ def test_samples_leave_steps_in_the_backward_pass_as_they_are(workspace, tiny_mo
 def test_several_processes_cannot_step_in_the_backward_pass(workspace, tiny_model, monkeypatch):
     """Each would step on its own gradients, before they are added up."""
     args = train.arguments(report_to="none", optimizer="8bit_in_backward")
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = load_weights(str(tiny_model), torch.device("cpu"))
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(SystemExit, match="只用一张 GPU"):
         memory_plan.choose(args, model, [100] * 8, False, 1e9)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from helpers import LENGTHS, examples
 
-from parts.model import encoding
-from parts.model import weights as models
+from parts.model import encoding, weights
 from parts.training import packing
 
 
@@ -26,7 +25,7 @@ def test_collator_packs_without_padding():
 
 
 def test_packed_hidden_states_are_those_of_each_example_alone(tiny_model):
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = weights.load_weights(str(tiny_model), torch.device("cpu"))
     rows = examples()
     alone = [
         model.get_decoder()(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).last_hidden_state[0]
@@ -38,7 +37,7 @@ def test_packed_hidden_states_are_those_of_each_example_alone(tiny_model):
 
 def test_no_example_of_a_batch_sees_another_or_what_comes_later(tiny_model):
     """One token of the second example is changed: only that example, from there on, may change."""
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = weights.load_weights(str(tiny_model), torch.device("cpu"))
     before = packing.PackedCollator()(examples())
     after = packing.PackedCollator()(examples())
     place = LENGTHS[0] + 10
@@ -87,7 +86,7 @@ def test_starts_that_are_not_those_of_the_batch_are_refused():
 
 
 def test_padding_is_refused_rather_than_read(tiny_model):
-    model = models.load_weights(str(tiny_model), torch.device("cpu"))
+    model = weights.load_weights(str(tiny_model), torch.device("cpu"))
     batch = packing.PackedCollator()(examples())
     with pytest.raises(AssertionError):
         packed(model, batch | {"lengths": LENGTHS[:-1]})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import history, losses, run, run_script, same, weights
 
-from parts.model import weights as models
+from parts.model.weights import load_weights
 from parts.training import samples
 
 FLAGS = ("--max_steps", "6", "--eval_steps", "3", "--logging_steps", "1", "--sample_tokens", "4")
@@ -41,6 +41,6 @@ def test_samples_leave_the_training_as_it_is(workspace, tiny_model, monkeypatch)
 
 @needs_bitsandbytes
 def test_qlora_weights_take_a_third_of_the_memory(tiny_model):
-    plain, small = (models.load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
+    plain, small = (load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
     weights = [model.model.layers[0].mlp.up_proj.weight for model in (plain, small)]
     assert weights[1].nbytes * 8 == weights[0].nbytes  # float32 against 4 bits

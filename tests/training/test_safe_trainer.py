@@ -15,7 +15,6 @@ import transformers
 from helpers import At, build_trainer, crash, run_steps, same, terminate, weights
 
 import data
-from parts.model import weights as models
 from parts.run import checkpoints
 
 
@@ -121,7 +120,7 @@ def test_early_stopping_is_not_forgotten(workspace, tiny_model):
 
 def test_bfloat16_adapters_continue_as_bfloat16(workspace, tiny_model, monkeypatch):
     """As on a GPU: peft would load them as float32."""
-    monkeypatch.setattr(models, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("parts.model.weights.best_dtype", lambda device: torch.bfloat16)
     steps = {"max_steps": 8, "eval_steps": 2}
     run_steps(tiny_model, True, output_dir="straight", **steps)
     with pytest.raises(SystemExit):

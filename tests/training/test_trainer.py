@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LENGTHS, build_trainer, examples, gradient, losses, run
 
-from parts.model import encoding
-from parts.model import weights as models
+from parts.model import encoding, weights
 
 
 @pytest.mark.parametrize("flags", [{}, {"fast_kernels": False}, {"checkpoint_every": 1}, {"checkpoint_every": 2}])
@@ -17,7 +16,7 @@ def test_gradient_does_not_depend_on_how_a_step_is_cut_or_what_is_recomputed(
     """Against transformers' own attention, loss and whole logits, each example in a padded row of its own."""
     rows = examples()
     found = gradient(build_trainer(tiny_model, tokenizer, batch_tokens=tokens, **flags), rows)
-    model = models.load_weights(str(tiny_model), torch.device("cpu")).train()
+    model = weights.load_weights(str(tiny_model), torch.device("cpu")).train()
     longest = max(LENGTHS)
     ids, labels, mask = (
         torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
@@ -50,7 +49,7 @@ def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, to
 @pytest.mark.parametrize("tokens", [1, 300, 100_000])
 def test_evaluation_losses_do_not_depend_on_the_batch(workspace, tiny_model, tokenizer, tokens):
     trainer = build_trainer(tiny_model, tokenizer, file="val.jsonl", batch_tokens=tokens)
-    plain = models.load_weights(str(tiny_model), torch.device("cpu"))
+    plain = weights.load_weights(str(tiny_model), torch.device("cpu"))
     per_example, all_tokens = [], []
     with torch.no_grad():
         for example in trainer.eval_dataset:

@@ -12,8 +12,8 @@ from helpers import run, weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import data
-from parts.machine.proof import difference
-from parts.model import architecture
+from parts.model.fused import difference
+from parts.model.weights import FAMILIES, check_family
 from parts.training import packing
 from parts.training.loss import LinearCrossEntropy
 
@@ -22,7 +22,7 @@ LENGTHS = (9, 5, 12)  # tokens of the examples
 POSITIONS = 8  # that the small models know: what is scaled for longer texts has to show
 ROUNDING = 1e-3  # relative difference that float32 explains; right ones stood under 2e-5
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": POSITIONS, "rope_theta": 1e6}
-PROVEN = [(family, {}) for family in architecture.FAMILIES]
+PROVEN = [(family, {}) for family in FAMILIES]
 PROVEN += [("qwen3", {"rope_parameters": YARN, "tie_word_embeddings": False}), ("smollm3", {"no_rope_layers": [1, 0]})]
 
 
@@ -64,7 +64,7 @@ def test_each_family_is_trained_rightly_and_taken(folder, tokenizer, family, cha
     config = small(family, **changes)
     assert worst_difference(config) < ROUNDING
     config.save_pretrained(folder)
-    architecture.require(str(folder), "它", tokenizer)
+    check_family(str(folder), "它", tokenizer)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "nanochat"])
@@ -97,5 +97,5 @@ REFUSED = {
 def test_models_that_would_be_trained_wrongly_are_refused(folder, tokenizer, words):
     Path("config.json").write_text(json.dumps(REFUSED[words]), encoding="utf-8")
     with pytest.raises(SystemExit, match=f"^错误：.*{words}.*；请.*换一个模型") as ended:
-        architecture.require(str(folder), "它", tokenizer)
+        check_family(str(folder), "它", tokenizer)
     assert "\n" not in str(ended.value)

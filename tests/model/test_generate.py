@@ -9,7 +9,7 @@ import transformers
 from helpers import SMALL, build_model, load_attentive
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parts.model import decoding
+from parts.model import fused, generate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # float32 on either
 STOP, PAD = 2, 0
@@ -33,7 +33,7 @@ def both(model, prompts, **settings) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' loop and ours generate for the same prompts, without the prompts."""
     plain = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     settings = {"pad_token_id": PAD, "eos_token_id": [STOP]} | plain | settings
-    loops = (None, decoding.decode)
+    loops = (None, generate.decode)
     found = (model.generate(**prompts, **settings, custom_generate=loop) for loop in loops)
     return tuple(output[:, prompts["input_ids"].shape[1] :] for output in found)
 
@@ -57,7 +57,7 @@ def test_a_reply_ends_at_its_stop_token_and_the_batch_with_its_last_reply(model)
     assert (expected[0, 4:] == PAD).all() and found.equal(expected)
     stops.append(free[2, 60].item())
     expected, found = both(model, prompts, max_new_tokens=200, eos_token_id=stops)
-    assert expected.shape[1] <= found.shape[1] < expected.shape[1] + decoding.READ_EVERY < 200
+    assert expected.shape[1] <= found.shape[1] < expected.shape[1] + generate.READ_EVERY < 200
     assert found[:, : expected.shape[1]].equal(expected) and (found[:, expected.shape[1] :] == PAD).all()
 
 
@@ -89,10 +89,10 @@ def test_streamed_text_is_the_reply(model, tokenizer):
         pad_token_id=PAD,
         eos_token_id=free[0, 40].item(),
         streamer=streamer,
-        custom_generate=partial(decoding.decode, streamer=streamer),
+        custom_generate=partial(generate.decode, streamer=streamer),
     )
     end = free[0].tolist().index(free[0, 40].item()) + 1
-    assert end % decoding.READ_EVERY and output.shape[1] > 20 + end  # some padding was generated behind it
+    assert end % generate.READ_EVERY and output.shape[1] > 20 + end  # some padding was generated behind it
     assert "".join(streamer) == tokenizer.decode(free[0, :end])
 
 
@@ -124,7 +124,7 @@ def test_a_step_can_be_recorded_once_and_replayed(model, rows, padding):
     prompts = draw(rows, 20, padding)
     mask = prompts["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    decoder = decoding.Decoder(model, prompts["input_ids"], positions, mask if padding else None)
+    decoder = generate.Decoder(model, prompts["input_ids"], positions, mask if padding else None)
     tokens = draw(rows, 40)["input_ids"]
     decoder.token.copy_(tokens[:, :1])
     decoder.position += 1
@@ -161,7 +161,7 @@ class Graph(Recorder):
 @torch.no_grad()
 def test_a_graph_is_used_when_its_first_replay_gives_what_the_step_gave(model, monkeypatch, capsys, wrong):
     ids, tokens = draw(1, 20)["input_ids"], draw(1, 30)["input_ids"]
-    decoder = decoding.Decoder(model, ids, torch.arange(20)[None])
+    decoder = generate.Decoder(model, ids, torch.arange(20)[None])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
@@ -177,8 +177,8 @@ def test_a_graph_is_used_when_its_first_replay_gives_what_the_step_gave(model, m
 
 
 def test_graphs_are_for_gpus_and_replies_that_are_not_short(model):
-    assert (decoding.fast_loop(model, 2048) is None) == (DEVICE == "cpu")
-    assert decoding.fast_loop(model, decoding.SHORT_REPLY - 1) is None
+    assert (generate.fast_loop(model, 2048) is None) == (DEVICE == "cpu")
+    assert generate.fast_loop(model, generate.SHORT_REPLY - 1) is None
 
 
 @pytest.mark.parametrize(("kind", "norms"), [("Qwen3", 2 * 4 + 1), ("Qwen2", 2 * 2 + 1)])
@@ -190,7 +190,7 @@ def test_fused_norms_change_no_logits(kind, norms):
         parameter.mul_(1 + 0.1 * torch.rand_like(parameter))  # new norms have weights of 1
     ids = draw(1, 20)["input_ids"].cpu()
     before, names = model(ids).logits, set(model.state_dict())
-    decoding.fuse_norms(model)
+    fused.fuse_norms(model)
     assert sum(isinstance(module, torch.nn.RMSNorm) for module in model.modules()) == norms
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == names
