@@ -21,14 +21,12 @@ from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
 from parts import terminal
 from parts.endpoint import Endpoint
 from parts.model import encoding
-from parts.replies import flags as asking
-from parts.replies import questions, report, web
+from parts.replies import flags, questions, report, web
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
 REPLIES = "replies.jsonl"
 TITLE = "医学问答"  # of the page
-HOST, PORT = "127.0.0.1", 7860  # this machine only; gradio's own port
 NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
 OUT_OF_MEMORY = (
     "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
@@ -43,12 +41,6 @@ JUDGE_PROMPT = """\
 写得长、排版好看、语气自信都不加分；没有写完的回答，缺的部分按没有算。难分高下就判平，不要勉强。"""
 
 
-def build_parser(description: str, output_dir: str) -> terminal.Parser:
-    """Return the flags of asking what is in `output_dir`."""
-    defaults = {"question": QUESTION, "model_path": output_dir, "max_new_tokens": MAX_NEW_TOKENS, "seed": SEED}
-    return asking.build_parser(description, replies=REPLIES, host=HOST, port=PORT, **defaults)
-
-
 def begin(args: argparse.Namespace, model, tokenizer):
     """Return the conversation in which a model is asked as the command line says."""
     from parts.replies.conversation import Conversation
@@ -59,51 +51,45 @@ def begin(args: argparse.Namespace, model, tokenizer):
     return Conversation(model, tokenizer, start, not args.no_thinking, **settings)
 
 
-def ask(args: argparse.Namespace, conversation) -> None:
-    """Hold the conversation on the page, at the terminal, or ask the one question."""
-    if args.web:
-        texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION, "out_of_memory": OUT_OF_MEMORY}
-        return web.serve(conversation, args.host, args.port, args.auth, **texts)
-    conversation.warn(NOT_A_DOCTOR)
-    if args.chat:
-        return conversation.chat()
-    conversation.console.print(f"\n【问题】{args.question}\n", markup=False, soft_wrap=True)
-    conversation.ask(args.question)
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """Let the model, and those that it is compared with, answer the file of questions; score the replies, let a judge
     see them where one is given, and lay them out as a page."""
-    from rich.console import Console
-
-    console = Console(highlight=False, emoji=False)
     rows = questions.read(args.questions)
-    others = args.compare_with
-    candidates = questions.list_candidates(rows, args.model_path, args.revision, args.replies, others)
+    candidates = questions.list_candidates(args.model_path, args.revision, args.replies, args.compare_with)
     judge = Endpoint(args.judge, args.judge_model) if args.judge else None
     settings = {name: getattr(args, name) for name in questions.SETTINGS}
     questions.answer(rows, candidates, settings, partial(begin, args))
+
     comparison = report.Comparison(rows, candidates, SEED)
     if judge:
-        comparison.ask_judge(judge, JUDGE_PROMPT, f"{args.replies}.judge.jsonl", console)
-    comparison.write(args.replies, NOT_A_DOCTOR, console)
-    console.print(NOT_A_DOCTOR, markup=False, soft_wrap=True)
+        comparison.ask_judge(judge, JUDGE_PROMPT, f"{args.replies}.judge.jsonl")
+    comparison.write(args.replies, NOT_A_DOCTOR)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for. The model is in a folder of train.py or train_lora.py, in any other one, or on
-    a hub."""
+def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=None) -> None:
+    """Do what the command line asks for. `merge(folder, model_path, revision)` is what --merge_to does, if it does."""
+    defaults = {"question": QUESTION, "max_new_tokens": MAX_NEW_TOKENS, "seed": SEED, "replies": REPLIES}
+    args = flags.parse(description, merging=bool(merge), model_path=default, **defaults)
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
+        if merge and args.merge_to is not None:
+            return merge(args.merge_to, args.model_path, args.revision)
+        print(NOT_A_DOCTOR, flush=True)
         if args.questions:
             return evaluate(args)
+
+        # The model is in a folder of train.py or train_lora.py, in any other one, or on a hub.
         from parts.model import weights  # imports torch, which takes seconds
 
         model, tokenizer = weights.load_trained(args.model_path, args.revision, not args.no_thinking)
-        ask(args, begin(args, model, tokenizer))
-
-
-def main() -> None:
-    run(asking.parse(build_parser(__doc__, OUTPUT_DIR)))
+        conversation = begin(args, model, tokenizer)
+        if args.web:
+            texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION, "out_of_memory": OUT_OF_MEMORY}
+            web.serve(conversation, args.host, args.port, args.auth, **texts)
+        elif args.chat:
+            conversation.chat()
+        else:
+            print(f"\n【问题】{args.question}\n", flush=True)
+            conversation.ask(args.question)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 The replies are a language model's and may be wrong. They are not medical advice.
 """
 
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -14,24 +15,23 @@ import inference
 from data import LORA_OUTPUT_DIR
 from parts import terminal
 from parts.model import export
-from parts.replies import flags as asking
 from parts.run import checkpoints
 
 
 def refuse_unless_empty(folder: str) -> None:
     """Raise SystemExit unless `folder` is new or empty and can be written: merging never writes over a model."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        empty = not any(Path(folder).iterdir())
+        if os.path.isdir(folder):
+            os.rmdir(folder)  # which only removes what is empty
+        os.makedirs(folder)
     except OSError:
-        empty = False
-    if not folder or not empty:
-        raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。")
+        raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。") from None
 
 
 def merge_to(folder: str, name: str, revision: str | None = None) -> None:
     """Save the adapter `name`, merged into its base, in the dtype of the base, so that inference.py and any other tool
     can load it, with what its training left; the mark of a finished run comes last."""
+    refuse_unless_empty(folder)
     import torch
     from transformers import AutoConfig
 
@@ -55,17 +55,7 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
 
 
 def main() -> None:
-    parser = inference.build_parser(__doc__, LORA_OUTPUT_DIR)
-    parser.add_argument_group("合并").add_argument("--merge_to", metavar="DIR", help="把合并后的模型写到这里，不提问")
-    args = asking.parse(parser)
-    if args.merge_to is None:
-        return inference.run(args)
-    for name in asking.list_given(parser, args):
-        if name not in ("merge_to", "model_path", "revision"):
-            parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
-    refuse_unless_empty(args.merge_to)
-    with terminal.explain_out_of_memory(inference.OUT_OF_MEMORY):
-        merge_to(args.merge_to, args.model_path, args.revision)
+    inference.main(LORA_OUTPUT_DIR, __doc__, merge_to)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ NEEDS = {"replies": "questions", "compare_with": "questions", "judge": "compare_
 NEEDS |= dict.fromkeys(("host", "port", "auth"), "web")
 
 
-def build_parser(description: str, **defaults) -> terminal.Parser:
-    """Return the command line of asking; `defaults` are those of the flags that need one."""
+def parse(description: str | None, merging: bool = False, **defaults) -> argparse.Namespace:
+    """Read the command line of asking; `defaults` are those of the flags that need one, and `merging` says whether
+    there may be an adapter to merge instead. It ends the command, with one line, where a flag would do nothing or no
+    page could be shown."""
     parser = terminal.Parser(description=description)
     positive = partial(terminal.whole_number, 1)
 
@@ -29,8 +31,8 @@ def build_parser(description: str, **defaults) -> terminal.Parser:
     flag("--no_thinking", action="store_true", help="不思考，直接回答")
     flag("--max_new_tokens", metavar="N", type=positive, help="每个回复最多的 token 数（默认 %(default)s）")
     flag("--seed", metavar="N", type=partial(terminal.whole_number, 0), help="采样的种子（默认 %(default)s）")
-    on = {"type": terminal.true_or_false, "default": True, "metavar": "false"}
-    flag("--fast_kernels", **on, help="false：不用 CUDA graph 和融合算子")
+    off = {"metavar": "false", "type": terminal.true_or_false, "default": True}
+    flag("--fast_kernels", **off, help="false：不用 CUDA graph 和融合算子")
 
     flag = parser.add_argument_group("和 --questions 一起").add_argument
     flag("--replies", metavar="FILE", help="回复写在这里；已有的不再问（默认 %(default)s）")
@@ -39,26 +41,22 @@ def build_parser(description: str, **defaults) -> terminal.Parser:
     flag("--judge_model", metavar="NAME", help="评审用哪一个模型（只有一个时不用写）")
 
     flag = parser.add_argument_group("和 --web 一起").add_argument
-    flag("--host", help="页面的地址；不是本机的要有 --auth（默认 %(default)s）")
-    flag("--port", metavar="N", type=positive, help="页面的端口（默认 %(default)s）")
+    flag("--host", default="127.0.0.1", help="页面的地址；不是本机的要有 --auth（默认 %(default)s）")
+    flag("--port", metavar="N", type=positive, default=7860, help="页面的端口（默认 %(default)s）")
     flag("--auth", metavar="USER:PASSWORD", type=web.user_and_password, help="打开页面要的用户名和密码")
+
+    if merging:
+        parser.add_argument_group("合并").add_argument(
+            "--merge_to", metavar="DIR", help="把合并后的模型写到这里，不提问"
+        )
     parser.set_defaults(**defaults)
-    return parser
-
-
-def list_given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Return the flags that say anything but their defaults."""
-    return [name for name, value in vars(args).items() if value != parser.get_default(name)]
-
-
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line. It ends the command, with one line, where a flag would do nothing or no page could be
-    shown."""
     args = parser.parse_args()
-    given = list_given(parser, args)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     for name in given:
         if name in NEEDS and NEEDS[name] not in given:
             parser.error(f"--{name} 只和 --{NEEDS[name]} 一起起作用")
+        if "merge_to" in given and name not in ("merge_to", "model_path", "revision"):
+            parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
     if args.web:
         web.check(args.host, args.port, args.auth)
     return args

@@ -4,16 +4,17 @@ on it. Knows replies, not the models that wrote them."""
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+import rich.table
+from rich.console import Console
 
 from parts import terminal
 from parts.model.encoding import Reply
 from parts.replies import judge, questions, scores
 from parts.replies.questions import Candidate
-from parts.rows import files as row_files
-from parts.rows import traces
+from parts.rows import files, traces
 from parts.rows.row import Row
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
@@ -22,10 +23,9 @@ NOTES = {  # below a table with these scores
     "answer_rougeL_new": "（新题）：不算 seen 的行，那些在训练集里有近似的题。",
 }
 DIFFERS = "差：前减后。不同：差的 95 % 区间（成对自助法）不含 0，且至少六题不一样。"
-JUDGED = "评审看问题、参考和两个回答，两种先后各问一次，两次都选同一个才算较好。评审也是模型，不是医生。"
+JUDGED = "评审看问题、参考和两个回答，两种先后各问一次，两次都选同一个才算较好。区间含 50 就是分不出。"
+JUDGED += "评审也是模型，不是医生。"
 VERDICTS = {judge.WIN: "前者较好", judge.TIE: "平", judge.LOSS: "后者较好", judge.FAILED: "没有裁决"}
-PROBLEMS = {"unclosed": "断在思考里，没有回答", "broken": "思考不是恰好一段"}  # of a reply's form
-LISTED = 12  # questions of which the page's list is open from the start
 # What would not be seen, would turn the order of the letters around it, or cannot be written at all: control
 # characters but for line ends and tabs, marks of direction, halves of surrogate pairs.
 UNSEEN = re.compile(
@@ -42,77 +42,69 @@ class Table(NamedTuple):
 
 class Comparison:
     """The first candidate's replies to the questions of `rows`, and the others' beside them. `seed` is that of the
-    intervals."""
+    intervals. A difference is the first one minus the other."""
 
     def __init__(self, rows: list[Row], candidates: list[Candidate], seed: int):
         self.rows, self.candidates = rows, candidates
-        self.judge = ""  # the model that judged, its address where none told its name
+        self.console = Console(highlight=False, emoji=False)
         self.verdicts: list[list[str]] = []  # on each candidate but the first: one a question, of VERDICTS
-        self.scores = []
+        self.models: list[dict] = []  # all that is counted, as it goes into the JSON
+        first: list[scores.Score] = []
         for candidate in candidates:
-            thinking = not candidate.by.get("no_thinking")
-            self.scores.append(scores.measure(rows, candidate.replies, thinking, seed))
+            counted = scores.measure(rows, candidate.replies, not candidate.by.get("no_thinking"), seed)
+            model = {"name": candidate.name, "replies": candidate.path, "questions": len(rows), "by": candidate.by}
+            model["scores"] = [score.as_json() for score in counted]
+            if first:  # not of the speed: that is the machine's and the batches'
+                known = {score.key: score for score in counted if score.key != "speed"}
+                model["differences"] = [score.compare(known[score.key]) for score in first if score.key in known]
+            self.models.append(model)
+            first = first or counted
 
-    def ask_judge(self, endpoint, prompt: str, record: str, console) -> None:
+    def ask_judge(self, endpoint, prompt: str, record: str) -> None:
         """Let the model at `endpoint` judge the first model's answers beside each other's. What was asked is noted in
         the file `record`, and not asked again."""
-        for candidate in self.candidates[1:]:
+        for model, candidate in zip(self.models[1:], self.candidates[1:]):
             pairs = []
             for row, ours, other in zip(self.rows, self.candidates[0].replies, candidate.replies):
-                answers = [scores.written(reply) for reply in (ours, other)]
-                pairs.append(judge.Pair(scores.asked(row), scores.reference(row) or "", *answers))
-            verdicts, problem = judge.Judge(endpoint, prompt).compare(pairs, record, console)
+                answers = scores.written(ours), scores.written(other)
+                pairs.append(judge.Pair(scores.asked(row), row.get("answer") or "", *answers))
+            verdicts, problem = judge.Judge(endpoint, prompt, record).compare(pairs, self.console)
             if problem:
-                console.print(problem, style="yellow", markup=False, soft_wrap=True)
+                self.console.print(problem, style="yellow", markup=False, soft_wrap=True)
             self.verdicts.append(verdicts)
-            self.judge = endpoint.model or endpoint.url
-
-    def differences(self, other: int) -> list[dict]:
-        """Return those of all that is counted of both. Not of the speed: that is the machine's and the batches'."""
-        known = {score.key: score for score in self.scores[other] if score.key != "speed"}
-        return [score.compare(known[score.key]) for score in self.scores[0] if score.key in known]
+            model["judge"] = {"model": endpoint.model or endpoint.url} | judge.tally(verdicts)
 
     def tables(self) -> list[Table]:
         """Return the first one's scores, its differences from each other, and the verdicts on both."""
-        first = self.candidates[0]
-        tables = [score_table(f"{first.name}：{len(self.rows)} 个问题", [score.as_json() for score in self.scores[0]])]
-        for i, other in enumerate(self.candidates[1:]):
-            tables.append(difference_table(f"{first.name}（前）与 {other.name}（后）相比", self.differences(i + 1)))
-            if changes := questions.describe_changes(other.by, first.by, questions.SETTINGS):
+        first, *others = self.models
+        tables = [score_table(f"{first['name']}：{len(self.rows)} 个问题", first["scores"])]
+        for other in others:
+            pair = f"{first['name']}（前）与 {other['name']}（后）"
+            tables.append(difference_table(f"{pair}相比", other["differences"]))
+            if changes := questions.describe_changes(other["by"], first["by"], questions.SETTINGS):
                 tables[-1].notes.append(f"注意：后者不是这样问的（{changes}）。")
-            if self.verdicts:
-                heading = f"评审 {self.judge}：{first.name}（前）与 {other.name}（后）"
-                tables.append(Table(heading, ["", "前者"], judge.describe(judge.tally(self.verdicts[i])), [JUDGED]))
+            if "judge" in other:
+                tables.append(judge_table(f"评审 {other['judge']['model']}：{pair}", other["judge"]))
         return tables
-
-    def to_json(self) -> str:
-        """Return everything that the tables show, and each other one's own scores. A difference is the first one minus
-        the other."""
-        models = []
-        for i, candidate in enumerate(self.candidates):
-            model = {"name": candidate.name, "replies": candidate.path, "questions": len(self.rows), "by": candidate.by}
-            model["scores"] = [score.as_json() for score in self.scores[i]]
-            if i > 0:
-                model["differences"] = self.differences(i)
-            if i > 0 and self.verdicts:
-                model["judge"] = {"model": self.judge} | judge.tally(self.verdicts[i - 1])
-            models.append(model)
-        return json.dumps({"models": models}, ensure_ascii=False, indent=1) + "\n"
 
     def cases(self) -> list[dict]:
         """Return all questions as the page shows them, the largest differences first and those without a reference
         last. `difference` is by how much the first answer and another differ at most in ROUGE-L."""
         cases = []
         for i, row in enumerate(self.rows):
-            case = {"question": scores.asked(row), "reference": scores.reference(row), "difference": None}
-            case["replies"] = [show(candidate.name, candidate.replies[i], row) for candidate in self.candidates]
-            if case["reference"]:
-                answers = [scores.written(candidate.replies[i]) for candidate in self.candidates]
-                shared = [scores.rouge(answer, case["reference"])[-1] for answer in answers]
-                case["difference"] = max(abs(share - shared[0]) for share in shared)
+            replies = [candidate.replies[i] for candidate in self.candidates]
+            case = {"question": scores.asked(row), "reference": row.get("answer"), "difference": None}
             case["verdicts"] = "；".join(VERDICTS[verdicts[i]] for verdicts in self.verdicts)
+            case["replies"] = [(model["name"], reply, cut(row, reply)) for model, reply in zip(self.models, replies)]
+            if case["reference"]:
+                shared = [scores.rouge(scores.written(reply), case["reference"])[-1] for reply in replies]
+                case["difference"] = max(abs(share - shared[0]) for share in shared)
             cases.append(case)
         return sorted(cases, key=lambda case: 1 if case["difference"] is None else -case["difference"])
+
+    def to_json(self) -> str:
+        """Return everything that the tables show, and each other one's own scores."""
+        return json.dumps({"models": self.models}, ensure_ascii=False, indent=1) + "\n"
 
     def to_html(self, title: str, notice: str) -> str:
         """Return the page."""
@@ -121,20 +113,19 @@ class Comparison:
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         # Autoescape and `name_unseen` hold for all that the template shows, wherever it stands.
         page = jinja2.Environment(autoescape=True, finalize=name_unseen, trim_blocks=True, loader=loader)
-        page.filters |= {"shorten": terminal.shorten, "split_brackets": split_brackets}
-        words = {"title": title, "notice": notice, "kinds": traces.KINDS.values(), "listed": LISTED}
+        page.filters["shorten"] = terminal.shorten
+        words = {"title": title, "notice": notice, "kinds": traces.KINDS.values()}
         return page.get_template("report.html").render(words, tables=self.tables(), cases=self.cases())
 
-    def write(self, replies: str, notice: str, console) -> None:
+    def write(self, replies: str, notice: str) -> None:
         """Print the tables, and write figures and page beside the file `replies`, both whole or none."""
         for table in self.tables():
-            print_table(console, table)
+            print_table(self.console, table)
         figures, page = questions.result_paths(replies)
         with terminal.explain_failed_write(figures, "回复"):
-            html = self.to_html(f"{self.candidates[0].name} 的回复", notice)
-            row_files.write({str(figures): self.to_json(), str(page): html})
-        files = "、".join(dict.fromkeys(candidate.path for candidate in self.candidates))
-        console.print(f"\n回复：{files}\n分数：{figures}\n网页：{page}", markup=False, soft_wrap=True)
+            files.write({figures: self.to_json(), page: self.to_html(f"{self.models[0]['name']} 的回复", notice)})
+        paths = "、".join(dict.fromkeys(model["replies"] for model in self.models))
+        self.console.print(f"\n回复：{paths}\n分数：{figures}\n网页：{page}", markup=False, soft_wrap=True)
 
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
@@ -143,8 +134,6 @@ def number(value: float | None, unit: str, sign: str = "") -> str:
 
 
 def interval(line: dict, sign: str = "") -> str:
-    if line["low"] is None:
-        return "—"
     return f"[{number(line['low'], line['unit'], sign)}, {number(line['high'], line['unit'], sign)}]"
 
 
@@ -158,8 +147,7 @@ def score_table(heading: str, lines: list[dict]) -> Table:
     for line in lines:
         floor = "" if line["floor"] is None else number(line["floor"], line["unit"])
         rows.append([label(line), str(line["n"]), number(line["value"], line["unit"]), interval(line), floor])
-    keys = [line["key"] for line in lines]
-    notes = [note for key, note in NOTES.items() if key in keys]
+    notes = [NOTES[line["key"]] for line in lines if line["key"] in NOTES]
     return Table(heading, ["指标", "条数", "值", "95 % 区间", "乱配"], rows, notes)
 
 
@@ -173,11 +161,17 @@ def difference_table(heading: str, lines: list[dict]) -> Table:
     return Table(heading, ["指标", "前", "后", "差", "差的 95 % 区间", "判断"], rows, [DIFFERS])
 
 
-def print_table(console, table: Table) -> None:
-    """Print a table, of at most 80 columns, and its notes."""
-    from rich.table import Table as Grid
+def judge_table(heading: str, tally: dict) -> Table:
+    rows = [["问题", str(tally["n"])], ["没有裁决", str(tally["failures"])]]
+    rows.append(["较好、平、较差", f"{tally['wins']}、{tally['ties']}、{tally['losses']}"])
+    share = f"{number(tally['share'], '%')} {interval(tally | {'unit': '%'})}"
+    rows.append(["较好的比例 %，平不算，和它的 95 % 区间", share])
+    return Table(heading, ["", "前者"], rows, [JUDGED])
 
-    grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table, of at most 80 columns, and its notes."""
+    grid = rich.table.Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for i, column in enumerate(table.columns):
         grid.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in table.rows:
@@ -187,22 +181,14 @@ def print_table(console, table: Table) -> None:
     console.print("\n".join(table.notes), style="dim", markup=False)
 
 
-def show(name: str, reply: Reply, row: Row) -> dict:
-    """Return a reply as it stands on the page: `pieces` are its thinking, each a text and the kind of trace that it is,
-    or ""; `problem` is that of its form."""
+def cut(row: Row, reply: Reply) -> list[tuple[str, str]]:
+    """Cut a thinking before and after its traces: return each piece with the kind of trace that it is, or ""."""
     pieces, end = [], 0
-    kinds: Counter[str] = Counter()
     for trace in scores.find_traces(row, reply):
-        kind = traces.KINDS[trace.kind]
-        pieces += [(reply.thinking[end : trace.start], ""), (reply.thinking[trace.start : trace.end], kind)]
-        kinds[kind] += 1
+        pieces.append((reply.thinking[end : trace.start], ""))
+        pieces.append((reply.thinking[trace.start : trace.end], traces.KINDS[trace.kind]))
         end = trace.end
-    pieces.append((reply.thinking[end:], ""))
-    counted = "、".join(kind if times == 1 else f"{kind} {times} 处" for kind, times in kinds.items())
-    problem = PROBLEMS.get(reply.form, "")
-    if not problem and not (reply.answer and reply.complete):
-        problem = "回答没有写完" if reply.answer else "没有回答"
-    return {"name": name, "reply": reply, "pieces": pieces, "traces": counted, "problem": problem}
+    return [*pieces, (reply.thinking[end:], "")]
 
 
 def name_unseen(value: object) -> object:
@@ -210,8 +196,3 @@ def name_unseen(value: object) -> object:
     if not isinstance(value, str):
         return value
     return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)
-
-
-def split_brackets(cell: str) -> list[str]:
-    """Cut a cell before and after what is in brackets, an interval say: every second part is such."""
-    return re.split(r"([（(\[].*?[）)\]])", cell)

@@ -6,13 +6,12 @@ import math
 import re
 from collections import Counter
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy
 
 from parts.model.encoding import Reply
 from parts.rows import traces
-from parts.rows.row import Row, clean
+from parts.rows.row import Row
 
 # A text loops where LOOP characters in a row stand in it for the third time at least, each with the GRAM - 1 that
 # follow. Digits, white space and the signs of lists and tables do not count: "1. 多喝水 2. 多喝水 3. …" is a loop, the
@@ -27,51 +26,53 @@ DRAWS = 1000
 LEAST_UNLIKE = 6
 
 
-class Score(NamedTuple):
-    """One thing that is counted of all replies: the ratio of two sums over them, the mean of what counts, say."""
+class Score:
+    """One thing that is counted of all replies: the ratio of two sums over them, the mean of what counts, say.
 
-    key: str  # for programs
-    name: str  # for people
-    unit: str  # "%": a share from 0 to 1, shown in percent
-    counts: numpy.ndarray  # [replies, 2]: what is counted of each, and of how much; both 0 in one that does not count
-    draws: numpy.ndarray  # [DRAWS]: the ratio in each draw of the bootstrap, see `draw`
-    floor: float | None = None  # where each answer is held against another question's reference
+    `key` is for programs, `name` for people; a share has the unit "%", and is shown in percent. `values` are one for
+    each reply, each counted `of` so much: 1 where nothing is said, 0 in a reply that does not count. `floor` is what
+    answers get that are held against other questions' references. `seed` is that of the draws.
+    """
 
-    @property
-    def value(self) -> float | None:
-        return ratio(self.counts)
+    def __init__(self, key: str, name: str, unit: str, values, of=None, floor: float | None = None, seed: int = 0):
+        self.key, self.floor = key, floor
+        self.names = {"key": key, "name": name, "unit": unit}
+        of = numpy.ones(len(values)) if of is None else of
+        self.counts = numpy.stack([numpy.array(values, dtype=float), of], axis=1)  # [replies, 2]
+        self.value = divide(self.counts.sum(axis=0)[None])[0]  # nan where nothing counts
+        self.draws = divide(draw(len(self.counts), seed) @ self.counts)  # [DRAWS]: the value in each draw
 
     def as_json(self) -> dict:
         """Return the figures, None where there is none; `n` is how many replies count."""
-        low, high = middle(self.draws)
         n = int(self.counts.any(axis=1).sum())
-        figures = {"n": n, "value": self.value, "low": low, "high": high, "floor": self.floor}
-        return {"key": self.key, "name": self.name} | figures | {"unit": self.unit}
+        return self.names | {"n": n, "value": plain(self.value), "floor": self.floor} | middle(self.draws)
 
     def compare(self, other: "Score") -> dict:
         """Hold this score against another model's on the same questions, by the paired bootstrap. `differs` only where
         the interval leaves 0, and enough rows are unlike."""
-        assert (self.key, len(self.counts)) == (other.key, len(other.counts)), (self.key, other.key)
-        figures = {"n": len(self.counts), "value": self.value, "other": other.value, "difference": None}
-        low, high = middle(self.draws - other.draws)
-        if self.value is not None and other.value is not None:
-            figures["difference"] = self.value - other.value
-        unlike = int((self.counts != other.counts).any(axis=1).sum())
-        differs = low is not None and not low <= 0 <= high and unlike >= LEAST_UNLIKE
-        figures |= {"low": low, "high": high, "differs": differs}
-        return {"key": self.key, "name": self.name} | figures | {"unit": self.unit}
+        bounds = middle(self.draws - other.draws)
+        unlike = (self.counts != other.counts).any(axis=1).sum()
+        differs = bounds["low"] is not None and not bounds["low"] <= 0 <= bounds["high"] and unlike >= LEAST_UNLIKE
+        figures = {"n": len(self.counts), "value": plain(self.value), "other": plain(other.value)}
+        figures |= {"difference": plain(self.value - other.value), "differs": bool(differs)}
+        return self.names | figures | bounds
 
 
-def ratio(counts: numpy.ndarray) -> float | None:
-    """Return what all rows of counts come to; None where nothing counts."""
-    counted, of = counts.sum(axis=0).tolist()
-    return counted / of if of else None
+def divide(sums: numpy.ndarray) -> numpy.ndarray:
+    """Return the ratios of [n, 2] sums; nan where nothing counts."""
+    return numpy.divide(sums[:, 0], sums[:, 1], out=numpy.full(len(sums), math.nan), where=sums[:, 1] != 0)
 
 
-def middle(draws: numpy.ndarray) -> tuple[float | None, float | None]:
+def plain(value: float) -> float | None:
+    """Return a number for JSON, which knows no nan."""
+    return None if math.isnan(value) else float(value)
+
+
+def middle(draws: numpy.ndarray) -> dict:
     """Return the bounds of the middle 95 %. Where all draws are alike, as of a share that no row has, they are one."""
     draws = draws[~numpy.isnan(draws)]
-    return tuple(numpy.percentile(draws, [2.5, 97.5]).tolist()) if len(draws) else (None, None)
+    low, high = numpy.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else (None, None)
+    return {"low": low, "high": high}
 
 
 @lru_cache(maxsize=8)
@@ -79,15 +80,6 @@ def draw(rows: int, seed: int) -> numpy.ndarray:
     """Return [DRAWS, rows]: how often each row is in each draw, with replacement. The draws are the same for all
     models, which makes their differences paired."""
     return numpy.random.default_rng(seed).multinomial(rows, numpy.full(rows, 1 / rows), DRAWS)
-
-
-def make_score(key: str, name: str, unit: str, values, of=None, floor=None, seed: int = 0) -> Score:
-    """Return the score of `values`, one for each reply, each counted `of` so much (1 where nothing is said)."""
-    of = numpy.ones(len(values)) if of is None else of
-    counts = numpy.stack([numpy.array(values, dtype=float), of], axis=1)
-    sums = draw(len(counts), seed) @ counts
-    draws = numpy.divide(sums[:, 0], sums[:, 1], out=numpy.full(DRAWS, math.nan), where=sums[:, 1] != 0)
-    return Score(key, name, unit, counts, draws, floor)
 
 
 def loops(text: str) -> bool:
@@ -120,12 +112,6 @@ def find_traces(row: Row, reply: Reply) -> list[traces.Trace]:
     return traces.find(reply.thinking, asked(row), reply.answer)
 
 
-def reference(row: Row) -> str | None:
-    """Return the row's own answer to hold a reply's against, or None."""
-    text = row.get("answer")
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) and clean(text) else None
-
-
 def written(reply: Reply) -> str:
     """Return the answer that is held against a reference: that of a reply that was cut off inside its thinking is none,
     and shares nothing with any."""
@@ -154,40 +140,37 @@ def rouge(text: str, reference: str) -> list[float]:
     return [2 * share for share in shared]
 
 
-def strangers(questions: list[str], references: list[str], seed: int) -> list[int] | None:
-    """Return for each question the index of another one with another reference, drawn; None where one has none."""
-    order = numpy.random.default_rng(seed).permutation(len(questions)).tolist()
-    others = {}
+def strangers(rows: list[Row], seed: int) -> list[Row]:
+    """Return for each row another one, drawn, with another question and another reference; [] where one has none."""
+    order = numpy.random.default_rng(seed).permutation(len(rows)).tolist()
+    others: dict[int, Row] = {}
     for turn, i in enumerate(order):
         for other in order[turn + 1 :] + order[:turn]:
-            if questions[other] != questions[i] and references[other] != references[i]:
-                others[i] = other
+            if rows[other]["question"] != rows[i]["question"] and rows[other]["answer"] != rows[i]["answer"]:
+                others[i] = rows[other]
                 break
-    return [others[i] for i in range(len(order))] if len(others) == len(order) else None
+    return [others[i] for i in range(len(rows))] if len(others) == len(rows) else []
 
 
 def overlap(rows: list[Row], replies: list[Reply], seed: int) -> list[Score]:
     """Return how much the answers share with those of the rows that have one; and once more without the rows that stand
     in the training part too, where there are both."""
-    known = [(row, reply) for row, reply in zip(rows, replies) if reference(row)]
+    known = [(row, written(reply)) for row, reply in zip(rows, replies) if row.get("answer")]
     if not known:
         return []
-    texts, references = [written(reply) for _, reply in known], [reference(row) for row, _ in known]
-    others = strangers([row["question"] for row, _ in known], references, seed)
-    values = numpy.array([rouge(*pair) for pair in zip(texts, references)])
-    floors = numpy.array([rouge(text, references[i]) for text, i in zip(texts, others or [])])
+    others = strangers([row for row, _ in known], seed)
+    values = numpy.array([rouge(text, row["answer"]) for row, text in known])
+    floors = numpy.array([rouge(text, other["answer"]) for (_, text), other in zip(known, others)])
     new = numpy.array([not row.get("seen") for row, _ in known])
-    parts = {"": slice(None)}
+    parts = [("", "", slice(None))]
     if new.any() and not new.all():
-        parts["_new"] = new
+        parts.append(("_new", "（新题）", new))
     scores = []
-    for ending, part in parts.items():
+    for ending, label, part in parts:
         for i, (kind, name) in enumerate(ROUGE.items()):
-            floor = None
-            if others:
-                floor = ratio(numpy.stack([floors[part, i], numpy.ones(len(values[part]))], axis=1))
-            name = f"回答 {name}（新题）" if ending else f"回答 {name}"
-            scores.append(make_score(f"answer_{kind}{ending}", name, "0–1", values[part, i], floor=floor, seed=seed))
+            floor = float(floors[part, i].mean()) if others else None
+            key, name = f"answer_{kind}{ending}", f"回答 {name}{label}"
+            scores.append(Score(key, name, "0–1", values[part, i], floor=floor, seed=seed))
     return scores
 
 
@@ -197,7 +180,7 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
     scores = []
 
     def add(key: str, name: str, unit: str, values, of=None) -> None:
-        scores.append(make_score(key, name, unit, values, of, seed=seed))
+        scores.append(Score(key, name, unit, values, of, seed=seed))
 
     add("whole", "完整的回复", "%", [whole(reply, thinking) for reply in replies])
     add("stopped", "自己停下", "%", [reply.complete for reply in replies])

@@ -8,7 +8,6 @@ import socket
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from threading import Event
 
 from parts import terminal
 from parts.endpoint import THIS_MACHINE
@@ -20,7 +19,7 @@ HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
 
 
 def user_and_password(text: str) -> tuple[str, str]:
-    """Of user:password, for argparse."""
+    """Return the two of user:password, for argparse."""
     user, _, password = text.partition(":")
     if not user or not password:
         raise ArgumentTypeError("要写成 用户名:密码")
@@ -28,8 +27,8 @@ def user_and_password(text: str) -> tuple[str, str]:
 
 
 def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
-    """Raises SystemExit where the page could not be shown: gradio is missing or of another major version, other
-    machines would get in without a password, or the port is taken. Imports no gradio, which takes seconds."""
+    """Raise SystemExit where the page could not be shown: gradio is missing or of another major version, other
+    machines would get in without a password, or the port is taken. It imports no gradio, which takes seconds."""
     installed = next(importlib.metadata.distributions(name="gradio"), None)
     if installed is None or installed.version.split(".")[0] != GRADIO.split(".")[0]:
         raise SystemExit(f"错误：--web 要用 gradio {GRADIO}；请先运行 pip install gradio=={GRADIO}")
@@ -42,14 +41,25 @@ def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
         raise SystemExit(f"错误：{host} 的端口 {port} 用不了（{reason}）；请用 --port 换一个端口。") from None
 
 
-def fold(text: str, title: str, **state: str) -> dict:
-    """A message that folds under a title, as gradio keeps it: a thinking, or a hint that is not the model's."""
+def say(text: str, title: str | None = None, **state: str) -> dict:
+    """Return a message as gradio keeps it. Under a title it folds: a thinking, or a hint that is not the model's."""
     return {"role": "assistant", "content": text, "metadata": {"title": title, **state}}
 
 
+def show(reply) -> list[dict]:
+    """Return the messages of a reply as far as it is written: its thinking is open until the answer begins."""
+    thinking, answer = reply.thinking.rstrip("\ufffd"), reply.answer.rstrip("\ufffd")  # half a character
+    messages = []
+    if thinking:
+        messages.append(say(thinking, "思考", **({"status": "done"} if answer else {})))
+    if answer:
+        messages.append(say(answer))
+    return messages
+
+
 def read_history(messages: list[dict]) -> list[list[str]]:
-    """[[question, answer], …] of the messages on the page: without what folds, which is not read back to the model,
-    and without a question that got no answer."""
+    """Return [[question, answer], …] of the messages on the page: without what folds, which is not read back to the
+    model, and without a question that got no answer."""
     turns: list[list[str]] = []
     for message in messages:
         text = "".join(part.get("text", "") for part in message["content"])
@@ -60,64 +70,47 @@ def read_history(messages: list[dict]) -> list[list[str]]:
     return [turn for turn in turns if turn[1].strip()]
 
 
-class Page:
-    """Asks a conversation what a person types. Once `closed` is set, a reply that is being written ends."""
+def open_page(conversation, host: str, port: int, auth, title: str, notice: str, example: str, out_of_memory: str):
+    """Show a page on which the conversation is asked what a person types; return what closes it, and its URL."""
+    import gradio
 
-    def __init__(self, conversation, out_of_memory: str):
-        self.conversation, self.out_of_memory = conversation, out_of_memory
-        self.closed = Event()
-
-    def answer(self, question: str, messages: list[dict]) -> Iterator[list[dict]]:
-        """The messages of the reply, again and again as it is written. gradio closes the iterator where the person
-        stops it or leaves."""
+    def answer(question: str, messages: list[dict]) -> Iterator[list[dict]]:
+        """Yield the messages of the reply, again and again as it is written. gradio closes the iterator where the
+        person stops it or leaves."""
         try:
-            asked = self.conversation.to_messages(terminal.some_text(question), history=read_history(messages))
-            self.conversation.check_lengths([asked], ["这个问题"])
-            with terminal.explain_out_of_memory(self.out_of_memory):
-                for reply in self.conversation.stream(asked, closed=self.closed):
-                    shown = []
-                    # Open while it is written, folded when the answer begins. Half a character may stand at an end.
-                    if reply.thinking:
-                        state = {"status": "done"} if reply.answer else {}
-                        shown.append(fold(reply.thinking.rstrip("\ufffd"), "思考", **state))
-                    if reply.answer:
-                        shown.append({"role": "assistant", "content": reply.answer.rstrip("\ufffd")})
-                    yield shown
+            asked = conversation.to_messages(terminal.some_text(question), history=read_history(messages))
+            conversation.check_lengths([asked], ["这个问题"])
+            with terminal.explain_out_of_memory(out_of_memory):
+                for reply in conversation.stream(asked):
+                    yield show(reply)
         except (SystemExit, ArgumentTypeError) as refused:
-            yield [fold(str(refused), "提示")]
+            yield [say(str(refused), "提示")]
             return
         if not reply.complete:
-            most = self.conversation.max_new_tokens
-            yield [*shown, fold(f"到 {most} 个 token 为止，回复未完；可加大 --max_new_tokens。", "提示")]
+            most = conversation.max_new_tokens
+            yield [*show(reply), say(f"到 {most} 个 token 为止，回复未完；可加大 --max_new_tokens。", "提示")]
 
-    def open(self, host: str, port: int, auth: tuple[str, str] | None, title: str, notice: str, example: str):
-        """Show the page; returns what closes it, and its URL."""
-        import gradio
-
-        look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
-        chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)
-        box = {"show_label": False, "submit_btn": True, "stop_btn": True}
-        textbox = gradio.Textbox(label="问题", placeholder="输入问题，回车发送", max_lines=8, autofocus=True, **box)
-        texts = {"title": title, "description": notice}
-        interface = gradio.ChatInterface(
-            self.answer, chatbot=chatbot, textbox=textbox, editable=True, analytics_enabled=False, **texts
-        )
-        # No link to another server, and no questions kept in the browser, where the next person would find them.
-        private = {"share": False, "run_history": False, "footer_links": [], "quiet": True}
-        theme = gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-        where = {"server_name": host, "server_port": port, "auth": auth, "prevent_thread_lock": True}
-        _, url, _ = interface.launch(theme=theme, head=HEAD, ssr_mode=False, **where, **private)
-        return interface, url
+    look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
+    chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)
+    box = {"show_label": False, "submit_btn": True, "stop_btn": True, "max_lines": 8, "autofocus": True}
+    textbox = gradio.Textbox(label="问题", placeholder="输入问题，回车发送", **box)
+    texts = {"title": title, "description": notice, "editable": True, "analytics_enabled": False}
+    interface = gradio.ChatInterface(answer, chatbot=chatbot, textbox=textbox, **texts)
+    # No link to another server, and no questions kept in the browser, where the next person would find them.
+    private = {"share": False, "run_history": False, "footer_links": [], "quiet": True, "ssr_mode": False}
+    theme = gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+    where = {"server_name": host, "server_port": port, "auth": auth, "prevent_thread_lock": True}
+    _, url, _ = interface.launch(theme=theme, head=HEAD, **where, **private)
+    return interface, url
 
 
-def serve(conversation, host: str, port: int, auth, out_of_memory: str, **texts: str) -> None:
-    """Show the page until Ctrl-C, which also ends a reply that is being written. `texts` are those of Page.open."""
-    page = Page(conversation, out_of_memory)
-    interface, url = page.open(host, port, auth, **texts)
+def serve(conversation, host: str, port: int, auth, **texts: str) -> None:
+    """Show the page until Ctrl-C, which also ends a reply that is being written. `texts` are those of open_page."""
+    interface, url = open_page(conversation, host, port, auth, **texts)
     print(f"网页：{url}（按 Ctrl-C 停止）", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
-    page.closed.set()
+    conversation.closed.set()
     interface.close(verbose=False)
     print("\n已停止。")

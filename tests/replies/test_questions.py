@@ -13,7 +13,7 @@ import pytest
 from helpers import Started, as_jsonl, load_attentive, refused, run_script
 
 import data
-from parts.model import generate
+from parts.model import generate as replies
 from parts.model.encoding import Reply
 from parts.replies import questions
 from parts.replies.conversation import Conversation
@@ -29,7 +29,7 @@ REPLY = Reply("想", "答", True, "one", 5, 0.25)
 
 @pytest.fixture
 def likeliest(tiny_model):
-    """A model that always takes the likeliest token, although generate.generate samples."""
+    """A model that always takes the likeliest token, although replies.generate samples."""
     model = load_attentive(tiny_model)
     model.generation_config.top_k = 1
     return model
@@ -91,23 +91,23 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
     again = run_script("inference.py", *flags, cwd=finished)
     assert again.returncode == 0, again.stdout
     assert f"replies.jsonl 里已有 {len(before)} 条" in again.stdout and "full（前）与 lora（后）相比" in again.stdout
-    replies_of = [file.read_bytes().splitlines() for file in (path, Path("generate.lora.jsonl"))]
+    replies_of = [file.read_bytes().splitlines() for file in (path, Path("replies.lora.jsonl"))]
     assert [len(lines) for lines in replies_of] == [10, 10] and set(before) <= set(replies_of[0])
     for lines in replies_of:
         assert [json.loads(line)["question"] for line in lines] == [row["question"] for row in rows]
-    [full, lora] = json.loads(Path("generate.scores.json").read_text(encoding="utf-8"))["models"]
+    [full, lora] = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]
     assert full["by"]["weights"] != lora["by"]["weights"] and lora["differences"]
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
     if browser:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={finished}/profile"]
-        page = f"file://{finished}/generate.scores.html"
+        page = f"file://{finished}/replies.scores.html"
         shown = subprocess.run([*command, "--dump-dom", page], capture_output=True, timeout=60).stdout.decode()
         assert shown.count("<h4>full</h4>") == shown.count("<h4>lora</h4>") == 10
     # The adapter by its own script: the same file of its replies, and the other model's as an earlier file.
-    flags = [*flags[:4], "--replies", "generate.lora.jsonl", "--model_path", "lora", "--compare_with", "replies.jsonl"]
+    flags = [*flags[:4], "--replies", "replies.lora.jsonl", "--model_path", "lora", "--compare_with", "replies.jsonl"]
     third = run_script("inference_lora.py", *flags, cwd=finished)
     assert third.returncode == 0 and "已回答" not in third.stdout, third.stdout
-    assert replies_of == [file.read_bytes().splitlines() for file in (path, Path("generate.lora.jsonl"))]
+    assert replies_of == [file.read_bytes().splitlines() for file in (path, Path("replies.lora.jsonl"))]
 
 
 def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokenizer, answer):
@@ -119,7 +119,7 @@ def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokeni
     assert [len(question) for question in answer.asked] != [len(row["question"]) for row in rows]
     for row, line in zip(rows, found):
         asked = data.to_messages(row["question"], history=row.get("history"))
-        [alone] = generate.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
+        [alone] = replies.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
         assert list(alone[:5]) == [line[name] for name in ("think", "answer", "complete", "form", "tokens")]
         assert line["seconds"] > 0 and line["by"] == BY
     assert found[-1]["history"] == [["头痛？", "先休息。"]] and found[-1]["answer"] != found[0]["answer"]
