@@ -93,8 +93,8 @@ def test_request_without_a_system_prompt_is_asked_as_trained(client):
 
 
 def save_and_convert(folder: Path) -> str:
-    """Save one layer of random weights as a training does it, and convert it; returns the name of the file in GGUF. Heads
-    of 128 as Qwen3's; weights so large that the logits hang on all tokens before."""
+    """Save one layer of random weights as a training does it, and convert it; return the name of the file in GGUF.
+    Heads of 128 as Qwen3's; weights so large that the logits hang on all tokens before."""
     settings = json.loads((REAL / "qwen3-1.7b" / "config.json").read_text(encoding="utf-8"))
     del settings["torch_dtype"], settings["architectures"]
     settings |= {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
