@@ -86,7 +86,7 @@ class PackedTrainer(SafeTrainer):
         inputs = dict(inputs)
         if self.model.config._attn_implementation != PACKED:
             inputs.pop("lengths")
-        elif self.kernels.varlen:
+        elif self.kernels.attention.runs:
             inputs["starts"] = starts_of(inputs["lengths"], inputs["input_ids"].device)
         return inputs
 
