@@ -1,5 +1,5 @@
-"""One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a person who
-rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
+"""One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a
+person who rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
 
 import copy
 import platform
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import torch
+import transformers
 
 from parts import hub
 from parts.machine import kernels
@@ -18,14 +19,24 @@ from parts.training import environment
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
 SMALL_LENGTH = 32  # neither a model nor a GPU
 ROWS, EVAL_ROWS = 2000, 200  # of drawn examples, in place of the data sets
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+SHAPES = {  # of each SIZES; heads of 128, 8 for keys
+    "Qwen3-1.7B": (2048, 6144, 28, 16, True),
+    "Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen3-4B": (2560, 9728, 36, 32, True),
+    "Qwen3-8B": (4096, 12288, 36, 32, False),
+    "Qwen3-14B": (5120, 17408, 40, 40, False),
+    "Qwen3-32B": (5120, 25600, 64, 64, False),
+}
 
 
 def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
-    """Print the page. What is not here yet, model or data, is stood in for by random weights and by examples of
-    `length` tokens, the longest of args.max_length. Raises SystemExit(1) when something that should run does not.
+    """Print the page. What is not here yet, model or data, is stood in for by random weights and by examples
+    of `length` tokens, the longest of args.max_length. Raises SystemExit(1) when something that should run
+    does not.
 
-    The functions are the script's: (args, model, tokenizer, training set, validation set) -> trainer;
-    (file, tokenizer, max_length) -> data set; (model, args) -> model with an adapter, or None.
+    The functions are the script's: (args, model, tokenizer, training set, validation set) -> trainer; (file,
+    tokenizer, max_length) -> data set; (model, args) -> model with an adapter, or None.
     """
     print(f"显卡：{environment.describe_card(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
@@ -74,8 +85,28 @@ def find_model(args):
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
-    weights.save_random(name, str(folder), args.device, **SMALL if small else {})
+    save_random(name, str(folder), args.device, **SMALL if small else {})
     return weights.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
+
+
+def shape_of(name: str, **changes) -> transformers.Qwen3Config:
+    """Return the configuration, as far as its size goes, of a model that is not here. Raises SystemExit for
+    one not known."""
+    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
+        raise SystemExit(
+            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
+        )
+    shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
+    return transformers.Qwen3Config(**shape | changes)
+
+
+def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
+    """Write a model with random weights, of the shape of `name` but for these changes."""
+    config = shape_of(name, **changes)
+    weights.quiet_libraries()
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights.best_dtype(device))
+    model.save_pretrained(folder)
 
 
 def draw(batch_size: int, longest: int, length: int) -> datasets.Dataset:

@@ -1,5 +1,5 @@
-"""What training and asking share of fast paths: whether a fast form gives here what its plain form gives, norms as one
-kernel, and Liger's layers. Knows no plan, no flag and no prompt."""
+"""What training and asking share of fast paths: whether a fast form gives here what its plain form gives,
+norms as one kernel, and Liger's layers. Knows no plan, no flag and no prompt."""
 
 import copy
 import importlib.util
@@ -33,7 +33,8 @@ def missing(why: str) -> Verdict:
 
 
 def attempt(run: Callable, *args, **kwargs):
-    """Return what `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver raises."""
+    """Return what `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver
+    raises."""
     try:
         return run(*args, **kwargs)
     except Exception as error:
@@ -41,8 +42,8 @@ def attempt(run: Callable, *args, **kwargs):
 
 
 def compare(plain, fast, most: float = ROUNDING) -> Verdict:
-    """Tell whether the outcome `fast` differs from `plain` by `most` at the most. Each is a list of tensors, or the
-    error that came in its place."""
+    """Tell whether the outcome `fast` differs from `plain` by `most` at the most. Each is a list of tensors,
+    or the error that came in its place."""
     for outcome in (plain, fast):
         if isinstance(outcome, Exception):
             return Verdict(False, reason(outcome))
@@ -62,8 +63,8 @@ def reason(error: Exception) -> str:
 
 
 def fuse_norms(model) -> None:
-    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel instead of
-    eight."""
+    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel
+    instead of eight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
@@ -82,8 +83,9 @@ def layers_missing(model) -> Verdict | None:
 
 
 def fuse_layers(model) -> None:
-    """Put Liger's norms, rotary embedding and SwiGLU in place of transformers', in this model; its loss stays. Liger
-    exchanges the classes of transformers' module too, for models that are still to be made: those stay plain."""
+    """Put Liger's norms, rotary embedding and SwiGLU in place of transformers', in this model; its loss
+    stays. Liger exchanges the classes of transformers' module too, for models that are still to be made:
+    those stay plain."""
     from transformers.integrations.liger import apply_liger_kernel
 
     module = vars(sys.modules[class_of(model).__module__])
@@ -104,8 +106,8 @@ def try_layers(probe, plain, sizes: tuple[int, ...], **attention) -> Verdict:
 
 
 def shrink(model):
-    """Return a model of one layer with the same heads and attention on the same device, small elsewhere: some 2
-    million random weights, on which kernels are tried."""
+    """Return a model of one layer with the same heads and attention on the same device, small elsewhere: some
+    2 million random weights, on which kernels are tried."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.head_dim = 1, head_dim(config)
     config.vocab_size, config.hidden_size, config.intermediate_size = PROBE_VOCABULARY, 256, 512
@@ -118,14 +120,15 @@ def shrink(model):
 
 
 def class_of(model) -> type:
-    """Return transformers' class of the model, without its adapter; a sharded one has a class of FSDP2's before it."""
+    """Return transformers' class of the model, without its adapter; a sharded one has a class of FSDP2's
+    before it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return next(cls for cls in type(base).__mro__ if cls.__module__.startswith("transformers."))
 
 
 def outcome(probe, sizes: tuple[int, ...], **attention) -> list[torch.Tensor]:
-    """Return what the layer gives for examples of `sizes` tokens, end to end in [1, T], and the gradients of its sum
-    along a random direction for all weights. `attention`: what its attention is told besides.
+    """Return what the layer gives for examples of `sizes` tokens, end to end in [1, T], and the gradients of
+    its sum along a random direction for all weights. `attention`: what its attention is told besides.
 
     The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
     """
