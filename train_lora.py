@@ -60,6 +60,8 @@ def add_adapter(model, args):
     saved.revision = args.model_revision
     # Else peft would ask Hugging Face's hub, by that name, for the vocabulary of the base at each save.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    # Else peft would load a checkpoint's bfloat16 weights as float32, and training would go on with other rounding.
+    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
     model.print_trainable_parameters()
     return model
 

@@ -1,19 +1,17 @@
-"""Each flag that is shown acts; what does not act, or cannot be meant, is refused in one sentence, before torch is
-imported where the command line says it."""
+"""Each flag that is shown acts; what does not act, or cannot be meant, is refused in one sentence, before
+torch is imported where the command line says it."""
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import ROOT, SCRIPTS, arguments, build_trainer, make_rows, refused, run, same, save
 
-import data
 import train
 import train_lora
-from parts.run import checkpoints, run_settings
+from parts.run import run_settings
 from parts.training import flags, optimizers
 
 ACTS = {  # seen in the weights or the log of three steps: another value, and what it needs beside it
@@ -132,9 +130,7 @@ def test_a_flag_sets_what_it_says(workspace, tiny_model, tokenizer, name):
         ({"seed": 2**32}, "--seed 4294967296：要一个从 0 到 4294967295 的整数"),
         ({"weight_decay": -0.1}, "--weight_decay -0.1：要一个不小于 0 的数"),
         ({"adam_beta2": 1.0}, "--adam_beta2 1.0：要一个从 0 到 1（不含 1）的数"),
-        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere：没有这个文件夹"),
         ({"output_dir": ""}, "--output_dir 是空的"),
-        ({"memory_gb": 0.4}, "--memory_gb 0.4：驱动自己就要约 0.5 GB"),
         ({"offload_activations": True, "use_cpu": True}, "--offload_activations 要 GPU"),
         ({"offload_activations": True, "checkpoint_every": 0}, "--offload_activations：没有要重算的层"),
         ({"eval_steps": 2, "save_steps": 3}, "--save_steps 3：要是 --eval_steps 2 的倍数"),
@@ -162,7 +158,7 @@ def test_what_cannot_be_meant_is_refused_at_once(changes, stem):
     ],
 )
 def test_the_command_line_is_refused_in_one_sentence(words, stem, capsys, monkeypatch):
-    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)  # as where nothing optional is installed
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)  # nothing is installed
     monkeypatch.setattr(sys, "argv", ["train_lora.py", *words.split()])
     with pytest.raises(SystemExit) as ended:
         flags.parse("", train_lora.RECIPE)
@@ -184,16 +180,6 @@ def test_nothing_is_written_into_what_the_user_wished(workspace, tiny_model):
 
 def test_a_layer_that_is_not_there_is_named(workspace, tiny_model):
     refused("--target_modules 用不了~wheel_proj~", run, tiny_model, lora=True, target_modules=["wheel_proj"])
-
-
-def test_patience_is_that_of_the_command_that_continues(workspace, tiny_model):
-    changes = {"max_steps": 40, "eval_steps": 1, "learning_rate": 1.0}
-    first = run(tiny_model, early_stopping_patience=3, **changes)
-    stopped = first.state.global_step
-    Path(data.OUTPUT_DIR, checkpoints.FINISHED_MARK).unlink()
-    again = run(tiny_model, early_stopping_patience=5, **changes)
-    evaluations = [log["eval_loss"] for log in again.state.log_history if "eval_loss" in log]
-    assert stopped < again.state.global_step == evaluations.index(min(evaluations)) + 1 + 5 < 40
 
 
 def test_one_process_trains_on_one_gpu(tiny_model):

@@ -1,7 +1,8 @@
-"""Several examples in one batch: they do not see each other, a batch is cut between them, and the loss without logits
-is that of transformers."""
+"""Several examples in one batch: they do not see each other, a batch is cut between them, and the loss
+without logits is that of transformers."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -51,19 +52,15 @@ def test_no_example_of_a_batch_sees_another_or_what_comes_later(tiny_model):
 
 def test_heads_are_repeated_where_flash_is_missing(monkeypatch):
     """With grouped heads torch would take the kernel that keeps all scores; what is computed is the same."""
-    query, key, value = (torch.randn(1, heads, 60, 16) for heads in (4, 2, 2))
-    seen, attend = [], packing.scaled_dot_product_attention
-
-    def noting(query, key, value, **options):
-        seen.append((key.shape[1], options["enable_gqa"]))
-        return attend(query, key, value, **options)
-
-    monkeypatch.setattr(packing, "scaled_dot_product_attention", noting)
-    grouped, _ = packing.packed_attention(None, query, key, value, None, 0.25, (20, 40))
-    monkeypatch.setattr(packing, "repeats_heads", lambda device, dtype: True)
-    repeated, _ = packing.packed_attention(None, query, key, value, None, 0.25, (20, 40))
-    assert seen == [(2, True)] * 2 + [(4, False)] * 2
-    torch.testing.assert_close(grouped, repeated)
+    tensors = [torch.randn(1, heads, 60, 16) for heads in (4, 2, 2)]
+    attend, outputs = torch.nn.functional.scaled_dot_product_attention, []
+    for repeats in (False, True):
+        spy = mock.Mock(side_effect=attend)
+        monkeypatch.setattr(packing, "scaled_dot_product_attention", spy)
+        monkeypatch.setattr(packing, "repeats_heads", mock.Mock(return_value=repeats))
+        outputs.append(packing.packed_attention(None, *tensors, None, 0.25, (20, 40))[0])
+        assert [call.kwargs["enable_gqa"] for call in spy.mock_calls] == [not repeats] * 2
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +108,7 @@ def test_every_example_is_evaluated_once(world_size):
     assert all(sum(lengths[i] for i in batch) <= 8192 or len(batch) == 1 for batch in batches)
 
 
-# ---- the loss -----------------------------------------------------------------------------------------------------
+# ---- the loss --------------------------------------------------------------------------------------------
 
 HIDDEN, VOCAB, TOKENS = 64, 1000, 300
 
@@ -135,7 +132,8 @@ def chunked(hidden, weight, labels):
 @pytest.mark.parametrize("rows", [1, 7, 100_000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)], ids=["fp32", "bf16"])
 def test_loss_and_gradients_are_those_of_transformers(monkeypatch, dtype, tolerance, rows):
-    """In bf16 against the reference in fp32 on the same numbers; its gradients are rounded once, hence the 1 %."""
+    """In bf16 against the reference in fp32 on the same numbers; its gradients are rounded once, hence the 1
+    %."""
     monkeypatch.setattr(packing, "LOSS_BYTES", rows * VOCAB * 8)
     hidden, weight, labels = layer(dtype)
     exact_hidden, exact_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))

@@ -1,4 +1,5 @@
-"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is whole."""
+"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is
+whole."""
 
 import resource
 import shutil
@@ -107,10 +108,11 @@ def test_killed_between_the_last_checkpoint_and_the_end_of_saving(workspace, tin
 
 
 def test_early_stopping_is_not_forgotten(workspace, tiny_model):
-    changes = {"max_steps": 60, "eval_steps": 2, "learning_rate": 1.0}
+    """It counts on, with the patience of the command that continues."""
+    changes = {"max_steps": 60, "eval_steps": 2, "learning_rate": 1.0, "early_stopping_patience": 5}
     stopped = run_steps(tiny_model, output_dir="straight", **changes).state.global_step
     with pytest.raises(EOFError):
-        run_steps(tiny_model, callbacks=[At(None, crash)], **changes)
+        run_steps(tiny_model, callbacks=[At(None, crash)], **changes | {"early_stopping_patience": 3})
     trainer = run_steps(tiny_model, **changes)
     assert trainer.state.global_step == stopped < 60
     assert same(weights(data.OUTPUT_DIR), weights("straight"))

@@ -1,4 +1,5 @@
-"""However a step is cut and an evaluation batched, losses and gradients are the same; each log is one line."""
+"""However a step is cut and an evaluation batched, losses and gradients are the same; each log is one
+line."""
 
 import re
 import sys
@@ -39,16 +40,6 @@ def test_gradient_does_not_depend_on_how_a_step_is_cut_or_what_is_recomputed(
     assert (ours - expected).norm() / expected.norm() < 1e-4
 
 
-def test_lora_gradient_does_not_depend_on_how_a_step_is_cut(workspace, tiny_model, tokenizer):
-    gradients = []
-    for tokens in (1000, 1):
-        torch.manual_seed(0)
-        trainer = build_trainer(tiny_model, tokenizer, True, lora_dropout=0.0, batch_tokens=tokens)
-        gradients.append(gradient(trainer, examples()))
-    at_once, cut = gradients
-    assert at_once.norm() > 0 and (at_once - cut).norm() / at_once.norm() < 1e-4
-
-
 def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, tokenizer):
     trainer, shapes = build_trainer(tiny_model, tokenizer, file="val.jsonl"), []
     trainer.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
@@ -58,15 +49,15 @@ def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, to
 
 
 def test_one_by_one_accumulated_and_all_at_once_give_the_same_losses(workspace, tiny_model):
-    """Four examples a step: the published four batches of one with transformers' own loss and attention, against one
-    batch of four."""
+    """Four examples a step: the published four batches of one with transformers' own loss and attention,
+    against one batch of four."""
     published = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "checkpoint_every": 1}
     published |= {"full_logits": True, "fast_kernels": False, "optimizer": "adamw"}
     reference = run(tiny_model, output_dir="published", **published)
     assert losses(run(tiny_model, output_dir="ours")) == pytest.approx(losses(reference), rel=1e-5)
 
 
-# ---- evaluation ---------------------------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------------------------
 
 
 def val_rows() -> list[dict]:
@@ -88,7 +79,7 @@ def expected_losses(tiny_model, tokenizer) -> dict[str, float]:
         reply = encoding.encode_messages(tokenizer, data.to_messages(row["question"], row["think"], row["answer"]))
         written = reply[reply.index(encoding.think_tokens(tokenizer)[0]) :]  # <think> and all behind it
         count = written.index(encoding.think_tokens(tokenizer)[1]) + 1 if row["think"] else 0
-        start = len(losses) - (len(written) - 1) if row["think"] else 0  # the line break at the end is not supervised
+        start = len(losses) - (len(written) - 1) if row["think"] else 0  # not its line break
         parts["think"] += losses[start : start + count].tolist()
         parts["answer"] += losses[:start].tolist() + losses[start + count :].tolist()
         means.append(losses.mean().item())
@@ -129,7 +120,7 @@ def test_they_are_in_the_log_and_on_the_card(workspace, tiny_model):
     assert f"| 验证损失 | 按行平均 {mean:.4f}，思考 {think:.4f}，回答 {answer:.4f} |" in card
 
 
-# ---- the screen ---------------------------------------------------------------------------------------------------
+# ---- the screen ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bar", [True, False], ids=["a terminal", "a file"])
