@@ -111,7 +111,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
     free = plan.free_bytes(args.device, model, args.memory_gb)
-    plans = plan.choose(args, model, lengths, fast.fused, free, **kept)
+    plans = plan.choose(args, model, lengths, fast.layers.runs, free, **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:

@@ -57,11 +57,13 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
     print("检查：")
+    failed = []
     for name, verdict in verdicts.items():
         mark = "通过" if verdict.runs else "失败" if verdict.expected else "不用"
         print(f"  {mark}  {name}（{verdict.why}）")
-    failed = [name for name, verdict in verdicts.items() if verdict.expected and not verdict.runs]
-    print(f"结论：{'有问题：' + '、'.join(failed) if failed else '可以训练'}")
+        if mark == "失败":
+            failed.append(name)
+    print(f"结论：有问题：{'、'.join(failed)}" if failed else "结论：可以训练")
     if failed:
         raise SystemExit(1)
 
@@ -69,13 +71,10 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
 def find_model(args):
     """Return (model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = None
-    if Path(name).is_dir():
-        path = weights.find_model(name, "", revision)
-    elif hub.split(name):
-        path = weights.find_downloaded(name, revision)
-    if path:
-        path = str(path)
+    local = Path(name).is_dir()
+    path = None if local or not hub.split(name) else weights.find_downloaded(name, revision)
+    if local or path:
+        path = str(path or weights.find_model(name, "", revision))
         print(f"模型：{path}")
         tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)

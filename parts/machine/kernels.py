@@ -26,14 +26,6 @@ class Kernels(NamedTuple):
     layers: Verdict = OFF
     step: Verdict = OFF
 
-    @property
-    def varlen(self) -> bool:
-        return self.attention.runs
-
-    @property
-    def fused(self) -> bool:
-        return self.layers.runs
-
 
 def choose(model, sharded: bool = False) -> Kernels:
     """Give `model` packed_attention, and those of Liger's layers that run here; return what runs."""
@@ -62,12 +54,10 @@ def varlen_missing(model) -> Verdict | None:
 def describe(kernels: Kernels) -> str:
     """Return what runs, in one line."""
     attention, layers, step = kernels
-    parts = [
-        f"注意力：{'torch varlen' if attention.runs else f'逐条 sdpa（不用 torch varlen：{attention.why}）'}",
-        f"融合算子：{'Liger' if layers.runs else f'不用（{layers.why}）'}",
-    ]
+    parts = ["注意力：torch varlen" if attention.runs else f"注意力：逐条 sdpa（不用 torch varlen：{attention.why}）"]
+    parts.append("融合算子：Liger" if layers.runs else f"融合算子：不用（{layers.why}）")
     if step.expected:
-        parts.append(f"优化器：{'Triton' if step.runs else f'不用 Triton（{step.why}）'}")
+        parts.append("优化器：Triton" if step.runs else f"优化器：不用 Triton（{step.why}）")
     return "；".join(parts)
 
 
@@ -78,9 +68,8 @@ def require(model, in_4bit: bool) -> dict[str, Verdict]:
         verdicts["4 位层"] = try_4bit_layer(model.device, model.dtype)
     for name, verdict in verdicts.items():
         if not verdict.runs:
-            raise SystemExit(
-                f"错误：{name}在这里算不对（{verdict.why}）；请升级驱动，或换一个版本的 torch、bitsandbytes。"
-            )
+            remedy = "请升级驱动，或换一个版本的 torch、bitsandbytes"
+            raise SystemExit(f"错误：{name}在这里算不对（{verdict.why}）；{remedy}。")
     return verdicts
 
 

@@ -79,10 +79,8 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
     if not plans and args.fsdp:
         raise SystemExit(f"错误：这个训练用的是 --optimizer {optimizer}，它不能和 --fsdp 一起用；请不分片地继续。")
     if not plans:
-        raise SystemExit(
-            f"错误：--optimizer {optimizer} 要一个进程把一步的样本一次算完；"
-            "请去掉 --batch_tokens 和梯度累积，只用一张 GPU。"
-        )
+        remedy = "请去掉 --batch_tokens 和梯度累积，只用一张 GPU"
+        raise SystemExit(f"错误：--optimizer {optimizer} 要一个进程把一步的样本一次算完；{remedy}。")
     if importlib.util.find_spec("torchao") is None:
         plans.sort(key=lambda plan: plan.optimizer.startswith("8bit"))
     fitting = [plan for plan in plans if plan.fits] or [min(plans, key=lambda plan: plan.total)]
@@ -169,11 +167,9 @@ def limited(device: torch.device):
 # ---- the bytes of a plan ------------------------------------------------------------------------------------------
 
 
-def estimate(
-    model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int
-) -> dict[str, float]:
-    """Return the bytes at the peak of training on each card, part by part. `tokens` in one pass, of the `worst` ones
-    of a step; every n-th layer is recomputed."""
+def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int) -> dict:
+    """Return {part: bytes} at the peak of training on each card. `tokens` in one pass, of the `worst` ones of a step;
+    every n-th layer is recomputed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     cards = args.world_size if args.fsdp else 1  # that share weights, states and gradients
     gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained) / cards

@@ -33,13 +33,14 @@ def settle(trainer, plans: list[Plan]) -> None:
     args = trainer.args
     while plans:
         first = plans[0]
-        reasons = accelerate.utils.gather_object([missing_optimizer(first.optimizer, args.device)])
-        if why := next(filter(None, reasons), None):
-            plans = [other for other in plans if not other.optimizer.startswith("8bit")]
-            if not plans:
-                raise SystemExit(f"错误：放得下的方案都要 8 位优化器（{first.optimizer}），它在这里用不了：{why}。")
-            print(f"不用 8 位优化器：{why}。")
-            continue
+        if first.optimizer.startswith("8bit"):
+            verdicts = accelerate.utils.gather_object([kernels.try_step("8bit", args.device)])
+            if why := next((verdict.why for verdict in verdicts if not verdict.runs), None):
+                plans = [other for other in plans if not other.optimizer.startswith("8bit")]
+                if not plans:
+                    raise SystemExit(f"错误：放得下的方案都要 8 位优化器（{first.optimizer}），它在这里用不了：{why}。")
+                print(f"不用 8 位优化器：{why}。")
+                continue
         plan.apply(first, trainer.model)
         trainer.follow(first)
         kind = "显存" if plan.is_own(args.device) else "内存"
@@ -53,14 +54,6 @@ def settle(trainer, plans: list[Plan]) -> None:
         plans = [other for other in plans if other.total < first.total]
         print(f"预演：显存不足，这个方案在这里放不下{'；换一个小一些的。' if plans else '，也没有更小的了。'}")
     raise torch.OutOfMemoryError("out of memory in the rehearsal of the smallest plan")
-
-
-def missing_optimizer(optimizer: str, device: torch.device) -> str | None:
-    """Tell why this optimizer cannot step here, or None."""
-    if not optimizer.startswith("8bit"):
-        return None
-    verdict = kernels.try_step("8bit", device)
-    return None if verdict.runs else verdict.why
 
 
 def rehearse(trainer) -> Rehearsed | None:

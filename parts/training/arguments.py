@@ -1,5 +1,5 @@
-"""What a training was asked to do: transformers.TrainingArguments with the flags of the table, checked at once. Knows
-no recipe: its numbers and files are the script's."""
+"""What a training was asked to do: transformers.TrainingArguments with the flags of the table, checked at
+once. Knows no recipe: its numbers and files are the script's."""
 
 import gc
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,7 +14,7 @@ from transformers import TrainingArguments  # noqa: E402
 
 gc.enable()
 
-# Fields of TrainingArguments that are no flags, and act all the same for those who call the training from Python.
+# Fields of TrainingArguments that are no flags, and act for those who call the training from Python
 ACTS_FROM_PYTHON = (
     "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism train_sampling_strategy disable_tqdm "
     "dataloader_num_workers log_level logging_first_step"
@@ -23,8 +23,8 @@ ACTS_FROM_PYTHON = (
 
 @dataclass
 class Arguments(TrainingArguments):
-    """What the user wished: nothing is written into it once it is made. Raises SystemExit for what cannot be meant, or
-    cannot be done here."""
+    """What the user wished: nothing is written into it once it is made. Raises SystemExit for what cannot be
+    meant, or cannot be done here."""
 
     model_name: str = ""
     model_revision: str | None = None  # of a model on a hub; its default branch
@@ -56,7 +56,7 @@ class Arguments(TrainingArguments):
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
     save_strategy: str = "steps"
-    save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
+    save_steps: float | None = None  # as eval_steps: an evaluated state is kept until a better one comes
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "eval_loss"
     greater_is_better: bool | None = False
@@ -89,8 +89,8 @@ class Arguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     def refuse_unread(self) -> None:
-        """Raise SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Never with its
-        value, which may be a secret."""
+        """Raise SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Never
+        with its value, which may be a secret."""
         for one in fields(self):
             default = one.default if one.default_factory is MISSING else one.default_factory()
             value = getattr(self, one.name)
@@ -117,6 +117,6 @@ class Arguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut a packed
-        batch to pieces."""
+        """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut
+        a packed batch to pieces."""
         return min(super().n_gpu, 1)

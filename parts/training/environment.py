@@ -1,5 +1,6 @@
-"""What is around a training: the environment variables that libraries read once, when they start; which versions are
-installed; the graphics card, its driver, and what keeps torch from it. Knows no flag; imports torch only when asked."""
+"""What is around a training: the environment variables that libraries read once, when they start; which
+versions are installed; the graphics card, its driver, and what keeps torch from it. Knows no flag; imports
+torch only when asked."""
 
 import contextlib
 import importlib.metadata
@@ -18,14 +19,14 @@ ON_CPU = "如果确实要用 CPU 训练，请加 --use_cpu true"
 
 
 def prepare() -> None:
-    """Set what libraries read at their start. It has to be called before torch is imported: with it come others
-    (bitsandbytes, torchao) whose import starts CUDA. What the user has set stays."""
-    # Less is lost between blocks of memory. Windows has no such segments, and under WSL drivers before R615 crash at
-    # the first one (pytorch#192330).
+    """Set what libraries read at their start. It has to be called before torch is imported: with it come
+    others (bitsandbytes, torchao) whose import starts CUDA. What the user has set stays."""
+    # Less is lost between blocks of memory. Windows has no such segments, and under WSL drivers before R615
+    # crash at the first one (pytorch#192330).
     if sys.platform == "linux" and "microsoft" not in platform.release().lower():
         if not any(name in os.environ for name in ALLOCATORS):
             os.environ[ALLOCATOR] = "expandable_segments:True"
-    # Without torchrun Trainer would spread one process over all GPUs with DataParallel, slower than one of them.
+    # Without torchrun Trainer would spread one process over all GPUs (DataParallel), slower than one.
     if "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.pop("SWANLAB_DEBUG", None)  # it would write a stored key into a log
@@ -50,7 +51,8 @@ def ask_driver(*flags: str) -> str | None:
 
 
 def unused_card() -> str | None:
-    """Return what keeps torch from an NVIDIA card that is there, as its driver says, and was not hidden; else None."""
+    """Return what keeps torch from an NVIDIA card that is there, as its driver says, and was not hidden; else
+    None."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
@@ -65,8 +67,8 @@ def unused_card() -> str | None:
 
 
 def unusable(device, memory_gb: float | None) -> str | None:
-    """Return why this card cannot be trained on: this torch was not built for it, and its first kernel would fail, or
-    it does not have the `memory_gb` that it is to plan with; else None."""
+    """Return why this card cannot be trained on: this torch was not built for it, and its first kernel would
+    fail, or it does not have the `memory_gb` that it is to plan with; else None."""
     import torch
 
     if device.type != "cuda":

@@ -1,5 +1,6 @@
-"""The flags of a training: a plain table, read by argparse before torch is imported, so that `--help` and a wrong flag
-answer at once; what cannot be meant is refused here too. Knows no recipe: its numbers are handed in by the scripts."""
+"""The flags of a training: a plain table, read by argparse before torch is imported, so that `--help` and a
+wrong flag answer at once; what cannot be meant is refused here too. Knows no recipe: its numbers are handed
+in by the scripts."""
 
 import importlib.util
 import math
@@ -92,9 +93,9 @@ FLAGS = {row.name: row for row in TABLE if isinstance(row, Flag)}
 
 
 def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
-    """Return the `recipe`, {flag: value}, with what the command line says in place of its values. A recipe with a
-    `lora_rank` has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that cannot be meant.
-    """
+    """Return the `recipe`, {flag: value}, with what the command line says in place of its values. A recipe
+    with a `lora_rank` has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that
+    cannot be meant."""
     parser = terminal.Parser(description=description, usage="%(prog)s [--flag value ...]")
     group = parser
     for row in TABLE:
@@ -134,11 +135,12 @@ def refuse(why: str) -> None:
 
 
 def check(values: Mapping[str, object]) -> None:
-    """Raise SystemExit for numbers and folders with which training would fail late, or do nothing, and for flags that
-    contradict each other. `values` by the flags' names; one that is missing or None was not set."""
+    """Raise SystemExit for numbers and folders with which training would fail late, or do nothing, and for
+    flags that contradict each other. `values` by the flags' names; one that is missing or None was not
+    set."""
     for name, value in values.items():
         flag = FLAGS.get(name)
-        if not flag or not flag.limit or value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
+        if not flag or not flag.limit or value is None or (name, value) == ("max_steps", -1):  # as not set
             continue
         allowed, words = flag.limit
         if not allowed(value):
@@ -158,8 +160,8 @@ def check(values: Mapping[str, object]) -> None:
 
 
 def check_launch(values: Mapping[str, object]) -> None:
-    """Raise SystemExit for a launcher that tells a process too little or would cut the model itself, and for what does
-    not go with --fsdp."""
+    """Raise SystemExit for a launcher that tells a process too little or would cut the model itself, and for
+    what does not go with --fsdp."""
     count, launched = int(os.environ.get("WORLD_SIZE") or 1), "LOCAL_RANK" in os.environ
     if count > 1 and not launched:  # each process would train alone, and all would write into one folder
         refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
@@ -178,8 +180,8 @@ def check_launch(values: Mapping[str, object]) -> None:
 
 
 def require_packages(values: Mapping[str, object]) -> None:
-    """Raise SystemExit where a package is not installed that was asked for. Of a command only: plans for another
-    machine can be made without them."""
+    """Raise SystemExit where a package is not installed that was asked for. Of a command only: plans for
+    another machine can be made without them."""
     optimizer, tracker = str(values.get("optimizer")), values.get("report_to")
     wanted = {
         "bitsandbytes": values.get("load_in_4bit") and "--load_in_4bit",

@@ -1,5 +1,5 @@
-"""A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are no numbers
-are never written. Knows nothing of what is trained."""
+"""A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are
+no numbers are never written. Knows nothing of what is trained."""
 
 import copy
 import math
@@ -15,8 +15,8 @@ from parts.terminal import explain_failed_write
 
 
 class SafeTrainer(transformers.Trainer):
-    """Trainer whose checkpoints count only when they are complete, that saves nothing after a loss that is no number,
-    and that takes no further step when it continues from its last one."""
+    """Trainer whose checkpoints count only when they are complete, that saves nothing after a loss that is no
+    number, and that takes no further step when it continues from its last one."""
 
     sealing: checkpoints.Sealer | None = None
     state_bytes: float = 0  # of the optimizer, that go into each checkpoint
@@ -45,11 +45,12 @@ class SafeTrainer(transformers.Trainer):
         return output
 
     def check_space(self) -> None:
-        """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
-        and the newest always), the one that is written before an older one goes, and the final weights."""
+        """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but
+        the best and the newest always), the one that is written before an older one goes, and the final
+        weights."""
         count = math.ceil(self.state.max_steps / self.state.save_steps)
         if self.limit:
-            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, and the one that is being written
+            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, the one being written
         weights = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, weights)
 
@@ -69,7 +70,7 @@ class SafeTrainer(transformers.Trainer):
         if not args.process_index:
             self.finish_checkpoint()
             for folder in checkpoints.folders(args.output_dir):
-                if checkpoints.step_of(folder) >= step:  # this run passed it over when it continued from an older one
+                if checkpoints.step_of(folder) >= step:  # this run went on from an older one
                     shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         try:
@@ -101,8 +102,8 @@ class SafeTrainer(transformers.Trainer):
         self.check_finite({"weights": torch.stack(sums).sum().item()})
 
     def check_finite(self, numbers: dict[str, float]) -> None:
-        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined, or will be
-        at the next step."""
+        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined,
+        or will be at the next step."""
         for name in ("loss", "grad_norm", "eval_loss", "weights"):
             if not math.isfinite(numbers.get(name, 0)):
                 self.finish_checkpoint()
@@ -118,7 +119,8 @@ class SafeTrainer(transformers.Trainer):
 
 
 class Stopping(transformers.TrainerCallback):
-    """Ends training where a signal asks for it; before it begins, looks whether the disk has room for checkpoints."""
+    """Ends training where a signal asks for it; before it begins, looks whether the disk has room for
+    checkpoints."""
 
     def __init__(self, trainer: SafeTrainer):
         self.trainer = trainer
@@ -133,14 +135,14 @@ class Stopping(transformers.TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         cut_off = state.epoch % 1 > 0 and state.global_step < state.max_steps
-        if cut_off and self.trainer.interrupted():  # Trainer evaluates and saves here, but the epoch has not ended
+        if cut_off and self.trainer.interrupted():  # Trainer would evaluate and save, as at an end
             control.should_evaluate = control.should_save = False
 
 
 class BestCheckpoint(transformers.EarlyStoppingCallback):
-    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
-    is looked for where the output folder is now, not where it was then. A state that evaluates better than all before
-    is saved, whatever --save_steps says: else the best weights would be lost."""
+    """Early stopping with the patience of this command, not of the one that was interrupted; and the best
+    checkpoint is looked for where the output folder is now, not where it was then. A state that evaluates
+    better than all before is saved, whatever --save_steps says: else the best weights would be lost."""
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         super().on_evaluate(args, state, control, metrics, **kwargs)

@@ -1,5 +1,5 @@
-"""A few questions asked at evaluations and at the end of a training; the replies are texts to look at. Knows how to ask
-a model in training and leave no trace in it, not which questions these are."""
+"""A few questions asked at evaluations and at the end of a training; the replies are texts to look at. Knows
+how to ask a model in training and leave no trace in it, not which questions these are."""
 
 import contextlib
 import time
@@ -15,9 +15,9 @@ from parts.training.safe_trainer import same_random_states
 
 
 def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=None) -> list[str]:
-    """Return the questions of `rows`, each after its history through `to_messages(question, history=…)`, with their
-    replies of at most `tokens` tokens, as texts. They are asked in one batch, without thinking where no row has any;
-    `stop()` cuts them off."""
+    """Return the questions of `rows`, each after its history through `to_messages(question, history=…)`, with
+    their replies of at most `tokens` tokens, as texts. They are asked in one batch, without thinking where no
+    row has any; `stop()` cuts them off."""
     conversations = [to_messages(row["question"], history=row.get("history")) for row in rows]
     thinking = any(row["think"] for row in rows)
     # Under --full_determinism top-p's sums would raise: on CUDA torch has no order for them.
@@ -36,8 +36,8 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
 
 
 class Samples(transformers.TrainerCallback):
-    """At each evaluation the replies to the questions of `rows`, drawn with the same random numbers each time, become
-    texts in SwanLab. Weights, gradients and all that is drawn later are as without them."""
+    """At each evaluation the replies to the questions of `rows`, drawn with the same random numbers each
+    time, become texts in SwanLab. Weights, gradients and all that is drawn later are as without them."""
 
     def __init__(self, trainer, rows: list[dict], to_messages, tokens: int):
         self.trainer, self.rows, self.to_messages, self.tokens = trainer, rows, to_messages, tokens
@@ -58,7 +58,8 @@ class Samples(transformers.TrainerCallback):
         return bool(self.trainer.interruption and self.trainer.interruption.number)
 
     def ask(self) -> list[str]:
-        """Return the texts, cut off by a signal, and before other processes would give up waiting for this one."""
+        """Return the texts, cut off by a signal, and before other processes would give up waiting for this
+        one."""
         trainer, args = self.trainer, self.trainer.args
         end = time.monotonic() + args.ddp_timeout / 2
         with untouched(trainer):
@@ -69,8 +70,9 @@ class Samples(transformers.TrainerCallback):
 
 @contextlib.contextmanager
 def untouched(trainer):
-    """Inside, the trainer's model can be asked; behind it weights, gradients, random states, attention and mode are
-    what they were. Layers are recomputed in training mode only, and a cache is there only where one asks for it."""
+    """Inside, the trainer's model can be asked; behind it weights, gradients, random states, attention and
+    mode are what they were. Layers are recomputed in training mode only, and a cache is there only where one
+    asks for it."""
     model, device = trainer.model, trainer.args.device
     attention, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("sdpa")  # which knows padding and the cache

@@ -1,6 +1,6 @@
-"""A model of which each process holds a part (FSDP2, --fsdp), and its Trainer: what all processes do together, and
-checkpoints that are those of one process. It knows torch's DTensors and the files of a checkpoint, not how a loss is
-made."""
+"""A model of which each process holds a part (FSDP2, --fsdp), and its Trainer: what all processes do
+together, and checkpoints that are those of one process. It knows torch's DTensors and the files of a
+checkpoint, not how a loss is made."""
 
 import contextlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from parts.model.encoding import IGNORE_INDEX
 from parts.run import checkpoints
-from parts.training.packing import split_batch, token_batches
+from parts.training.packing import split_batch
 from parts.training.trainer import PackedTrainer
 
 ADAPTER = ".default."  # in the name of an adapter's weight; peft's files leave it out
@@ -23,14 +23,15 @@ ADAPTER_FILE = "adapter_model.safetensors"  # peft's
 
 
 def shard(model, device: torch.device, world_size: int) -> None:
-    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight with
-    few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut, so that no
-    device ever holds all of it.
+    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight
+    with few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut,
+    so that no device ever holds all of it.
 
-    A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays whole from
-    the forward pass to the end of the backward one: the loss is made outside of the model, and takes the output layer's
-    weight as it then stands there. So its gradient is added to where the embedding's is, if they are one weight, and is
-    averaged over the processes with all others. An embedding of its own is whole only while it is looked up.
+    A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays
+    whole from the forward pass to the end of the backward one: the loss is made outside of the model, and
+    takes the output layer's weight as it then stands there. So its gradient is added to where the embedding's
+    is, if they are one weight, and is averaged over the processes with all others. An embedding of its own is
+    whole only while it is looked up.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
@@ -44,20 +45,16 @@ def shard(model, device: torch.device, world_size: int) -> None:
 
 
 def reshard(model) -> None:
-    """Give up the weights that are still whole after a forward pass without a backward one: they would not follow what
-    is then written into the parts, and are not what the functions below look for."""
+    """Give up the weights that are still whole after a forward pass without a backward one: they would not
+    follow what is then written into the parts, and are not what the functions below look for."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def own_rows(p: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a weight or of its gradient; they share their memory with it."""
-    return p.detach().to_local() if isinstance(p, DTensor) else p.detach()
-
-
 def cut(p: DTensor, tensor: torch.Tensor) -> DTensor:
-    """Return `tensor`, which each process has and which has the shape of `p`, cut as `p` is, in memory of its own."""
+    """Return `tensor`, which each process has and which has the shape of `p`, cut as `p` is, in memory of its
+    own."""
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -66,8 +63,8 @@ def trained_of(model) -> dict[str, torch.nn.Parameter]:
 
 
 def collect(tensors: dict, first: bool) -> dict:
-    """Return {name: tensor} with each DTensor as a whole one in the CPU's memory of the `first` process, one after
-    another, and as None in the others; all call this together. Anything else stays as it is."""
+    """Return {name: tensor} with each DTensor as a whole one in the CPU's memory of the `first` process, one
+    after another, and as None in the others; all call this together. Anything else stays as it is."""
     collected = {}
     for name, value in tensors.items():
         if isinstance(value, DTensor):
@@ -79,44 +76,40 @@ def collect(tensors: dict, first: bool) -> dict:
 
 def load(model, folder: str | Path) -> None:
     """Put the trained weights of a saved model or adapter into the parts, one weight after another."""
-    names = [ADAPTER_FILE] if Path(folder, ADAPTER_FILE).is_file() else checkpoints.weight_files(Path(folder))
+    files = [ADAPTER_FILE] if Path(folder, ADAPTER_FILE).is_file() else checkpoints.weight_files(Path(folder))
     missing = {name.replace(ADAPTER, "."): p for name, p in trained_of(model).items()}
-    for name in names:
-        with safe_open(Path(folder, name), framework="pt") as saved:
+    for file in files:
+        with safe_open(Path(folder, file), framework="pt") as saved:
             for name in missing.keys() & set(saved.keys()):
                 p = missing.pop(name)
                 p.detach().copy_(cut(p, saved.get_tensor(name)))
     assert not missing, (folder, sorted(missing))
 
 
-def gather_states(optimizer, first: bool) -> dict | None:
-    """The optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one; None elsewhere.
-    So any number of processes can go on from it, sharded or not."""
+def gather_states(optimizer, first: bool) -> dict:
+    """Return the optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one;
+    without tensors elsewhere. So any number of processes can go on from it, sharded or not."""
     states = optimizer.state_dict()  # whose dicts are the optimizer's own, which are left as they are
     gathered = {i: collect(state, first) for i, state in states["state"].items()}
-    return states | {"state": gathered} if first else None
+    return states | {"state": gathered}
 
 
 def load_states(optimizer, file: str | Path) -> None:
-    """Put the states of a file, which are those of whole weights, into the optimizer of the parts: what is as large as
-    its weight is cut as the weight is."""
+    """Put the states of a file, which are those of whole weights, into the optimizer of the parts: what is as
+    large as its weight is cut as the weight is."""
     states = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in states["state"].items():
-        p = weights[i]
         for name, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                state[name] = cut(p, value)
-            else:  # a copy, too: the file is mapped, and would stay on the disk when it is deleted
-                state[name] = value.clone()
+            # A copy in any case: the file is mapped, and would stay on the disk when it is deleted.
+            if isinstance(value, torch.Tensor):
+                state[name] = cut(weights[i], value) if value.shape == weights[i].shape else value.clone()
     optimizer.load_state_dict(states)
 
 
 class Unwrapped(torch.nn.Module):
-    """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model` gives back
-    Trainer neither moves, cuts nor wraps once more."""
+    """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model`
+    gives back Trainer neither moves, cuts nor wraps once more."""
 
     def __init__(self, model):
         super().__init__()
@@ -127,9 +120,9 @@ class Unwrapped(torch.nn.Module):
 
 
 class ShardedTrainer(PackedTrainer):
-    """PackedTrainer of a model after `shard`. Each forward and backward pass is one of all processes, which therefore
-    take equally many; weights and states are gathered to be saved, so that a checkpoint can be asked, and continued
-    from, with any number of processes, sharded or not."""
+    """PackedTrainer of a model after `shard`. Each forward and backward pass is one of all processes, which
+    therefore take equally many; weights and states are gathered to be saved, so that a checkpoint can be
+    asked, and continued from, with any number of processes, sharded or not."""
 
     def _move_model_to_device(self, model, device):
         """It is there already."""
@@ -138,11 +131,13 @@ class ShardedTrainer(PackedTrainer):
         return model if isinstance(model, Unwrapped) else Unwrapped(model)
 
     def between_passes(self, model):
-        """Each pass reduces its gradients to this process's rows at once: whole ones would be as large as the model."""
+        """Each pass reduces its gradients to this process's rows at once: whole ones would be as large as the
+        model."""
         return contextlib.nullcontext()
 
     def parts_of(self, inputs) -> list[dict]:
-        """As many as the process with the most has: the others add passes over two tokens of which none counts."""
+        """Cut the batch into as many passes as the process with the most has: the others add passes over two
+        tokens of which none counts."""
         parts = split_batch(inputs, self.plan.batch_tokens)
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = self.accelerator.gather(count).max().item() - len(parts)
@@ -156,11 +151,11 @@ class ShardedTrainer(PackedTrainer):
         super().drop_gradients()
 
     def evaluation_batches(self, dataset) -> list[list[int]]:
-        """This process's share of the rows, and at its end as many empty batches as make all shares equally long."""
-        world_size = self.args.world_size
-        shares = [token_batches(dataset, rank, world_size, self.eval_tokens()) for rank in range(world_size)]
-        own = shares[self.args.process_index]
-        return own + [[]] * (max(map(len, shares)) - len(own))
+        """This process's share of the rows, and at its end as many empty batches as make all shares equally
+        long."""
+        own = super().evaluation_batches(dataset)
+        counts = accelerate.utils.gather_object([len(own)])
+        return own + [[]] * (max(counts) - len(own))
 
     def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
         """Of no rows, return [6, 0]; the forward pass is taken nevertheless."""
@@ -169,22 +164,21 @@ class ShardedTrainer(PackedTrainer):
         return sums if rows else sums[:, :0]
 
     def check_weights(self) -> None:
-        sums = [own_rows(p).sum(dtype=torch.float32) for p in trained_of(self.model).values()]
+        sums = [p.detach().to_local().sum(dtype=torch.float32) for p in trained_of(self.model).values()]
         total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
         self.check_finite({"weights": total.item()})
 
-    def gather(self) -> dict[str, torch.Tensor] | None:
-        weights = collect(trained_of(self.model), self.is_world_process_zero())
-        return weights if self.is_world_process_zero() else None
+    def gather(self) -> dict[str, torch.Tensor | None]:
+        return collect(trained_of(self.model), self.is_world_process_zero())
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         weights = self.gather()
-        if weights:
+        if self.args.should_save:
             self._save(output_dir, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = gather_states(self.optimizer, self.is_world_process_zero())
-        if states:
+        if self.args.should_save:
             torch.save(states, Path(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 

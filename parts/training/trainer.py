@@ -1,5 +1,5 @@
-"""Training on packed batches: a loss without logits, an evaluation that no batch changes, a step cut into passes, and a
-line on the screen for each log. Knows the plan and the kernels that were chosen, not how."""
+"""Training on packed batches: a loss without logits, an evaluation that no batch changes, a step cut into
+passes, and a line on the screen for each log. Knows the plan and the kernels that were chosen, not how."""
 
 import time
 
@@ -14,7 +14,7 @@ from parts.training import optimizers
 from parts.training.packing import PACKED, LinearCrossEntropy, PackedCollator, split_batch, starts_of, token_batches
 from parts.training.safe_trainer import SafeTrainer
 
-EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which keeps neither activations nor logits
+EVAL_TOKENS = 8192  # at most in one evaluation batch, which keeps neither activations nor logits
 LOG_PARTS = {  # of a log, as they stand in its line
     "loss": "loss {:.4f}",
     "eval_loss": "评估 eval_loss {:.4f}",
@@ -30,10 +30,10 @@ LOG_PARTS = {  # of a log, as they stand in its line
 
 
 class PackedTrainer(SafeTrainer):
-    """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs tokens
-    per second and peak memory beside the training loss."""
+    """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs
+    tokens per second and peak memory beside the training loss."""
 
-    window_start: float | None = None  # of the steps since the last log; evaluations and saving come after a log
+    window_start: float | None = None  # of the steps since the last log; evaluations come after a log
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     step_hooks: tuple = ()  # that step in the backward pass
@@ -50,8 +50,8 @@ class PackedTrainer(SafeTrainer):
             self.add_callback(LogLines())
 
     def follow(self, plan) -> None:
-        """Train in passes of the plan's size and with its optimizer from now on. Whether layers are recomputed is the
-        model's own setting."""
+        """Train in passes of the plan's size and with its optimizer from now on. Whether layers are
+        recomputed is the model's own setting."""
         args, self.plan = self.args, plan
         # A checkpoint has the states of all processes that share a model.
         self.state_bytes = plan.parts["优化器"] * (args.world_size if args.fsdp else 1)
@@ -68,8 +68,9 @@ class PackedTrainer(SafeTrainer):
         self.last_hidden = output.last_hidden_state
 
     def supervised_losses(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (sum, losses [N], where [N] the supervised tokens stand among the B x (T-1)). `model` is asked for no
-        logits at all, but is called as a whole, so that DistributedDataParallel sees the pass."""
+        """Return (sum, losses [N], where [N] the supervised tokens stand among the B x (T-1)). `model` is
+        asked for no logits at all, but is called as a whole, so that DistributedDataParallel sees the
+        pass."""
         inputs = self.for_attention(inputs)
         targets = inputs.pop("labels")[:, 1:]
         model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
@@ -81,26 +82,23 @@ class PackedTrainer(SafeTrainer):
         return *LinearCrossEntropy.apply(hidden, weight, targets.flatten()[where]), where
 
     def for_attention(self, inputs: dict) -> dict:
-        """Return a copy of `inputs` with what the attention in use wants to know of where examples begin; transformers'
-        own sees it in the position ids."""
+        """Return a copy of `inputs` with what the attention in use wants to know of where examples begin;
+        transformers' own sees it in the position ids."""
         inputs = dict(inputs)
         if self.model.config._attn_implementation != PACKED:
             inputs.pop("lengths")
-        elif self.kernels.varlen:
+        elif self.kernels.attention.runs:
             inputs["starts"] = starts_of(inputs["lengths"], inputs["input_ids"].device)
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean over the supervised tokens of the whole optimizer step, on all devices, as Trainer's own."""
+        """Return the mean over the supervised tokens of the whole optimizer step, on all devices, as
+        Trainer's own."""
         if self.args.full_logits:
             return super().compute_loss(model, self.for_attention(inputs), return_outputs, num_items_in_batch)
         total, _, _ = self.supervised_losses(model, inputs)
         # num_items_in_batch is that of all devices, whose gradients are averaged.
         return total * self.accelerator.num_processes / num_items_in_batch
-
-    def eval_tokens(self) -> int:
-        """At most in one evaluation batch."""
-        return min(EVAL_TOKENS, self.plan.batch_tokens)
 
     @torch.no_grad()
     def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
@@ -112,8 +110,8 @@ class PackedTrainer(SafeTrainer):
         return sums_of_rows(losses, row, thinking, len(rows))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Return {eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as losses_of has them; eval_runtime in
-        seconds}. No loss depends on batch size or number of processes."""
+        """Return {eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as losses_of has them;
+        eval_runtime in seconds}. No loss depends on batch size or number of processes."""
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
         self.model.eval()
@@ -129,10 +127,12 @@ class PackedTrainer(SafeTrainer):
 
     def evaluation_batches(self, dataset) -> list[list[int]]:
         """Return this process's share of the rows."""
-        return token_batches(dataset, self.args.process_index, self.args.world_size, self.eval_tokens())
+        most = min(EVAL_TOKENS, self.plan.batch_tokens)
+        return token_batches(dataset, self.args.process_index, self.args.world_size, most)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Take the batch in parts of at most batch_tokens tokens; their losses and gradients add up to the batch's."""
+        """Take the batch in parts of at most batch_tokens tokens; their losses and gradients add up to the
+        batch's."""
         if self.window_start is None:
             self.window_start = time.perf_counter()
         self.window_tokens += inputs["input_ids"].numel()
@@ -163,7 +163,8 @@ class PackedTrainer(SafeTrainer):
         """Return the trained weights, where the model does not hold them itself."""
 
     def release(self):
-        """Return the model, ready to be asked. The optimizer's states are dropped: the replies need their memory."""
+        """Return the model, ready to be asked. The optimizer's states are dropped: the replies need their
+        memory."""
         self.check_weights()
         for holder in (self, self.callback_handler):
             holder.optimizer = holder.lr_scheduler = None
@@ -185,10 +186,10 @@ class PackedTrainer(SafeTrainer):
 
 
 def is_thinking(labels: torch.Tensor, end: int) -> torch.Tensor:
-    """Return which of the labels [T] are thinking: the supervised ones of a last reply up to and including its
-    </think>, whose id is `end`. All others are answer: what follows, earlier replies, and replies without thinking,
-    whose empty block is in the prompt and not supervised. Examples may stand one after another, as each begins with its
-    prompt."""
+    """Return which of the labels [T] are thinking: the supervised ones of a last reply up to and including
+    its </think>, whose id is `end`. All others are answer: what follows, earlier replies, and replies without
+    thinking, whose empty block is in the prompt and not supervised. Examples may stand one after another, as
+    each begins with its prompt."""
     turn = (labels == IGNORE_INDEX).cumsum(0)  # the same number within a supervised stretch
     positions = torch.arange(len(labels), device=labels.device)
     ends = torch.full((len(labels) + 1,), -1, device=labels.device)
@@ -197,8 +198,9 @@ def is_thinking(labels: torch.Tensor, end: int) -> torch.Tensor:
 
 
 def sums_of_rows(losses: torch.Tensor, row: torch.Tensor, thinking: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return [6, rows] from the losses of the supervised tokens [N], the rows that they belong to, and whether they are
-    thinking: 1, the mean loss, the thinking's sum of losses and tokens, the answer's sum of losses and tokens."""
+    """Return [6, rows] from the losses of the supervised tokens [N], the rows that they belong to, and
+    whether they are thinking: 1, the mean loss, the thinking's sum of losses and tokens, the answer's sum of
+    losses and tokens."""
     means = torch.zeros(rows, device=losses.device).index_add_(0, row, losses) / torch.bincount(row, minlength=rows)
     parts = []
     for part in (thinking, ~thinking):
@@ -208,9 +210,9 @@ def sums_of_rows(losses: torch.Tensor, row: torch.Tensor, thinking: torch.Tensor
 
 
 def losses_of(rows, means, think, think_tokens, answer, answer_tokens) -> dict[str, float]:
-    """Return, from sums_of_rows, each summed over all rows: `loss`, the mean over the rows of their mean token loss, as
-    published; `token_loss`, `think_loss` and `answer_loss`, means over all tokens, and over those of one part. There is
-    no `think_loss` where no row has a thinking."""
+    """Return, from sums_of_rows, each summed over all rows: `loss`, the mean over the rows of their mean
+    token loss, as published; `token_loss`, `think_loss` and `answer_loss`, means over all tokens, and over
+    those of one part. There is no `think_loss` where no row has a thinking."""
     losses = {"loss": means / rows, "token_loss": (think + answer) / (think_tokens + answer_tokens)}
     if think_tokens:
         losses["think_loss"] = think / think_tokens
@@ -218,8 +220,8 @@ def losses_of(rows, means, think, think_tokens, answer, answer_tokens) -> dict[s
 
 
 class LogLines(transformers.ProgressCallback):
-    """It prints a line of at most 80 columns where Trainer would print a dict; the bar stays below the lines, and is
-    there at a terminal only: in a file each of its moves would be a line."""
+    """It prints a line of at most 80 columns where Trainer would print a dict; the bar stays below the lines,
+    and is there at a terminal only: in a file each of its moves would be a line."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         hidden = args.disable_tqdm or not state.is_world_process_zero
@@ -235,7 +237,8 @@ class LogLines(transformers.ProgressCallback):
 
 
 def peak(device: torch.device) -> int:
-    """Return the most bytes that the device's allocator has reserved; elsewhere what the process holds now."""
+    """Return the most bytes that the device's allocator has reserved; elsewhere what the process holds
+    now."""
     backend = getattr(torch, device.type, None)  # torch.cuda, torch.npu
     if hasattr(backend, "max_memory_reserved"):
         return backend.max_memory_reserved()

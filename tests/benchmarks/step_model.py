@@ -326,7 +326,7 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
             fuse_layers(model)
         plan.apply(SimpleNamespace(checkpoint_every=every, offload=False), model)
         trainer = PackedTrainer.__new__(PackedTrainer)  # without what Trainer sets up
-        trainer.model, trainer.kernels = model, SimpleNamespace(varlen=fused)
+        trainer.model, trainer.kernels = model, SimpleNamespace(attention=SimpleNamespace(runs=fused))
         trainer.args = SimpleNamespace(full_logits=False)
         trainer.accelerator = SimpleNamespace(num_processes=1)
         model.get_decoder().register_forward_hook(trainer.keep_hidden)

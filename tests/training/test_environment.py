@@ -1,5 +1,5 @@
-"""What is read at a library's start is there before the first library is imported, and the user's own stays; a card
-that torch cannot use, or only in part, is said in one sentence before anything is loaded."""
+"""What is read at a library's start is there before the first library is imported, and the user's own stays;
+a card that torch cannot use, or only in part, is said in one sentence before anything is loaded."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def test_it_is_set_before_the_first_library_is_imported():
     ("given", "release", "kept"),
     [
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUDA_VISIBLE_DEVICES": "3"}, "6.8", (None, "3")),
-        ({"LOCAL_RANK": "1"}, "6.8", ("expandable_segments:True", None)),  # torchrun's processes choose their own card
+        ({"LOCAL_RANK": "1"}, "6.8", ("expandable_segments:True", None)),  # as torchrun's
         ({}, "5.15.167.4-microsoft-standard-WSL2", (None, "0")),
     ],
 )

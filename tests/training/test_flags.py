@@ -1,5 +1,5 @@
-"""Each flag that is shown acts; what does not act, or cannot be meant, is refused in one sentence, before torch is
-imported where the command line says it."""
+"""Each flag that is shown acts; what does not act, or cannot be meant, is refused in one sentence, before
+torch is imported where the command line says it."""
 
 import os
 import re
@@ -158,7 +158,7 @@ def test_what_cannot_be_meant_is_refused_at_once(changes, stem):
     ],
 )
 def test_the_command_line_is_refused_in_one_sentence(words, stem, capsys, monkeypatch):
-    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)  # as where nothing optional is installed
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)  # nothing is installed
     monkeypatch.setattr(sys, "argv", ["train_lora.py", *words.split()])
     with pytest.raises(SystemExit) as ended:
         flags.parse("", train_lora.RECIPE)

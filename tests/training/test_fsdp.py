@@ -1,4 +1,5 @@
-"""A model that is cut among processes (--fsdp): the gradients, the curve and the checkpoints of one process."""
+"""A model that is cut among processes (--fsdp): the gradients, the curve and the checkpoints of one
+process."""
 
 import json
 import os
@@ -41,7 +42,7 @@ def flags(script: str, model, output_dir: str, **changes) -> list[str]:
     return as_flags({"model_name": model, "output_dir": output_dir} | STEPS | adapter | changes)
 
 
-# ---- what the forked processes do ---------------------------------------------------------------------------------
+# ---- what the forked processes do ------------------------------------------------------------------------
 
 
 def make_trainer(model_path, **changes):
@@ -62,7 +63,7 @@ def measure(model_path: str, file: str) -> None:
     trainer.take_passes(trainer.model, batch, torch.tensor(total))
     measured = {}
     for name, p in trainer.model.named_parameters():
-        assert sharding.own_rows(p).numel() == p.numel() / args.world_size
+        assert not args.fsdp or p.to_local().numel() == p.numel() / 2
         measured[name] = p.grad.full_tensor() if args.fsdp else p.grad
     for rows in (1, 2, 3):  # fewer than processes, as many, and more
         metrics = trainer.evaluate(trainer.train_dataset.select(range(rows)))
@@ -75,7 +76,7 @@ def ruin(model_path: str) -> None:
     """A weight of the second process's part is no number."""
     trainer = make_trainer(model_path)
     if trainer.args.process_index:
-        sharding.own_rows(next(trainer.model.parameters()))[0] = float("nan")
+        next(trainer.model.parameters()).detach().to_local()[0] = float("nan")
     trainer.create_optimizer_and_scheduler(4)
     trainer.check_weights()
 
@@ -91,14 +92,16 @@ def stop(script: str, *flags) -> None:
 
 
 def step(name: str, file: str) -> None:
-    """Into `file`: weights in bfloat16 after four steps of this optimizer, whose states were saved and read between."""
+    """Into `file`: weights in bfloat16 after four steps of this optimizer, whose states were saved and read
+    between."""
     torch.distributed.init_process_group("gloo")
     first = not torch.distributed.get_rank()
     model = build_halves()
     sharding.shard(model, CPU, 2)
     for states in (None, "states.pt"):
         optimizer = take_steps(model, name, states)
-        if gathered := sharding.gather_states(optimizer, first):
+        gathered = sharding.gather_states(optimizer, first)
+        if first:
             torch.save(gathered, "states.pt")
         torch.distributed.barrier()
     gathered = sharding.collect(sharding.trained_of(model), first)
@@ -127,8 +130,8 @@ def take_steps(model, name: str, states: str | None):
 
 
 def account(layers: int, tokens: int, every: int, tied: str) -> None:
-    """Prints the estimate for one of four cards, and the peak by torch's own account of the real operations, on tensors
-    without storage."""
+    """Prints the estimate for one of four cards, and the peak by torch's own account of the real operations,
+    on tensors without storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -158,7 +161,7 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     print(json.dumps([sum(estimate.values()) - plan.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
 
 
-# ---- tests --------------------------------------------------------------------------------------------------------
+# ---- tests -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -193,8 +196,8 @@ def follows(folder: str, other: str) -> None:
 
 @pytest.mark.parametrize("script", ["train.py", LORA])
 def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, tiny_model, script):
-    """Stopped, it goes on to the same weights, and so do one process from the checkpoints of two, and two from one's,
-    to nearly the same."""
+    """Stopped, it goes on to the same weights, and so do one process from the checkpoints of two, and two
+    from one's, to nearly the same."""
 
     def one(name: str, *script, status: int = 0, **more) -> str:
         ended = run_script(*script, *flags(script[-1], tiny_model, name), cwd=workspace, **more)

@@ -1,4 +1,5 @@
-"""Small updates of bfloat16 weights are not rounded away, and states of few bits learn as well. torchao is optional."""
+"""Small updates of bfloat16 weights are not rounded away, and states of few bits learn as well. torchao is
+optional."""
 
 import gc
 import importlib
@@ -128,7 +129,7 @@ def test_samples_leave_steps_in_the_backward_pass_as_they_are(workspace, tiny_mo
     logged = []
     monkeypatch.setattr(samples.tracking, "log_texts", lambda name, *_: logged.append(name))
     changes = {"optimizer": "8bit_in_backward", "learning_rate": 1e-3}
-    run(tiny_model, output_dir="tried", **changes | {"max_steps": 1})  # the first one tries the optimizer, and so draws
+    run(tiny_model, output_dir="tried", **changes | {"max_steps": 1})  # it tries the optimizer
     plain, sampled = (run(tiny_model, output_dir=f"run{count}", eval_samples=count, **changes) for count in (0, 2))
     assert logged.count("Samples") == 2
     assert losses(plain) == losses(sampled) and same(weights("run0"), weights("run2"))

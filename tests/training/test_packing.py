@@ -1,5 +1,5 @@
-"""Several examples in one batch: they do not see each other, a batch is cut between them, and the loss without logits
-is that of transformers."""
+"""Several examples in one batch: they do not see each other, a batch is cut between them, and the loss
+without logits is that of transformers."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -108,7 +108,7 @@ def test_every_example_is_evaluated_once(world_size):
     assert all(sum(lengths[i] for i in batch) <= 8192 or len(batch) == 1 for batch in batches)
 
 
-# ---- the loss -----------------------------------------------------------------------------------------------------
+# ---- the loss --------------------------------------------------------------------------------------------
 
 HIDDEN, VOCAB, TOKENS = 64, 1000, 300
 
@@ -132,7 +132,8 @@ def chunked(hidden, weight, labels):
 @pytest.mark.parametrize("rows", [1, 7, 100_000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)], ids=["fp32", "bf16"])
 def test_loss_and_gradients_are_those_of_transformers(monkeypatch, dtype, tolerance, rows):
-    """In bf16 against the reference in fp32 on the same numbers; its gradients are rounded once, hence the 1 %."""
+    """In bf16 against the reference in fp32 on the same numbers; its gradients are rounded once, hence the 1
+    %."""
     monkeypatch.setattr(packing, "LOSS_BYTES", rows * VOCAB * 8)
     hidden, weight, labels = layer(dtype)
     exact_hidden, exact_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))

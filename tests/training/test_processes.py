@@ -1,5 +1,5 @@
-"""Several processes, as torchrun and accelerate start them, also on two machines: the curve of one, one voice, one step
-at which all stop, and one sentence where they disagree or one is gone."""
+"""Several processes, as torchrun and accelerate start them, also on two machines: the curve of one, one
+voice, one step at which all stop, and one sentence where they disagree or one is gone."""
 
 import os
 import signal
@@ -54,8 +54,8 @@ def strike(launched: subprocess.Popen, number: int) -> str:
 
 
 def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
-    """On two machines. On one, a signal reaches the second one only, or it is killed; the same command continues, to
-    the same weights, whoever launches it."""
+    """On two machines. On one, a signal reaches the second one only, or it is killed; the same command
+    continues, to the same weights, whoever launches it."""
     one = run_script("train.py", *flags(tiny_model, "one"), cwd=workspace)
     assert one.returncode == 0, one.stdout
     rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}")

@@ -1,4 +1,5 @@
-"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is whole."""
+"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is
+whole."""
 
 import resource
 import shutil

@@ -1,5 +1,5 @@
-"""Questions asked during a training: their replies become texts, and the training ends in the same weights with and
-without them, bit for bit."""
+"""Questions asked during a training: their replies become texts, and the training ends in the same weights
+with and without them, bit for bit."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,8 @@ def logged(monkeypatch):
 def test_weights_and_losses_are_the_same_bit_for_bit_with_and_without_them(
     workspace, tiny_model, straight, logged, lora
 ):
-    """With dropout, whose masks are drawn from the states that have to be put back; also after an interruption."""
+    """With dropout, whose masks are drawn from the states that have to be put back; also after an
+    interruption."""
     with pytest.raises(EOFError):
         run_steps(tiny_model, lora, callbacks=[At(13, crash)], **ASKED)
     trainer = run_steps(tiny_model, lora, **ASKED)

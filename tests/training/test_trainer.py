@@ -1,4 +1,5 @@
-"""However a step is cut and an evaluation batched, losses and gradients are the same; each log is one line."""
+"""However a step is cut and an evaluation batched, losses and gradients are the same; each log is one
+line."""
 
 import re
 import sys
@@ -48,15 +49,15 @@ def test_no_logits_are_made_in_training_and_evaluation(workspace, tiny_model, to
 
 
 def test_one_by_one_accumulated_and_all_at_once_give_the_same_losses(workspace, tiny_model):
-    """Four examples a step: the published four batches of one with transformers' own loss and attention, against one
-    batch of four."""
+    """Four examples a step: the published four batches of one with transformers' own loss and attention,
+    against one batch of four."""
     published = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "checkpoint_every": 1}
     published |= {"full_logits": True, "fast_kernels": False, "optimizer": "adamw"}
     reference = run(tiny_model, output_dir="published", **published)
     assert losses(run(tiny_model, output_dir="ours")) == pytest.approx(losses(reference), rel=1e-5)
 
 
-# ---- evaluation ---------------------------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------------------------
 
 
 def val_rows() -> list[dict]:
@@ -78,7 +79,7 @@ def expected_losses(tiny_model, tokenizer) -> dict[str, float]:
         reply = encoding.encode_messages(tokenizer, data.to_messages(row["question"], row["think"], row["answer"]))
         written = reply[reply.index(encoding.think_tokens(tokenizer)[0]) :]  # <think> and all behind it
         count = written.index(encoding.think_tokens(tokenizer)[1]) + 1 if row["think"] else 0
-        start = len(losses) - (len(written) - 1) if row["think"] else 0  # the line break at the end is not supervised
+        start = len(losses) - (len(written) - 1) if row["think"] else 0  # not its line break
         parts["think"] += losses[start : start + count].tolist()
         parts["answer"] += losses[:start].tolist() + losses[start + count :].tolist()
         means.append(losses.mean().item())
@@ -119,7 +120,7 @@ def test_they_are_in_the_log_and_on_the_card(workspace, tiny_model):
     assert f"| 验证损失 | 按行平均 {mean:.4f}，思考 {think:.4f}，回答 {answer:.4f} |" in card
 
 
-# ---- the screen ---------------------------------------------------------------------------------------------------
+# ---- the screen ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bar", [True, False], ids=["a terminal", "a file"])
