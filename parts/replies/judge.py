@@ -110,8 +110,8 @@ class Judge:
                 pool.shutdown(cancel_futures=True)  # waits for those under way
         problems = Counter(filter(None, self.problems))
         reasons = "、".join(f"{reason} {times} 次" for reason, times in problems.most_common(5))
-        unasked = len(orders) - len(self.problems)
-        return f"有 {problems.total()} 次没有给出裁决（{reasons}），不再问其余 {unasked} 次" if problems else ""
+        unasked = f"，不再问其余 {left} 次" if (left := len(orders) - len(self.problems)) else ""
+        return f"有 {problems.total()} 次没有给出裁决（{reasons}）{unasked}" if problems else ""
 
     def choose(self, pair: Pair, file) -> str | None:
         """Ask for a verdict, and note what was asked and replied. Return why there is none."""

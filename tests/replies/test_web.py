@@ -24,7 +24,7 @@ THINKING, ANSWER = "要点是多休息、多喝水。", "多休息，**多喝水
 REPLY = f"<think>\n{THINKING}\n</think>\n\n{ANSWER}"
 LONG = "<think>\n" + "想一想。" * 500
 HOSTILE = '![x](http://127.0.0.2:9/x.png) <img src="http://127.0.0.2:9/y.png" onerror="document.title=1"> </think>'
-TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？"}
+TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？", "out_of_memory": "错误：显存不足。"}
 
 
 class Visitor:
@@ -66,17 +66,16 @@ def visit(browser, tiny_model, tokenizer):
         model = weights.load_weights(str(tiny_model), torch.device("cpu"))
         conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens, seed=42)
         prompts = recite(model, tokenizer, [*replies], pause=0.03)
-        page = web.Page(conversation, "错误：显存不足。")
-        interface, url = page.open("127.0.0.1", free_port(), None, **TEXTS)
+        interface, url = web.open_page(conversation, "127.0.0.1", free_port(), None, **TEXTS)
         visitor = Visitor(browser, url)
         visitor.prompts = prompts
-        opened.append((visitor, page, interface))
+        opened.append((visitor, conversation, interface))
         return visitor
 
     yield start
-    for visitor, page, interface in opened:
+    for visitor, conversation, interface in opened:
         visitor.page.close()
-        page.closed.set()
+        conversation.closed.set()
         interface.close(verbose=False)
 
 
