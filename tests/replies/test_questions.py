@@ -171,7 +171,7 @@ def test_what_cannot_be_answered_or_written_is_refused_before_anything_is(folder
     refused("第 2 个问题连同之前的对话有 ~ 个 token~", answer, [{"question": "头痛？"}, {"question": "头" * 600}])
     with contextlib.ExitStack() as stack:
         questions.hold("r.jsonl", stack)
-        refused("另一个进程正在写 r.jsonl；~", answer, ROWS)
+        refused("另一个进程~正在写 r.jsonl；~", answer, ROWS)
     assert not Path("r.jsonl").exists()
     refused("无法写入 /proc/no/r.jsonl（~）；~", questions.hold, "/proc/no/r.jsonl", contextlib.ExitStack())
 
@@ -241,7 +241,7 @@ def test_files_that_cannot_be_compared_are_named(folder):
         (["part.jsonl"], "--compare_with part.jsonl 里有 1 条回复，~先用写它的命令答完。"),
         (["other.jsonl"], "other.jsonl 第 1 行不是对 --questions 里问题的回复，或多了一次；~"),
         (["taken/model"], "r.taken-model.jsonl 第 1 行不是 inference.py 写的回复；~"),
-        (["a/b", "a-b"], "--compare_with a/b a-b：有两个是同一个，或名字太像；~"),
+        (["a/b", "a-b"], "~另一个 --compare_with，正在写 r.a-b.jsonl；~"),
     ):
         refused(message, answer_all, others)
     assert not Path("r.jsonl").exists()
@@ -268,7 +268,7 @@ def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
     ]
     Path("q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     plain = {"question": "甲?？", "history": [], "answer": "答", "seen": True}
-    assert questions.read("q.jsonl") == [plain, plain | {"question": "乙？", "answer": None, "seen": False}]
+    assert questions.read("q.jsonl") == [plain, {"question": "乙？", "history": [], "seen": False}]
     for name, content, message in (
         ("missing.jsonl", None, "无法读取 --questions missing.jsonl~"),
         ("q.docx", b"x", "--questions q.docx 应是 .txt~"),
