@@ -89,15 +89,6 @@ def test_an_unfinished_thinking_is_wrong(field, folder):
     assert [right[i] for i in range(len(ROWS))] == [kind[-1] for kind in KINDS]
 
 
-@installed
-@pytest.mark.parametrize("exam", ["cmmlu", "ceval"])
-def test_the_exams_have_the_subjects(exam):
-    shown = subprocess.run([EVALSCOPE, "benchmark-info", exam, "--format", "json"], check=True, capture_output=True)
-    known = json.loads(shown.stdout)["meta"]["subset_list"]
-    asked = [dataset_args(words)[exam]["subset_list"] for words in commands() if exam in words]
-    assert asked and all(set(subjects) <= set(known) for subjects in asked)
-
-
 def test_only_what_follows_a_finished_thinking_is_marked():
     """Also where the template writes the opening mark itself."""
     filters = [args["filters"] for words in commands() for args in dataset_args(words).values()]

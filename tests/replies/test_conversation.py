@@ -31,8 +31,8 @@ def thinking_only(tokenizer):
     return tokenizer
 
 
-def converse(model, tokenizer, to_messages=data.to_messages, thinking=True, most=6) -> Conversation:
-    return Conversation(model, tokenizer, to_messages, thinking, most, seed=42)
+def converse(model, tokenizer, to_messages=data.to_messages, most=6, **more) -> Conversation:
+    return Conversation(model, tokenizer, to_messages, True, most, seed=42, **more)
 
 
 def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
@@ -111,11 +111,10 @@ def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, to
     assert prompts == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished, name):
-    template = Path(name, "chat_template.jinja")
+def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished):
+    template = Path("lora/chat_template.jinja")
     template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
-    refused(f"{name} 的对话模板不能关闭思考；请去掉 --no_thinking，~", weights.load_trained, name, thinking=False)
+    refused("lora 的对话模板不能关闭思考；请去掉 --no_thinking，~", weights.load_trained, "lora", thinking=False)
 
 
 def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
@@ -124,10 +123,10 @@ def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
     monkeypatch.setattr(fused, "fuse_norms", lambda model: used.append("norms"))
     monkeypatch.setattr("parts.model.generate.fast_loop", lambda *_: used.append("loop"))
     for fast in (True, False):
-        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast).ask("头痛？")
+        converse(model, tokenizer, most=2, fast_kernels=fast).ask("头痛？")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where norms are fused
     for fast in (True, False):
-        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast)
+        converse(model, tokenizer, fast_kernels=fast)
     assert used == ["loop", "norms"]
 
 

@@ -1,13 +1,7 @@
 """What is counted of replies, that it is what rouge-score says, and how sure it is."""
 
-import json
-import subprocess
-import sys
-import time
-
 import numpy
 import pytest
-from helpers import ROOT, SAMPLES
 
 from parts.model.encoding import Reply
 from parts.replies import scores
@@ -105,23 +99,6 @@ def test_loops_are_found_wherever_they_are():
         assert scores.loops(text)
     for text in ("", "多喝水，注意休息，按时吃药。" * 2, "| 药 | 量 |\n|" + "-" * 200 + "|", "每日3次，每次1片。" * 4):
         assert not scores.loops(text)
-
-
-def test_two_hundred_and_forty_one_replies_take_seconds():
-    """Answers of 400 characters, other ones in each row, so that nothing is remembered; without torch."""
-    generator = numpy.random.default_rng(0)
-    sentences = [json.loads(line)["answer"] for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
-    rows, replies = [], []
-    for i in range(241):
-        texts = ["".join(generator.choice(sentences, 12))[:400] for _ in range(2)]
-        rows.append({"question": f"第 {i} 问", "answer": texts[0], "seen": i % 2 == 0})
-        replies.append(Reply(texts[1], texts[1], True, "one", 500, 0.1))
-    began = time.process_time()
-    found = lines(rows, replies)
-    assert time.process_time() - began < 10
-    assert found["answer_rougeL"]["n"] == 241 and found["answer_rougeL_new"]["n"] == 120
-    code = "import sys; from parts.replies import scores; scores.rouge('多喝水', '喝水'); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_an_interval_is_about_as_wide_as_the_formula_says():

@@ -133,10 +133,9 @@ def test_who_leaves_stops_the_reply(visit, browser):
 
 def test_what_is_too_long_is_refused_and_what_is_cut_off_says_so(visit, tokenizer):
     person = visit("头晕", max_new_tokens=1)
-    person.ask("头" * 200_000)
-    person.sees("错误：这个问题连同之前的对话有 ")
-    person.ask("  ")
-    person.sees("问题是空的")
+    for question, said in (("头" * 200_000, "错误：这个问题连同之前的对话有 "), ("  ", "问题是空的")):
+        person.ask(question)
+        person.sees(said)
     person.ask("头痛？")
     person.sees("到 1 个 token 为止，回复未完")
     assert person.prompts == prompts(tokenizer, ("头痛？", []))
@@ -180,12 +179,10 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_loaded(tmp_path, mon
             patched.setattr(sys, "path", path)  # where packages are looked for
             refused(wanted, inference.main)
     pytest.importorskip("gradio", reason="gradio is not installed")
-    for host in ("0.0.0.0", "::", "192.168.1.2", "my-machine", ""):
-        refused(f"--host {host} 让别的机器也能提问；请同时用 --auth ~", web.check, host, 7860, None)
+    refused("--host 0.0.0.0 让别的机器也能提问；请同时用 --auth ~", web.check, "0.0.0.0", 7860, None)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         refused(f"127.0.0.1 的端口 {port} 用不了（~）；请用 --port 换一个端口。", web.check, "127.0.0.1", port, None)
     web.check("0.0.0.0", port, web.user_and_password("医生:a:b"))
-    for text in ("医生", "医生:", ":a"):
-        with pytest.raises(argparse.ArgumentTypeError, match="^要写成 用户名:密码$"):
-            web.user_and_password(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="^要写成 用户名:密码$"):
+        web.user_and_password("医生:")
