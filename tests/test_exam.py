@@ -10,10 +10,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from functools import partial
 
 import pytest
+from chat_server import ChatServer
 from helpers import ROOT
 
 EVALSCOPE = os.environ.get("EVALSCOPE") or shutil.which("evalscope")
@@ -50,24 +50,15 @@ def message(field: str, row: dict, think: str, finished: bool, answer: str) -> d
     return {"role": "assistant", "content": f"<think>\n{think}{mark}{answer}" if think else answer}
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Of a model that answers the questions, one in each way; the server's `field` is where its thinking goes."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        [user] = asked["messages"]  # the system prompt is in the model's chat template
-        [number] = [i for i, row in enumerate(ROWS) if row["question"] in user["content"]]
-        think, finished, answer, _ = KINDS[number]
-        choice = {"index": 0, "message": message(self.server.field, ROWS[number], think, finished, answer)}
-        choice["finish_reason"] = "stop" if finished else "length"
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
-
-    def log_message(self, *args):
-        """Stay silent."""
+def reply(field: str, body: dict) -> bytes:
+    """What a server sends whose model answers the questions, one in each way; its thinking goes into `field`."""
+    [user] = body["messages"]  # the system prompt is in the model's chat template
+    [number] = [i for i, row in enumerate(ROWS) if row["question"] in user["content"]]
+    think, finished, answer, _ = KINDS[number]
+    choice = {"index": 0, "message": message(field, ROWS[number], think, finished, answer)}
+    choice["finish_reason"] = "stop" if finished else "length"
+    sent = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+    return json.dumps(sent).encode()
 
 
 @installed
@@ -76,13 +67,9 @@ def test_an_unfinished_thinking_is_wrong(field, folder):
     [words] = [words for words in commands() if QUESTIONS in " ".join(words) and "--api-url" in words]
     (folder / "tests" / "demo").mkdir(parents=True)
     shutil.copy(ROOT / QUESTIONS, QUESTIONS)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.field = field
-        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        words[0], words[words.index("--api-url") + 1] = EVALSCOPE, f"http://127.0.0.1:{server.server_port}/v1"
+    with ChatServer(partial(reply, field)) as server:
+        words[0], words[words.index("--api-url") + 1] = EVALSCOPE, server.url
         subprocess.run(words, check=True)
-        server.shutdown()
-
     [reviews] = folder.glob("output/exam/*/reviews/**/*.jsonl")
     reviews = [json.loads(line) for line in reviews.read_text(encoding="utf-8").splitlines()]
     right = {review["index"]: review["sample_score"]["score"]["value"]["accuracy"] for review in reviews}

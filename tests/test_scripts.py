@@ -92,12 +92,12 @@ MISTAKES = {  # and what is said of them
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model, flags):
+def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model):
     Path("bad.jsonl").write_text('{"question": "头痛？", "think": "想。", "answer": ""}\n', encoding="utf-8")
     before = contents(workspace)
-    result = run_script("train.py", "--model_name", tiny_model, *FEW_STEPS, *flags.split(), cwd=workspace)
-    assert fails(result, *MISTAKES[flags]).startswith("错误：") and contents(workspace) == before
+    for flags, said in MISTAKES.items():
+        result = run_script("train.py", "--model_name", tiny_model, *FEW_STEPS, *flags.split(), cwd=workspace)
+        assert fails(result, *said).startswith("错误：") and contents(workspace) == before
 
 
 def start_bare(tmp_path, versions: dict[str, str], script: str = "data.py") -> str:
@@ -136,20 +136,17 @@ def test_an_old_python_is_named_before_all_else():
     assert result.returncode == 1 and result.stderr.startswith("错误：需要 Python 3.11 或更新的（现在是 3.10.4）；")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_a_command_line_that_makes_no_sense_is_one_line(monkeypatch, capsys):
+    for flags, message in (
         (["  "], "question：问题是空的"),
         (["--seed", "4294967296"], "--seed：要一个 0 到 4294967295 的整数，不是 '4294967296'"),
         (["--questions", "q.txt", "--chat"], "--chat 和 --questions 不能一起写"),
         (["--replies", "r.jsonl"], "--replies 只和 --questions 一起起作用"),
-    ],
-)
-def test_a_command_line_that_makes_no_sense_is_one_line(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
-    with pytest.raises(SystemExit) as error:
-        inference.main()
-    assert error.value.code == 2 and capsys.readouterr().err == f"错误：{message}\n"
+    ):
+        monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+        with pytest.raises(SystemExit) as error:
+            inference.main()
+        assert error.value.code == 2 and capsys.readouterr().err == f"错误：{message}\n"
 
 
 def test_missing_data_and_model_come_from_the_hub(tmp_path, tiny_model):
