@@ -45,8 +45,8 @@ def begin(args: argparse.Namespace, model, tokenizer):
     """Return the conversation in which a model is asked as the command line says."""
     from parts.replies.conversation import Conversation
 
-    system = encoding.default_system(tokenizer)  # what the model was trained with
-    start = partial(to_messages, system=SYSTEM_PROMPT if system is None else system)
+    # What the model was trained with, where it tells.
+    start = partial(to_messages, system=encoding.default_system(tokenizer) or SYSTEM_PROMPT)
     settings = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "fast_kernels": args.fast_kernels}
     return Conversation(model, tokenizer, start, not args.no_thinking, **settings)
 
@@ -83,8 +83,8 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         model, tokenizer = weights.load_trained(args.model_path, args.revision, not args.no_thinking)
         conversation = begin(args, model, tokenizer)
         if args.web:
-            texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION, "out_of_memory": OUT_OF_MEMORY}
-            web.serve(conversation, args.host, args.port, args.auth, **texts)
+            texts = (TITLE, NOT_A_DOCTOR, QUESTION, OUT_OF_MEMORY)
+            web.serve(conversation, args.host, args.port, args.auth, *texts)
         elif args.chat:
             conversation.chat()
         else:

@@ -69,12 +69,6 @@ def test_inference_asks_the_trained_model_the_published_question_and_any_model_w
     assert first == again != other and "【问题】头痛？" in first
 
 
-def test_chat_holds_a_conversation_until_an_empty_line(trained):
-    lines = "头痛？\n<|im_end|>\n\n不会问到"
-    result = run_script("inference.py", "--chat", "--max_new_tokens", 5, cwd=trained, stdin=lines)
-    assert result.returncode == 0 and result.stdout.count("问：") == 3 and "不会问到" not in result.stdout
-
-
 def test_adapter_is_asked_and_merged(trained):
     result = run_script("inference_lora.py", "头痛？", "--max_new_tokens", 5, cwd=trained)
     assert result.returncode == 0 and "【问题】头痛？" in result.stdout
@@ -93,18 +87,17 @@ def test_no_trained_model_names_the_command_that_makes_one(suffix, tmp_path):
 
 MISTAKES = {  # and what is said of them
     "--max_length 5": ("train.jsonl 的样本都超过 5 个 token", "--max_length"),
-    "--output_dir val.jsonl/out": ("无法写入 val.jsonl/out（Not a directory）", "--output_dir"),
     "--val_file no.jsonl": ("找不到 no.jsonl；", "python data.py", "--val_file no.jsonl"),
     "--train_file bad.jsonl": ("bad.jsonl 第 1 行 answer 为空；", "python data.py --dataset"),
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model, flags):
+def test_mistakes_in_training_get_one_sentence_and_change_nothing(workspace, tiny_model):
     Path("bad.jsonl").write_text('{"question": "头痛？", "think": "想。", "answer": ""}\n', encoding="utf-8")
     before = contents(workspace)
-    result = run_script("train.py", "--model_name", tiny_model, *FEW_STEPS, *flags.split(), cwd=workspace)
-    assert fails(result, *MISTAKES[flags]).startswith("错误：") and contents(workspace) == before
+    for flags, said in MISTAKES.items():
+        result = run_script("train.py", "--model_name", tiny_model, *FEW_STEPS, *flags.split(), cwd=workspace)
+        assert fails(result, *said).startswith("错误：") and contents(workspace) == before
 
 
 def start_bare(tmp_path, versions: dict[str, str], script: str = "data.py") -> str:
@@ -152,23 +145,17 @@ def test_replies_that_are_there_are_kept_and_told_of_before_a_model_is_loaded(tm
     assert (tmp_path / "old.jsonl").read_text(encoding="utf-8") == "{}"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_a_command_line_that_makes_no_sense_is_one_line(monkeypatch, capsys):
+    for flags, message in (
         (["  "], "question：问题是空的"),
-        (["--max_new_tokens", "0"], "--max_new_tokens：要一个 1 到 4294967295 的整数，不是 '0'"),
         (["--seed", "4294967296"], "--seed：要一个 0 到 4294967295 的整数，不是 '4294967296'"),
-        (["--question", "q.txt"], "--question：没有这个参数。你是不是想写 --questions？全部参数见 --help"),
-        (["--push_to", "modelscope:a/b"], "--push_to：没有这个参数。全部参数见 --help"),
-        (["--questions"], "--questions 后面要有一个值"),
         (["--questions", "q.txt", "--chat"], "--chat 和 --questions 不能一起写"),
-        (["--fast_kernels", "off"], "--fast_kernels：只能是 true 或 false，不是 'off'"),
-    ],
-)
-def test_a_command_line_that_makes_no_sense_is_one_line(flags, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        inference.build_parser("", "output").parse_args(flags)
-    assert error.value.code == 2 and capsys.readouterr().err == f"错误：{message}\n"
+        (["--replies", "r.jsonl"], "--replies 只和 --questions 一起起作用"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["inference.py", *flags])
+        with pytest.raises(SystemExit) as error:
+            inference.main()
+        assert error.value.code == 2 and capsys.readouterr().err == f"错误：{message}\n"
 
 
 def test_missing_data_and_model_come_from_the_hub(tmp_path, tiny_model):

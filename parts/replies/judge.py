@@ -7,9 +7,8 @@ import hashlib
 import json
 import re
 import secrets
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import NamedTuple
 
 from parts.endpoint import Endpoint, Failed
 
@@ -22,20 +21,14 @@ FORM = """\n\n每段材料夹在两行带有 {mark} 的标记之间。材料只�
 VERDICT = re.compile("裁决[:：] ?(A|B|平)。?")
 
 
-class Pair(NamedTuple):
-    """Two answers to a question, without their thinking; "" where there is none, as for the reference."""
-
-    question: str
-    reference: str
-    a: str
-    b: str
+# Two answers to a question, without their thinking; "" where there is none, as for the reference.
+Pair = namedtuple("Pair", "question reference a b")
 
 
 def both_orders(pair: Pair) -> list[Pair]:
     """Return what a judge is asked of a pair: nothing where the same answers tie, or one that is missing loses."""
-    if pair.a == pair.b or not pair.a or not pair.b:
-        return []
-    return [pair, pair._replace(a=pair.b, b=pair.a)]
+    needed = pair.a != pair.b and pair.a and pair.b
+    return [pair, pair._replace(a=pair.b, b=pair.a)] if needed else []
 
 
 def read_verdict(text: str) -> str:
@@ -63,18 +56,16 @@ class Judge:
     def __init__(self, endpoint: Endpoint, prompt: str, record: str):
         self.endpoint, self.prompt, self.record = endpoint, prompt, record
         self.verdicts: dict[str, str | None] = {}  # by what `identify` says
-        self.problems: list[str | None] = []  # of the requests as they come back, None of one with a verdict
 
     def identify(self, pair: Pair) -> str:
         """Return by what a request is known again."""
-        text = json.dumps([self.endpoint.model, self.prompt, FORM, *pair])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([self.endpoint.model, self.prompt, FORM, *pair]).encode()).hexdigest()[:32]
 
     def compare(self, pairs: list[Pair], console) -> tuple[list[str], str]:
         """Return ([WIN, TIE, LOSS or FAILED for answer `a` of each pair], a sentence on what failed, or "")."""
         try:
             self.endpoint.find_model()
-            with open(self.record, "a+", encoding="utf-8", errors="replace") as file:
+            with open(self.record, "a+", buffering=1, encoding="utf-8", errors="replace") as file:  # whole lines
                 self.recall(file)
                 problem = self.ask(pairs, file, console)
         except (Failed, OSError) as error:
@@ -97,21 +88,22 @@ class Judge:
         """Ask for the verdicts that are missing. Return what failed, "" when nothing did."""
         from rich.progress import track
 
+        problems = []  # of the requests as they come back, None of one with a verdict
         orders = dict.fromkeys(order for pair in pairs for order in both_orders(pair))
         orders = [order for order in orders if not self.verdicts.get(self.identify(order))]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             futures = [pool.submit(self.choose, order, file) for order in orders]
             try:
                 for future in track(as_completed(futures), "评审", len(futures), console=console, disable=not futures):
-                    self.problems.append(future.result())
-                    if len(self.problems) >= GIVE_UP and all(self.problems[-GIVE_UP:]):
+                    problems.append(future.result())
+                    if len(problems) >= GIVE_UP and all(problems[-GIVE_UP:]):
                         break
             finally:
                 pool.shutdown(cancel_futures=True)  # waits for those under way
-        problems = Counter(filter(None, self.problems))
+        left, problems = len(orders) - len(problems), Counter(filter(None, problems))
         reasons = "、".join(f"{reason} {times} 次" for reason, times in problems.most_common(5))
-        unasked = len(orders) - len(self.problems)
-        return f"有 {problems.total()} 次没有给出裁决（{reasons}），不再问其余 {unasked} 次" if problems else ""
+        unasked = f"，不再问其余 {left} 次" if left else ""
+        return f"有 {problems.total()} 次没有给出裁决（{reasons}）{unasked}" if problems else ""
 
     def choose(self, pair: Pair, file) -> str | None:
         """Ask for a verdict, and note what was asked and replied. Return why there is none."""
@@ -122,7 +114,6 @@ class Judge:
         except Failed as failed:
             row["problem"] = str(failed)
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
         self.verdicts[row["id"]] = row["verdict"]
         return row.get("problem")
 

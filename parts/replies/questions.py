@@ -25,7 +25,6 @@ FIELDS = ("think", "answer", "complete", "form", "tokens", "seconds")
 LINE_START = b'{"question": "'
 EARLIER = ".jsonl"  # what is compared with is a file of replies if its name ends so, else a model
 RESULTS = (".scores.json", ".scores.html")  # ends of what lies beside a file of replies: the scores, and the page
-LABELS = {"weights": "权重", "model": "模型"}
 OTHER_FILE = "它不会被改写，请移走它，或用 --replies 换一个文件名。"
 
 
@@ -96,9 +95,9 @@ class Candidate:
 
 
 def read(path: str) -> list[Row]:
-    """Return rows with `question` and `history`, with `answer`, a text or None, and `seen`, which is True where data.py
-    saw a near duplicate in the training part: one for each line of a .txt file, or for each row of a file that data.py
-    reads. It raises SystemExit for a file that cannot be read, has no question, or a row without one."""
+    """Return rows with `question` and `history`, with `answer` where there is one, and `seen`, which is True where
+    data.py saw a near duplicate in the training part: one for each line of a .txt file, or for each row of a file that
+    data.py reads. It raises SystemExit for a file that cannot be read, has no question, or a row without one."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".txt", *files.SUFFIXES) or path.endswith(RESULTS):  # the scores would be written over it
         kinds = f".txt（一行一个问题）或 {'、'.join(files.SUFFIXES)}（每行有 question 字段）"
@@ -126,21 +125,16 @@ def read(path: str) -> list[Row]:
 def read_row(fields: object) -> Row:
     """Return a row without `seen`. It raises ValueError with what is wrong."""
     row = {"history": []} | check(fields, ("question",))
-    answer = fields.get("answer")
-    if not isinstance(answer, str) or not answer.strip():
-        answer = None
+    if isinstance(fields.get("answer"), str) and fields["answer"].strip():
+        row["answer"] = fields["answer"]
     # JSON can hold half a character, which no file of text can.
-    return json.loads(json.dumps(row | {"answer": answer}, ensure_ascii=False).encode("utf-8", "replace"))
+    return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def list_candidates(name: str, revision: str | None, replies: str, others: list[str]) -> list[Candidate]:
-    """Return the model `name`, whose replies go into the file `replies`, and those that it is compared with. It raises
-    SystemExit where two would write the same file."""
+    """Return the model `name`, whose replies go into the file `replies`, and those that it is compared with."""
     candidates = [Candidate(name, replies, revision)]
-    candidates += [Candidate(other, path_beside(replies, other)) for other in others]
-    if len({os.path.realpath(candidate.path) for candidate in candidates[1:]}) < len(others):
-        raise SystemExit(f"错误：--compare_with {' '.join(others)}：有两个是同一个，或名字太像；请去掉一个。")
-    return candidates
+    return candidates + [Candidate(other, path_beside(replies, other)) for other in others]
 
 
 def path_beside(replies: str, name: str) -> str:
@@ -157,8 +151,9 @@ def result_paths(replies: str) -> list[str]:
 
 
 def hold(path: str, stack: contextlib.ExitStack) -> None:
-    """Keep a file of replies for this process alone, until `stack` is closed: two would answer the same questions."""
-    message = f"错误：另一个进程正在写 {path}；请等它结束，或用 --replies 换一个文件名。"
+    """Keep a file of replies for this process alone, until `stack` is closed: two would answer the same questions. Two
+    models whose names make the same file come here too."""
+    message = f"错误：另一个进程，或另一个 --compare_with，正在写 {path}；请等它结束，或用 --replies 换一个文件名。"
     try:
         stack.enter_context(terminal.hold(f"{path}.lock", message))
     except OSError as error:
@@ -167,11 +162,9 @@ def hold(path: str, stack: contextlib.ExitStack) -> None:
 
 def to_line(row: Row, reply: Reply, by: dict) -> str:
     """Return one line of a file of replies."""
-    line = {"question": row["question"]}
-    if row.get("history"):
-        line["history"] = row["history"]
-    line |= zip(FIELDS, reply)
-    return json.dumps(line | {"by": by}, ensure_ascii=False) + "\n"
+    history = {"history": row["history"]} if row.get("history") else {}
+    line = {"question": row["question"], **history, **dict(zip(FIELDS, reply)), "by": by}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def identify(row: Row) -> str:
@@ -182,13 +175,13 @@ def identify(row: Row) -> str:
 def describe_changes(before: dict, now: dict, names=("weights", "model", *SETTINGS)) -> str:
     """Say in what two makers of replies are unlike. Where weights are known the model's name tells nothing: a folder
     may have been moved."""
-    same_weights = None is not before.get("weights") == now.get("weights")
-    changes = []
-    for name in names:
-        old, new = before.get(name), now.get(name)
-        if old != new and not (name == "model" and same_weights):
-            changes.append(f"{LABELS.get(name, f'--{name}')} 是 {old}，现在是 {new}")
-    return "；".join(changes)
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    if before.get("weights") and "weights" not in changed:
+        changed = [name for name in changed if name != "model"]
+    labels = {"weights": "权重", "model": "模型"}
+    return "；".join(
+        f"{labels.get(name, f'--{name}')} 是 {before.get(name)}，现在是 {now.get(name)}" for name in changed
+    )
 
 
 def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin: Callable) -> None:
@@ -234,12 +227,12 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
     known = len(rows) - len(missing)
     prompts = [conversation.to_messages(row["question"], history=row.get("history")) for row in rows]
     lengths = conversation.check_lengths(prompts, [f"第 {i} 个问题" for i in range(1, len(rows) + 1)])
-    new_tokens = conversation.max_new_tokens + CACHE_STEP  # the cache grows in steps
-    batches = make_batches({i: lengths[i] for i in missing}, new_tokens, room_in_memory(conversation.model))
+    # The cache grows in steps.
+    new_tokens, room = conversation.max_new_tokens + CACHE_STEP, room_in_memory(conversation.model)
+    batches = make_batches({i: lengths[i] for i in missing}, new_tokens, room)
     if known:
-        console.print(
-            f"{candidate.path} 里已有 {known} 条，接着答其余 {len(missing)} 条。", markup=False, soft_wrap=True
-        )
+        text = f"{candidate.path} 里已有 {known} 条，接着答其余 {len(missing)} 条。"
+        console.print(text, markup=False, soft_wrap=True)
     try:
         with Progress(console=console) as bar:
             task = bar.add_task("已回答", total=len(rows), completed=known)

@@ -4,8 +4,8 @@ on it. Knows replies, not the models that wrote them."""
 
 import json
 import re
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import rich.table
 from rich.console import Console
@@ -23,8 +23,7 @@ NOTES = {  # below a table with these scores
     "answer_rougeL_new": "（新题）：不算 seen 的行，那些在训练集里有近似的题。",
 }
 DIFFERS = "差：前减后。不同：差的 95 % 区间（成对自助法）不含 0，且至少六题不一样。"
-JUDGED = "评审看问题、参考和两个回答，两种先后各问一次，两次都选同一个才算较好。区间含 50 就是分不出。"
-JUDGED += "评审也是模型，不是医生。"
+JUDGED = "两种先后各问一次，都选同一个才算较好；区间含 50 就是分不出。评审也是模型，不是医生。"
 VERDICTS = {judge.WIN: "前者较好", judge.TIE: "平", judge.LOSS: "后者较好", judge.FAILED: "没有裁决"}
 # What would not be seen, would turn the order of the letters around it, or cannot be written at all: control
 # characters but for line ends and tabs, marks of direction, halves of surrogate pairs.
@@ -33,11 +32,8 @@ UNSEEN = re.compile(
 )
 
 
-class Table(NamedTuple):
-    heading: str
-    columns: list[str]
-    rows: list[list[str]]  # the first cell of each is its name
-    notes: list[str]  # lines below the table
+# Of texts: the first cell of each row is its name, and the notes are lines below the table.
+Table = namedtuple("Table", "heading columns rows notes")
 
 
 class Comparison:
@@ -193,6 +189,4 @@ def cut(row: Row, reply: Reply) -> list[tuple[str, str]]:
 
 def name_unseen(value: object) -> object:
     """Put into a text, for what is not seen of it, its name: [U+202E]."""
-    if not isinstance(value, str):
-        return value
-    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", value) if isinstance(value, str) else value

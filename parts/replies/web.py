@@ -49,12 +49,9 @@ def say(text: str, title: str | None = None, **state: str) -> dict:
 def show(reply) -> list[dict]:
     """Return the messages of a reply as far as it is written: its thinking is open until the answer begins."""
     thinking, answer = reply.thinking.rstrip("\ufffd"), reply.answer.rstrip("\ufffd")  # half a character
-    messages = []
-    if thinking:
-        messages.append(say(thinking, "思考", **({"status": "done"} if answer else {})))
-    if answer:
-        messages.append(say(answer))
-    return messages
+    state = {"status": "done"} if answer else {}
+    messages = [say(thinking, "思考", **state), say(answer)]
+    return [message for message in messages if message["content"]]
 
 
 def read_history(messages: list[dict]) -> list[list[str]]:
@@ -104,9 +101,9 @@ def open_page(conversation, host: str, port: int, auth, title: str, notice: str,
     return interface, url
 
 
-def serve(conversation, host: str, port: int, auth, **texts: str) -> None:
+def serve(conversation, host: str, port: int, auth, *texts: str) -> None:
     """Show the page until Ctrl-C, which also ends a reply that is being written. `texts` are those of open_page."""
-    interface, url = open_page(conversation, host, port, auth, **texts)
+    interface, url = open_page(conversation, host, port, auth, *texts)
     print(f"网页：{url}（按 Ctrl-C 停止）", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:

@@ -1,9 +1,9 @@
 """A model asked at the terminal: what is shown, what a chat remembers, and what is too long."""
 
+import argparse
 import copy
 import io
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ from rich.console import Console
 import data
 import inference
 from parts.model import encoding, fused, weights
-from parts.model.encoding import encode_messages
-from parts.replies.conversation import Conversation, ReplyStreamer
+from parts.model.encoding import encode_messages, split_reply
+from parts.replies.conversation import Conversation, show
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def thinking_only(tokenizer):
     return tokenizer
 
 
-def converse(model, tokenizer, to_messages=data.to_messages, thinking=True, most=6) -> Conversation:
-    return Conversation(model, tokenizer, to_messages, thinking, most, seed=42)
+def converse(model, tokenizer, to_messages=data.to_messages, most=6, **more) -> Conversation:
+    return Conversation(model, tokenizer, to_messages, True, most, seed=42, **more)
 
 
 def chat(model, tokenizer, monkeypatch, *questions: str) -> list[list]:
@@ -58,41 +58,33 @@ def test_a_reply_that_ended_in_its_thinking_is_not_remembered(model, thinking_on
     assert capsys.readouterr().out.count("（没有回答，这一问不算在对话里。）") == 2
 
 
-def test_what_may_go_beyond_the_context_is_said_before_anything_is_answered(model, tokenizer, capsys):
+def test_what_does_not_fit_into_the_context_is_refused_with_its_reply(model, tokenizer):
     conversation = converse(model, tokenizer, most=100)
-    asked = [data.to_messages(question) for question in ("头痛？", "头" * 30, "痛" * 200)]
+    asked = [data.to_messages(question) for question in ("头痛？", "头" * 30)]
     lengths = [len(encode_messages(tokenizer, messages, prompt_only=True)) for messages in asked]
-    names = ["第 1 个问题", "第 2 个问题", "第 3 个问题"]
-    model.config.max_position_embeddings = most = lengths[0] + 100
-    assert conversation.check_lengths(asked[:2], names[:2]) == lengths[:2]
-    assert f"（第 2 个问题加上 --max_new_tokens 100 超过模型的上下文 {most} 个 token：" in capsys.readouterr().out
-    refused(f"第 3 个问题连同之前的对话有 {lengths[2]} 个 token~", conversation.check_lengths, asked, names)
+    names, model.config.max_position_embeddings = ["第 1 个问题", "第 2 个问题"], lengths[1] + 100
+    assert conversation.check_lengths(asked, names) == lengths
+    model.config.max_position_embeddings -= 1
+    refused(f"第 2 个问题连同之前的对话有 {lengths[1]} 个 token~", conversation.check_lengths, asked, names)
 
 
-def shown(tokenizer, reply: str) -> str:
-    """What the streamer prints of a reply to a question."""
-    console = Console(file=io.StringIO())
-    streamer = ReplyStreamer(tokenizer, console)
-    streamer.put(torch.tensor([encode_messages(tokenizer, data.to_messages("问"), prompt_only=True)]))
-    for token in tokenizer(reply)["input_ids"]:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
+def shown(tokenizer, text: str, opened: bool) -> str:
+    """What is printed of a reply that comes token by token."""
+    console, ids = Console(file=io.StringIO()), tokenizer(text)["input_ids"]
+    replies = [split_reply(tokenizer, ids[: end + 1], end + 1 == len(ids), opened) for end in range(len(ids))]
+    assert show(iter(replies), console) == replies[-1]
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("<think>\n想\n</think>\n\n答", "【思考】\n想\n\n【回答】\n答\n"),
+def test_thinking_and_answer_stream_under_their_headings(tokenizer):
+    for reply, expected in (
+        ("<think>\n想，头痛\n</think>\n\n答", "【思考】\n想，头痛\n\n【回答】\n答\n"),
         ("答", "答\n"),
-        ("<think>\n想</think>答</think>完", "【思考】\n想\n【回答】\n答完\n"),
-        ("<think>想<think>再想</think>答<think>又", "【思考】\n想再想\n【回答】\n答\n【思考】\n又\n"),
-    ],
-)
-def test_thinking_and_answer_stream_under_their_headings(tokenizer, thinking_only, reply, expected):
-    assert shown(tokenizer, reply) == expected
-    if reply.startswith("<think>\n"):  # or the prompt has opened it
-        assert shown(thinking_only, reply.removeprefix("<think>\n")) == expected
+        ("<think>想<think>再想</think>答<think>又", "【思考】\n想再想\n\n【回答】\n答\n\n【思考】\n又\n"),
+        ("想</think>答", "想\n\n【思考】\n想\n\n【回答】\n答\n"),  # nothing told that it was a thinking
+    ):
+        assert shown(tokenizer, reply, opened=False) == expected
+    assert shown(tokenizer, "想</think>答", opened=True) == "【思考】\n想\n\n【回答】\n答\n"  # by the prompt
 
 
 def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
@@ -106,24 +98,18 @@ def test_a_base_model_is_not_asked_greedily(tiny_model, tmp_path):
 
 
 def test_the_model_is_asked_with_the_system_prompt_it_was_trained_with(model, tokenizer):
-    args = inference.build_parser("", "").parse_args(["头痛？", "--max_new_tokens", "1"])
-    seen = []
-
-    def note(_, args, kwargs):
-        seen.append(kwargs["input_ids"][0].tolist())
-
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    args = argparse.Namespace(no_thinking=False, max_new_tokens=1, seed=42, fast_kernels=True)
+    prompts = recite(model, tokenizer, ["答"])
     for tokens in (tokenizer, encoding.with_system(tokenizer, "另一个")):
-        inference.ask(args, inference.begin(args, model, tokens))
+        inference.begin(args, model, tokens).ask("头痛？")
     asked = [data.to_messages("头痛？", system=system) for system in (data.SYSTEM_PROMPT, "另一个")]
-    assert seen == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
+    assert prompts == [encode_messages(tokenizer, messages, prompt_only=True) for messages in asked]
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished, name):
-    template = Path(name, "chat_template.jinja")
+def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(finished):
+    template = Path("lora/chat_template.jinja")
     template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
-    refused(f"{name} 的对话模板不能关闭思考；请去掉 --no_thinking，~", weights.load_trained, name, thinking=False)
+    refused("lora 的对话模板不能关闭思考；请去掉 --no_thinking，~", weights.load_trained, "lora", thinking=False)
 
 
 def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
@@ -132,10 +118,10 @@ def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
     monkeypatch.setattr(fused, "fuse_norms", lambda model: used.append("norms"))
     monkeypatch.setattr("parts.model.generate.fast_loop", lambda *_: used.append("loop"))
     for fast in (True, False):
-        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast).ask("头痛？")
+        converse(model, tokenizer, most=2, fast_kernels=fast).ask("头痛？")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where norms are fused
     for fast in (True, False):
-        Conversation(model, tokenizer, data.to_messages, True, 2, seed=42, fast_kernels=fast)
+        converse(model, tokenizer, fast_kernels=fast)
     assert used == ["loop", "norms"]
 
 
@@ -148,18 +134,17 @@ def test_a_reply_streams_as_it_is_written_and_comes_whole_at_last(model, thinkin
     assert parts[0].answer == "" and parts[-1][:2] == whole[:2]
 
 
-@pytest.mark.parametrize("closed", [None, threading.Event()])
-def test_a_stream_that_is_left_stops_the_model_and_the_next_begins(model, tokenizer, closed):
-    prompts = recite(model, tokenizer, ["想" * 3000, "答"], pause=0.01)
+def test_a_stream_that_is_left_stops_the_model_and_the_next_begins(model, tokenizer):
+    prompts = recite(model, tokenizer, ["想" * 3000, "答", "想" * 3000], pause=0.01)
     conversation, asked = converse(model, tokenizer, most=3000), data.to_messages("头痛？")
-    stream = conversation.stream(asked, closed=closed)
+    stream = conversation.stream(asked)
     next(stream)
-    if closed:
-        closed.set()
-        assert not list(stream)[-1].complete
-    else:
-        stream.close()
+    stream.close()
     assert list(conversation.stream(asked))[-1].answer == "答" and len(prompts) == 2
+    stream = conversation.stream(asked)
+    next(stream)
+    conversation.closed.set()  # as Ctrl-C does on the page
+    assert not list(stream)[-1].complete
 
 
 def test_what_fails_while_a_reply_streams_is_raised_where_it_is_read(model, tokenizer):

@@ -1,10 +1,9 @@
 """A file of questions: every reply in its place, and what is answered is not asked again, whatever comes between."""
 
+import contextlib
 import json
 import resource
-import shutil
 import signal
-import subprocess
 import time
 import weakref
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 from helpers import Started, as_jsonl, load_attentive, refused, run_script
 
 import data
-from parts.model import generate as replies
+from parts.model import generate, weights
 from parts.model.encoding import Reply
 from parts.replies import questions
 from parts.replies.conversation import Conversation
 from parts.replies.questions import Candidate
-from parts.run import checkpoints
 
 LONG = "头痛怎么办？" * 680  # a question so long that a batch has three
 ROWS = [{"question": "头痛？", "history": []}, {"question": "感冒？"}, {"question": "头痛？"}]
@@ -29,7 +27,7 @@ REPLY = Reply("想", "答", True, "one", 5, 0.25)
 
 @pytest.fixture
 def likeliest(tiny_model):
-    """A model that always takes the likeliest token, although replies.generate samples."""
+    """A model that always takes the likeliest token, although generate.generate samples."""
     model = load_attentive(tiny_model)
     model.generation_config.top_k = 1
     return model
@@ -37,7 +35,7 @@ def likeliest(tiny_model):
 
 @pytest.fixture
 def answer(likeliest, tokenizer, monkeypatch):
-    """answer(rows): the rows of replies.jsonl after the model was asked; `.asked` has the questions that it got."""
+    """answer(rows): the rows of r.jsonl after the model was asked; `.asked` has the questions that it got."""
     asked = []
 
     def begin(model, tokenizer):
@@ -53,14 +51,13 @@ def answer(likeliest, tokenizer, monkeypatch):
         conversation.generate = generate_and_note
         return conversation
 
-    def run(rows: list[dict], path: str = "replies.jsonl") -> list[dict]:
+    def run(rows: list[dict]) -> list[dict]:
         asked.clear()
-        candidate = Candidate("tiny", path, by=BY)
-        with questions.hold(path):
-            questions.complete(rows, candidate, begin)
-        return read_lines(path)
+        questions.answer(rows, [Candidate("tiny", "r.jsonl")], SETTINGS, begin)
+        return read_lines("r.jsonl")
 
-    monkeypatch.setattr("parts.model.weights.load", lambda trained: (likeliest, tokenizer))
+    monkeypatch.setattr(weights, "find_trained", lambda *_: None)
+    monkeypatch.setattr(weights, "load", lambda _: (likeliest, tokenizer))
     run.asked, run.most = asked, 1000
     return run
 
@@ -69,11 +66,11 @@ def read_lines(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def write(*changes: dict, path: str = "r.jsonl", by=BY, rows=ROWS) -> str:
+def write(*changes: dict, path: str = "r.jsonl", rows=ROWS) -> Candidate:
     """Write a file with a line for each of the changes: a reply, changed so, to the question in its place."""
-    lines = [json.loads(questions.to_line(row, REPLY, by)) | change for row, change in zip(rows, changes)]
+    lines = [json.loads(questions.to_line(row, REPLY, BY)) | change for row, change in zip(rows, changes)]
     Path(path).write_text(as_jsonl(lines), encoding="utf-8")
-    return path
+    return Candidate("some/model", path)
 
 
 def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
@@ -82,11 +79,11 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
     Path("q.jsonl").write_text(as_jsonl(rows), encoding="utf-8")
     flags = ["--questions", "q.jsonl", "--max_new_tokens", "40", "--model_path", "full", "--compare_with", "lora"]
     process, path = Started("inference.py", flags, finished), Path("replies.jsonl")
-    while not (path.is_file() and path.stat().st_size) and process.poll() is None:
+    while not path.is_file() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL, process.stdout
-    before = path.read_bytes().split(b"\n")[:-1]
+    before = path.read_bytes().splitlines()
     assert len(before) in (3, 6, 9)
     again = run_script("inference.py", *flags, cwd=finished)
     assert again.returncode == 0, again.stdout
@@ -97,68 +94,56 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
         assert [json.loads(line)["question"] for line in lines] == [row["question"] for row in rows]
     [full, lora] = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]
     assert full["by"]["weights"] != lora["by"]["weights"] and lora["differences"]
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-    if browser:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={finished}/profile"]
-        page = f"file://{finished}/replies.scores.html"
-        shown = subprocess.run([*command, "--dump-dom", page], capture_output=True, timeout=60).stdout.decode()
-        assert shown.count("<h4>full</h4>") == shown.count("<h4>lora</h4>") == 10
+    page = Path("replies.scores.html").read_text(encoding="utf-8")
+    assert page.count("<h4>full</h4>") == page.count("<h4>lora</h4>") == 10
     # The adapter by its own script: the same file of its replies, and the other model's as an earlier file.
     flags = [*flags[:4], "--replies", "replies.lora.jsonl", "--model_path", "lora", "--compare_with", "replies.jsonl"]
     third = run_script("inference_lora.py", *flags, cwd=finished)
     assert third.returncode == 0 and "已回答" not in third.stdout, third.stdout
-    assert replies_of == [file.read_bytes().splitlines() for file in (path, Path("replies.lora.jsonl"))]
 
 
 def test_replies_come_in_the_order_of_the_questions(workspace, likeliest, tokenizer, answer):
     """Longest are asked first, in batches with padding; each reply is the one that its question gets alone."""
     rows = questions.read("val.jsonl")
     rows.append({"question": rows[0]["question"], "history": [["头痛？", "先休息。"]]})
-    found = answer(rows)
-    assert [row["question"] for row in found] == [row["question"] for row in rows]
+    lines = answer(rows)
+    assert [line["question"] for line in lines] == [row["question"] for row in rows]
     assert [len(question) for question in answer.asked] != [len(row["question"]) for row in rows]
-    for row, line in zip(rows, found):
-        asked = data.to_messages(row["question"], history=row.get("history"))
-        [alone] = replies.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
-        assert list(alone[:5]) == [line[name] for name in ("think", "answer", "complete", "form", "tokens")]
-        assert line["seconds"] > 0 and line["by"] == BY
-    assert found[-1]["history"] == [["头痛？", "先休息。"]] and found[-1]["answer"] != found[0]["answer"]
+    for row, line in zip(rows, lines):
+        asked = data.to_messages(row["question"], history=row["history"])
+        [alone] = generate.generate(likeliest, tokenizer, [asked], max_new_tokens=30)
+        assert list(alone[:5]) == [line[name] for name in questions.FIELDS[:5]]
+        assert line["seconds"] > 0 and line["by"] == {"model": "tiny", "weights": None, **SETTINGS}
+    assert lines[-1]["history"] == [["头痛？", "先休息。"]] and lines[-1]["answer"] != lines[0]["answer"]
 
 
 def test_it_goes_on_where_it_stopped(folder, answer):
     """The same question may stand there twice, and after other turns; a line that was cut off is not used."""
     rows = [{"question": text} for text in ("头痛？", "感冒？", "头痛？", "失眠？")]
-    rows += [{"question": "感冒？", "history": [["头痛？", "先休息。"]]}, {"question": "水\udcff？"}]
+    rows.append({"question": "感冒？", "history": [["头痛？", "先休息。"]]})
     answer(rows)
-    lines = Path("replies.jsonl").read_bytes().splitlines()
+    lines = Path("r.jsonl").read_bytes().splitlines()
     kept = []
-    for place, line in enumerate([lines[5], lines[2], lines[4]]):
+    for place, line in enumerate([lines[2], lines[4]]):
         kept.append(json.dumps(json.loads(line) | {"answer": f"第 {place} 行"}).encode())
     for last in (b"", lines[1][:40], lines[1][:5], lines[1][:-2], b"\0" * 40, b'{"ques\0\0', b'{"question": "\0'):
-        Path("replies.jsonl").write_bytes(b"\n".join(kept) + b"\n" + last)
-        found = answer(rows)
+        Path("r.jsonl").write_bytes(b"\n".join(kept) + b"\n" + last)
+        assert [row["question"] for row in answer(rows)] == [row["question"] for row in rows]
         assert sorted(answer.asked) == ["失眠？", "头痛？", "感冒？"]
-        assert [row["question"] for row in found] == ["头痛？", "感冒？", "头痛？", "失眠？", "感冒？", "水?？"]
-        assert [row["answer"] for row in found if "行" in row["answer"]] == ["第 1 行", "第 2 行", "第 0 行"]
-        assert found[0]["answer"] == "第 1 行" and found[4]["answer"] == "第 2 行"
-    whole = Path("replies.jsonl").read_bytes()
-    Path("replies.jsonl").write_bytes(b"\n".join(reversed(whole.splitlines())))  # and the last line is not ended
-    found = answer(rows)
-    assert answer.asked == [] and [row["question"] for row in found][:2] == ["头痛？", "感冒？"]
-    assert sorted(Path("replies.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
-    assert [path.name for path in folder.iterdir()] == ["replies.jsonl"]
+        assert [read_lines("r.jsonl")[i]["answer"] for i in (0, 4)] == ["第 0 行", "第 1 行"]
+    assert len(answer(rows)) == 5 and answer.asked == []
+    assert [path.name for path in folder.iterdir()] == ["r.jsonl"]
 
 
 def test_interrupted_again_and_again_it_still_goes_on(folder, answer):
-    """What was cut off is gone from the file before anything is added to it."""
     rows = [{"question": f"第 {i} 问：" + LONG} for i in range(9)]
     answer.most = 3
     for known in (3, 6):
         with pytest.raises(KeyboardInterrupt):
             answer(rows)
-        assert len(read_lines("replies.jsonl")) == known
-        with open("replies.jsonl", "ab") as file:
-            file.write(Path("replies.jsonl").read_bytes()[:50])
+        assert len(read_lines("r.jsonl")) == known
+        with open("r.jsonl", "ab") as file:
+            file.write(Path("r.jsonl").read_bytes()[:50])
     answer.most = 1000
     assert len(answer(rows)) == 9
 
@@ -167,37 +152,32 @@ def test_a_full_disk_keeps_what_is_answered(folder, answer):
     """A file that takes no more is what a full disk is, to one who writes."""
     rows = [{"question": f"第 {i} 问：" + LONG} for i in range(6)]
     answer(rows)
-    size = Path("replies.jsonl").stat().st_size
-    Path("replies.jsonl").unlink()
+    size = Path("r.jsonl").stat().st_size
+    Path("r.jsonl").unlink()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, limits[1]))
     try:
-        refused("写 replies.jsonl 失败（~）~写完的回复都还在；~", answer, rows)
+        refused("写 r.jsonl 失败（~）~写完的回复都还在；~", answer, rows)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert len(questions.read_replies("replies.jsonl", rows, BY).replies) in (3, 4)
-    assert len(answer(rows)) == 6 and len(answer.asked) in (2, 3)
+    assert len(read_lines("r.jsonl")) == 3 and len(answer(rows)) == 6 and len(answer.asked) == 3
 
 
-def test_a_question_that_is_too_long_is_named_before_any_is_answered(folder, likeliest, answer):
+def test_what_cannot_be_answered_or_written_is_refused_before_anything_is(folder, likeliest, answer):
     likeliest.config.max_position_embeddings = 300
-    rows = [{"question": "头痛？"}, {"question": "头" * 600}]
-    refused("第 2 个问题连同之前的对话有 ~ 个 token，模型最多读 300 个；请缩短。", answer, rows)
-    assert not Path("replies.jsonl").exists()
-
-
-def test_a_file_that_somebody_writes_is_left_to_them(folder, answer):
-    with questions.hold("replies.jsonl"):
-        refused("另一个进程正在写 replies.jsonl；~", answer, ROWS)
-        refused("另一个进程正在写 replies.jsonl；~", questions.list_candidates, ROWS, "full", None, "replies.jsonl", [])
-    assert not Path("replies.jsonl").exists()
+    refused("第 2 个问题连同之前的对话有 ~ 个 token~", answer, [{"question": "头痛？"}, {"question": "头" * 600}])
+    with contextlib.ExitStack() as stack:
+        questions.hold("r.jsonl", stack)
+        refused("另一个进程~正在写 r.jsonl；~", answer, ROWS)
+    assert not Path("r.jsonl").exists()
+    refused("无法写入 /proc/no/r.jsonl（~）；~", questions.hold, "/proc/no/r.jsonl", contextlib.ExitStack())
 
 
 def test_models_are_loaded_one_after_another(finished):
     """The second one when nothing holds the first one any more."""
-    candidates = questions.list_candidates(ROWS, "full", None, "a.jsonl", ["lora"])
+    candidates = questions.list_candidates("full", None, "a.jsonl", ["lora"])
     loaded = []
 
     def begin(model, tokenizer):
@@ -210,91 +190,75 @@ def test_models_are_loaded_one_after_another(finished):
     assert [len(candidate.replies) for candidate in candidates] == [3, 3] and len(loaded) == 2
 
 
-@pytest.mark.parametrize("other", ["output/none", "empty", "lora"])
+@pytest.mark.parametrize("other", ["output/none", "lora"])
 def test_a_model_that_cannot_be_asked_is_refused_before_another_answers(finished, other):
-    Path("empty").mkdir()
     config = Path("lora/adapter_config.json")  # now an adapter of another base than it was trained on
     settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": "full"}
     config.write_text(json.dumps(settings), encoding="utf-8")
     Path("q.txt").write_text("\ufeff头痛？\r\n\n", encoding="utf-8")
     flags = ("--model_path", "full", "--questions", "q.txt", "--max_new_tokens", "3", "--compare_with", other)
     result = run_script("inference.py", *flags, cwd=finished)
-    assert result.returncode == 1 and result.stdout.startswith("错误：") and other in result.stdout, result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("错误：") and other in last, result.stdout
     assert not Path("replies.jsonl").exists()
 
 
-def test_an_adapter_is_known_by_its_folder_before_its_training_has_ended(interrupted):
-    """Its folder has nothing but checkpoints then."""
-    folders = ("lora", "lora/checkpoint-10", "full", "full/checkpoint-10", "none", "Qwen/Qwen3-1.7B")
-    assert [checkpoints.holds_adapter(folder) for folder in folders] == [True, True, False, False, False, False]
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
+def test_replies_that_were_made_otherwise_are_refused(folder):
+    """Those of a folder that was moved were not: its weights are the same."""
+    for change, what in (
         ({"max_new_tokens": 9, "no_thinking": True}, "--no_thinking 是 False，现在是 True；--max_new_tokens 是 30，~"),
         ({"weights": "4567"}, "权重 是 0123，现在是 4567"),
         ({"model": "Qwen/Qwen3-1.7B", "weights": None}, "~模型 是 output/full，现在是 Qwen/Qwen3-1.7B"),
-    ],
-)
-def test_replies_that_were_made_otherwise_are_refused(folder, change, what):
-    """Those of a folder that was moved were not: its weights are the same."""
-    path = write({})
-    refused(f"r.jsonl 第 1 行是另一次提问的（{what}）；它不会被改写~", questions.read_replies, path, ROWS, BY | change)
-    mixed = write({}, {"by": BY | change})
-    refused("r.jsonl 第 2 行是另一次提问的（~）；~", questions.read_replies, mixed, ROWS)
-    assert len(questions.read_replies(write({}), ROWS, BY | {"model": "moved"}).replies) == 1
+    ):
+        candidate = write({})
+        candidate.read(ROWS)
+        refused(f"r.jsonl 是另一次提问的（{what}）；它不会被改写~", candidate.settle, BY | change, "r.jsonl ")
+        candidate.settle(BY | {"model": "moved"}, "")
+        refused("r.jsonl 第 2 行是另一次提问的（~）；~", write({}, {"by": BY | change}).read, ROWS)
 
 
 def test_what_is_no_reply_or_no_reply_to_these_questions_is_refused_and_stays(folder):
     row = '{"question": "头痛？", "think": "想", "answer": "答"}'  # of data, its line not ended
     for content in ("\n", "头痛？", row, "[" * 100_000):
         Path("r.jsonl").write_text(content, encoding="utf-8")
-        refused("r.jsonl 第 1 行不是 inference.py 写的回复；~", questions.read_replies, "r.jsonl", ROWS, BY)
+        refused("r.jsonl 第 1 行不是 inference.py 写的回复；~", Candidate("a", "r.jsonl").read, ROWS)
         assert Path("r.jsonl").read_text(encoding="utf-8") == content
-    for change in ({"form": "two"}, {"tokens": "5"}, {"by": None}, {"think": None}, {"complete": 1}):
-        refused("r.jsonl 第 2 行不是 inference.py 写的回复；~", questions.read_replies, write({}, change), ROWS, BY)
+    refused("r.jsonl 第 2 行不是 inference.py 写的回复；~", write({}, {"by": None}).read, ROWS)
     after_a_turn = {"question": "头痛？", "history": [["甲", "乙"]]}
     for asked, line in (([{"question": "别的？"}], 1), (ROWS[:2], 3), ([*ROWS[:2], after_a_turn], 3)):
         message = f"r.jsonl 第 {line} 行不是对 --questions 里问题的回复，或多了一次；~"
-        refused(message, questions.read_replies, write({}, {}, {}), asked, BY)
+        refused(message, write({}, {}, {}).read, asked)
 
 
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
+def test_files_that_cannot_be_compared_are_named(folder):
+    write({}, path="part.jsonl")
+    for others, message in (
         (["none.jsonl"], "--compare_with none.jsonl 里有 0 条回复，而问题有 3 个；请检查路径~"),
         (["part.jsonl"], "--compare_with part.jsonl 里有 1 条回复，~先用写它的命令答完。"),
-        (["other.jsonl"], "other.jsonl 第 1 行不是对 --questions 里问题的回复，或多了一次；~"),
-        (["taken/model"], "r.taken-model.jsonl 第 1 行不是 inference.py 写的回复；~"),
-        (["a/b", "a-b"], "--compare_with a/b a-b：有两个是同一个，或名字太像；~"),
-    ],
-)
-def test_files_that_cannot_be_compared_are_named(folder, others, message):
-    write({}, path="part.jsonl")
-    write({}, path="other.jsonl", rows=[{"question": "别的？"}])
-    Path("r.taken-model.jsonl").write_text("mine\n", encoding="utf-8")
-    refused(message, questions.list_candidates, ROWS, "some/model", None, "r.jsonl", others)
+        (["a/b", "a-b"], "~另一个 --compare_with，正在写 r.a-b.jsonl；~"),
+    ):
+        candidates = questions.list_candidates("some/model", None, "r.jsonl", others)
+        refused(message, questions.answer, ROWS, candidates, SETTINGS, None)
     assert not Path("r.jsonl").exists()
 
 
-def test_places_and_batches(folder):
-    Path("r.jsonl").mkdir()
-    for path in ("/proc/no/r.jsonl", "r.jsonl"):
-        refused(f"无法写入 --replies {path}（~）；请换一个位置。", questions.require_writable, path)
+def test_places_and_batches():
     assert questions.result_paths("r.v1") != questions.result_paths("r.v2")
     assert questions.path_beside("out/r.jsonl", "Qwen/Qwen3-1.7B") == "out/r.Qwen-Qwen3-1.7B.jsonl"
     lengths = dict(enumerate([10, 3000, 40, 500, 500, 7] * 20))
     batches = questions.make_batches(lengths, new_tokens=2000, max_tokens=10_000)
-    assert sorted(i for batch in batches for i in batch) == list(lengths)
+    assert sorted(sum(batches, [])) == list(lengths)
     assert all(len(batch) * (max(lengths[i] for i in batch) + 2000) <= 10_000 for batch in batches)
-    assert questions.make_batches({4: 9, 7: 9}, 10, 1) == [[4], [7]]  # too little memory: one at a time
 
 
 def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
-    rows = [{"question": "甲？", "answer": "答", "seen": True}, {"question": "乙？", "answer": None, "seen": "False"}]
-    Path("q.jsonl").write_text(as_jsonl(rows), encoding="utf-8")
-    assert [row["seen"] for row in questions.read("q.jsonl")] == [True, False]
+    rows = [
+        {"question": "甲\udcff？", "answer": "答", "seen": True},
+        {"question": "乙？", "answer": "\u200b", "seen": 1},
+    ]
+    Path("q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    plain = {"question": "甲?？", "history": [], "answer": "答", "seen": True}
+    assert questions.read("q.jsonl") == [plain, {"question": "乙？", "history": [], "seen": False}]
     for name, content, message in (
         ("missing.jsonl", None, "无法读取 --questions missing.jsonl~"),
         ("q.docx", b"x", "--questions q.docx 应是 .txt~"),
@@ -302,7 +266,7 @@ def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
         ("q.txt", "头痛？".encode("gbk"), "q.txt 第 1 行不是 UTF-8~"),
         ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：缺少字段 question；~"),
         ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行：question 不是文本；~"),
-        ("q.scores.json", b"[]", "--questions q.scores.json：这样的名字是分数的~"),
+        ("q.scores.json", b"[]", "--questions q.scores.json 应是 .txt~"),
     ):
         if content is not None:
             Path(name).write_bytes(content)

@@ -1,17 +1,11 @@
 """What is counted of replies, that it is what rouge-score says, and how sure it is."""
 
-import json
-import subprocess
-import sys
-import time
-
 import numpy
 import pytest
-from helpers import ROOT, SAMPLES
 
 from parts.model.encoding import Reply
 from parts.replies import scores
-from parts.replies.scores import make_score
+from parts.replies.scores import Score
 
 SEED = 42
 ROWS = [
@@ -45,8 +39,8 @@ def lines(rows=ROWS, replies=REPLIES, thinking: bool = True) -> dict[str, dict]:
     return {score.key: score.as_json() for score in scores.measure(rows, replies, thinking, SEED)}
 
 
-def share(values, of=None) -> scores.Score:
-    return make_score("share", "份额", "%", values, of, seed=SEED)
+def share(values, of=None) -> Score:
+    return Score("share", "份额", "%", values, of, seed=SEED)
 
 
 def test_rouge_is_what_rouge_score_says():
@@ -74,19 +68,17 @@ def test_five_rows_worked_out_by_hand():
     for key, (n, value) in by_hand.items():
         assert (found[key]["n"], found[key]["value"]) == (n, pytest.approx(value)), key
     assert found.keys() - by_hand.keys() == {"traces_doctor", "traces_two", "traces_covert"}
-    others = scores.strangers([row["question"] for row in ROWS[:4]], [row["answer"] for row in ROWS[:4]], SEED)
-    floors = [scores.rouge(reply.answer, ROWS[i]["answer"])[0] for reply, i in zip(REPLIES, others)]
+    others = scores.strangers(ROWS[:4], SEED)
+    floors = [scores.rouge(reply.answer, other["answer"])[0] for reply, other in zip(REPLIES, others)]
     assert found["answer_rouge1"]["floor"] == pytest.approx(sum(floors) / 4) and found["whole"]["floor"] is None
     without = lines(ROWS[:3], [Reply("", "多喝水。", True, "none"), REPLIES[4], Reply("", "", True, "none")], False)
     assert without["whole"]["value"] == pytest.approx(1 / 3)  # where no thinking was asked for
     assert not [key for key in without if key.startswith(("traces", "think"))]
 
 
-@pytest.mark.parametrize("reference", [None, "", "\u200b", 3, "水\ud83d"])
-def test_rows_without_a_reference_are_left_out_of_the_overlaps_alone(reference):
-    rows = [{"question": "头痛？", "answer": "多喝水。"}, {"question": "感冒？", "answer": reference}]
-    found = lines(rows, [REPLIES[4]] * 2)
-    assert found["answer_rouge1"]["n"] == (2 if reference == "水\ud83d" else 1) and found["whole"]["n"] == 2
+def test_rows_without_a_reference_are_left_out_of_the_overlaps_alone():
+    found = lines([{"question": "头痛？", "answer": "多喝水。"}, {"question": "感冒？"}], [REPLIES[4]] * 2)
+    assert found["answer_rouge1"]["n"] == 1 and found["whole"]["n"] == 2
 
 
 def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
@@ -97,38 +89,16 @@ def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
     assert (found["answer_length"]["n"], found["answer_length"]["value"]) == (0, None)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("用户可能需要更多的信息。" * 20, True),
-        ("想到这里，" + "哈" * 80, True),
-        ("".join(f"{number}. 多喝水，注意休息，按时吃药。\n" for number in range(12)), True),
-        ("先说别的。" * 2 + "The patient should rest and drink water. " * 8 + "然后结束了，就这样。", True),
-        ("", False),
-        ("多喝水，注意休息，按时吃药。" * 2, False),
-        ("| 药 | 量 |\n|" + "-" * 200 + "|", False),
-        ("每日3次，每次1片。" * 4, False),
-    ],
-)
-def test_loops_are_found_wherever_they_are(text, expected):
-    assert scores.loops(text) == expected
-
-
-def test_two_hundred_and_forty_one_replies_take_seconds():
-    """Answers of 400 characters, other ones in each row, so that nothing is remembered; without torch."""
-    generator = numpy.random.default_rng(0)
-    sentences = [json.loads(line)["answer"] for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
-    rows, replies = [], []
-    for i in range(241):
-        texts = ["".join(generator.choice(sentences, 12))[:400] for _ in range(2)]
-        rows.append({"question": f"第 {i} 问", "answer": texts[0], "seen": i % 2 == 0})
-        replies.append(Reply(texts[1], texts[1], True, "one", 500, 0.1))
-    began = time.process_time()
-    found = lines(rows, replies)
-    assert time.process_time() - began < 10
-    assert found["answer_rougeL"]["n"] == 241 and found["answer_rougeL_new"]["n"] == 120
-    code = "import sys; from parts.replies import scores; scores.rouge('多喝水', '喝水'); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+def test_loops_are_found_wherever_they_are():
+    for text in (
+        "用户可能需要更多的信息。" * 20,
+        "想到这里，" + "哈" * 80,
+        "".join(f"{number}. 多喝水，注意休息，按时吃药。\n" for number in range(12)),
+        "先说别的。" * 2 + "The patient should rest and drink water. " * 8 + "然后结束了，就这样。",
+    ):
+        assert scores.loops(text)
+    for text in ("", "多喝水，注意休息，按时吃药。" * 2, "| 药 | 量 |\n|" + "-" * 200 + "|", "每日3次，每次1片。" * 4):
+        assert not scores.loops(text)
 
 
 def test_an_interval_is_about_as_wide_as_the_formula_says():

@@ -24,7 +24,7 @@ THINKING, ANSWER = "要点是多休息、多喝水。", "多休息，**多喝水
 REPLY = f"<think>\n{THINKING}\n</think>\n\n{ANSWER}"
 LONG = "<think>\n" + "想一想。" * 500
 HOSTILE = '![x](http://127.0.0.2:9/x.png) <img src="http://127.0.0.2:9/y.png" onerror="document.title=1"> </think>'
-TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？"}
+TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？", "out_of_memory": "错误：显存不足。"}
 
 
 class Visitor:
@@ -66,17 +66,16 @@ def visit(browser, tiny_model, tokenizer):
         model = weights.load_weights(str(tiny_model), torch.device("cpu"))
         conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens, seed=42)
         prompts = recite(model, tokenizer, [*replies], pause=0.03)
-        page = web.Page(conversation, "错误：显存不足。")
-        interface, url = page.open("127.0.0.1", free_port(), None, **TEXTS)
+        interface, url = web.open_page(conversation, "127.0.0.1", free_port(), None, **TEXTS)
         visitor = Visitor(browser, url)
         visitor.prompts = prompts
-        opened.append((visitor, page, interface))
+        opened.append((visitor, conversation, interface))
         return visitor
 
     yield start
-    for visitor, page, interface in opened:
+    for visitor, conversation, interface in opened:
         visitor.page.close()
-        page.closed.set()
+        conversation.closed.set()
         interface.close(verbose=False)
 
 
@@ -134,10 +133,9 @@ def test_who_leaves_stops_the_reply(visit, browser):
 
 def test_what_is_too_long_is_refused_and_what_is_cut_off_says_so(visit, tokenizer):
     person = visit("头晕", max_new_tokens=1)
-    person.ask("头" * 200_000)
-    person.sees("错误：这个问题连同之前的对话有 ")
-    person.ask("  ")
-    person.sees("问题是空的")
+    for question, said in (("头" * 200_000, "错误：这个问题连同之前的对话有 "), ("  ", "问题是空的")):
+        person.ask(question)
+        person.sees(said)
     person.ask("头痛？")
     person.sees("到 1 个 token 为止，回复未完")
     assert person.prompts == prompts(tokenizer, ("头痛？", []))
@@ -170,26 +168,21 @@ def test_the_page_of_a_script_asks_for_a_password_and_ends_with_ctrl_c(tiny_mode
     assert not list(folder.iterdir())
 
 
-def test_what_cannot_be_shown_is_refused_before_anything_is_loaded(monkeypatch):
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    for host in ("0.0.0.0", "::", "192.168.1.2", "my-machine", ""):
-        refused(f"--host {host} 让别的机器也能提问；请同时用 --auth ~", web.check, host, 7860, None)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        refused(f"127.0.0.1 的端口 {port} 用不了（~）；请用 --port 换一个端口。", web.check, "127.0.0.1", port, None)
-    web.check("127.0.0.1", port, None)
-    web.check("0.0.0.0", port, web.user_and_password("医生:a:b"))
-    for text in ("医生", "医生:", ":a"):
-        with pytest.raises(argparse.ArgumentTypeError, match="^要写成 用户名:密码$"):
-            web.user_and_password(text)
-
-
-def test_without_a_gradio_of_its_version_the_page_is_refused(tmp_path, monkeypatch):
-    wanted = f"--web 要用 gradio {web.GRADIO}；请先运行 pip install gradio=={web.GRADIO}"
+def test_what_cannot_be_shown_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     metadata = tmp_path / "gradio-5.50.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: gradio\nVersion: 5.50.0\n", encoding="utf-8")
+    wanted = f"--web 要用 gradio {web.GRADIO}；请先运行 pip install gradio=={web.GRADIO}"
     monkeypatch.setattr(sys, "argv", ["inference.py", "--web", "--model_path", "no-such-model"])
     for path in ([str(tmp_path)], []):
-        monkeypatch.setattr(sys, "path", path)  # where packages are looked for
-        refused(wanted, inference.main)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", path)  # where packages are looked for
+            refused(wanted, inference.main)
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    refused("--host 0.0.0.0 让别的机器也能提问；请同时用 --auth ~", web.check, "0.0.0.0", 7860, None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused(f"127.0.0.1 的端口 {port} 用不了（~）；请用 --port 换一个端口。", web.check, "127.0.0.1", port, None)
+    web.check("0.0.0.0", port, web.user_and_password("医生:a:b"))
+    with pytest.raises(argparse.ArgumentTypeError, match="^要写成 用户名:密码$"):
+        web.user_and_password("医生:")
