@@ -44,13 +44,11 @@ SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it wa
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
     """Raises SystemExit when one file would be written over another, or over the data."""
-    written = {os.path.realpath(file) for file in (train_file, val_file, train_file + SOURCE_SUFFIX)}
-    if len(written) < 3:
-        same = f"--train_file {train_file} 和 --val_file {val_file} 会互相覆盖"
-        raise SystemExit(f"错误：{same}（{train_file}{SOURCE_SUFFIX} 里要写来源）；请给两个不同的文件名。")
-    for dataset in datasets:
-        if os.path.realpath(dataset) in written:
-            raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
+    written = (train_file, val_file, train_file + SOURCE_SUFFIX)
+    paths = [os.path.realpath(file) for file in (*written, *datasets)]
+    if len(set(paths)) < len(paths):
+        named = "、".join([*written, *datasets])
+        raise SystemExit(f"错误：读和写的文件里有两个是同一个（{named}）；请用 --train_file、--val_file 换个文件名。")
 
 
 def prepare(
@@ -71,9 +69,8 @@ def prepare(
     for name in counts:
         published = name.removeprefix("ms://") == DATASET_NAME
         loaded.append(sources.load(name, revision, sha256, len(counts) > 1, published, SEED, TRAIN_SHARE))
-    problems: dict[str, list[row.Place]] = {}
-    thinkless = without_thinking == "keep"
-    train, val, lines = sources.join(loaded, list(counts.values()), TRAIN_SHARE, thinkless, problems)
+    problems: row.Problems = {}
+    train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
     if raw:
         lines.append("清理      没有（--raw）")
     else:
@@ -101,8 +98,8 @@ def write(train_file: str, train: list[Placed], val_file: str, val: list[Placed]
     try:
         files.write(texts | {train_file + SOURCE_SUFFIX: files.to_jsonl([origin])})
     except OSError as error:
-        remedy = "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置"
-        raise SystemExit(f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；{remedy}。") from None
+        what = f"无法写入 {train_file}、{val_file}（{error.strerror}）"
+        raise SystemExit(f"错误：{what}；请检查权限和磁盘空间，或换个位置。") from None
 
 
 def read_origin(train_file: str) -> dict[str, object]:
@@ -161,21 +158,20 @@ def load_dataset(path: str, tokenizer, max_length: int):
     print(encoding.describe_lengths(path, lengths, max_length))
     fitting = encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
     if not len(fitting):
-        shortest = f"最短 {min(lengths)}"
-        raise SystemExit(f"错误：{path} 的样本都超过 {max_length} 个 token（{shortest}）；请加大 --max_length。")
+        raise SystemExit(
+            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {min(lengths)}）；请加大 --max_length。"
+        )
     return fitting
 
 
 def main() -> None:
     parser = terminal.Parser(description="下载或读取数据，检查、清理、划分，写出训练集和验证集。例子在 data.py 开头。")
     flag = parser.add_argument_group("参数").add_argument
-    names = f"本地文件、ModelScope 名、hf://名；加 #500 只取 500 行；默认 {DATASET_NAME}"
-    flag("--dataset", nargs="+", action="extend", help=names)
+    flag("--dataset", nargs="+", action="extend", help="本地文件、ModelScope 名、hf://名；#500 只取 500 行")
     flag("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")
     flag("--sha256", help="数据必须有的校验和；默认不查")
     flag("--raw", action="store_true", help="照公布的原文写，不去掉思考里制作的痕迹")
-    thinkless = "没有思考的行：不用（默认），或学作不思考的回答"
-    flag("--without_thinking", choices=("drop", "keep"), default="drop", help=thinkless)
+    flag("--without_thinking", choices=("drop", "keep"), default="drop", help="没有思考的行：默认 drop，不用")
     flag("--train_file", default=TRAIN_FILE, help="训练集；默认 %(default)s")
     flag("--val_file", default=VAL_FILE, help="验证集；默认 %(default)s")
     prepare(**vars(parser.parse_args()))

@@ -30,8 +30,7 @@ def test_bad_row_moves_no_other(place):
 
 
 WRITE = "无法写入 {train}、{val}（~）；请检查权限和磁盘空间，~"
-SAME = "--train_file {train} 和 --val_file {val} 会互相覆盖~"
-SOURCE = "写入会覆盖原始数据 rows.jsonl；~"
+SAME = "读和写的文件里有两个是同一个（{train}、{val}、~"
 OUTPUTS = [
     ("train.jsonl", "sub", WRITE),
     ("sub", "val.jsonl", WRITE),
@@ -40,8 +39,8 @@ OUTPUTS = [
     ("train.jsonl", "/", WRITE),
     ("train.jsonl", "link/train.jsonl", SAME),
     ("train.jsonl", "train.jsonl.source.json", SAME),
-    ("rows.jsonl", "val.jsonl", SOURCE),
-    ("train.jsonl", "link/rows.jsonl", SOURCE),
+    ("rows.jsonl", "val.jsonl", SAME),
+    ("train.jsonl", "link/rows.jsonl", SAME),
 ]
 
 
@@ -64,7 +63,7 @@ def test_link_to_a_file_is_read_and_stays_a_link():
 
 
 FLAGS = {  # that are wrong, and the exit status
-    ("--dataset", "missing.csv"): ("找不到数据文件 missing.csv；~", 1),
+    ("--dataset", "missing.csv"): ("无法读取数据文件 missing.csv（~）；~", 1),
     ("--datasets", "rows.csv"): ("--datasets~你是不是想写 --dataset~", 2),
     ("--data", "rows.csv"): ("--data~", 2),  # no flag can be shortened
     ("--without_thinking", "maybe"): ("--without_thinking~maybe~", 2),

@@ -30,16 +30,14 @@ def read_bytes(path: Path) -> bytes:
     """A data file's bytes."""
     if os.path.isdir(path):
         names = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        shown = "、".join(names[:10]) or "没有"
-        raise SystemExit(f"错误：{path} 是一个文件夹（里面的数据文件：{shown}）；请用 --dataset 指定其中一个文件。")
+        raise SystemExit(f"错误：{path} 是文件夹；请指定里面的一个数据文件：{'、'.join(names[:10]) or '没有'}。")
     if path.suffix.lower() not in SUFFIXES:
         raise SystemExit(f"错误：不认识 {path} 的格式；请解压，转成 UTF-8 的 {'、'.join(SUFFIXES)} 之一。")
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for a file
-        raise SystemExit(f"错误：找不到数据文件 {path}；请检查路径，不带 --dataset 则下载公开数据集。")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SystemExit(f"错误：无法读取 {path}（{error.strerror}）；请检查文件权限。") from None
+        remedy = "请检查路径和权限，不带 --dataset 则下载公开数据集"
+        raise SystemExit(f"错误：无法读取数据文件 {path}（{error.strerror}）；{remedy}。") from None
 
 
 def parse(path: Path, content: bytes) -> list[tuple[int, object]]:
@@ -85,11 +83,10 @@ def parse_json(path: Path, text: str, line: int = 1) -> object:
     """A JSON text that begins on this line of its file."""
     try:
         return load_json(text)
-    except json.JSONDecodeError as error:
-        where = f"{path} 第 {line + error.lineno - 1} 行"
-        raise SystemExit(f"错误：{where}不是合法的 JSON（{error.msg}，第 {error.colno} 列）；请修正这一行。") from None
-    except RecursionError:
-        raise SystemExit(f"错误：{path} 第 {line} 行的 JSON 嵌套过深；每行只要一个简单的对象。") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        reason = getattr(error, "msg", "嵌套过深")
+        raise SystemExit(f"错误：{path} 第 {line} 行不是合法的 JSON（{reason}）；请修正这一行。") from None
 
 
 def read_json(path: Path, content: bytes) -> list[tuple[int, object]]:

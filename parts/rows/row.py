@@ -12,11 +12,12 @@ TAG = re.compile(r"</?think(?:ing)?>")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # White space, controls, marks of width 0 and fillers: nothing is seen of them.
 INVISIBLE = (
-    r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
+    r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
 )
 Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
 Place = tuple[str, int]  # of a row: the name of its file, "" where there is but one, and its number
 Placed = tuple[Place, object]  # a row, and where it stands
+Problems = dict[str, list[Place]]  # why rows are left out, and where they stand
 
 
 class Unusable(str):
@@ -90,7 +91,7 @@ def topic(row: dict) -> str:
     return row["history"][0][0] if row.get("history") else row["question"]
 
 
-def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[str], thinkless: bool) -> list[Placed]:
+def keep_usable(part: list[Placed], problems: Problems, seen: set[str], thinkless: bool) -> list[Placed]:
     """The clean, distinct rows of one part, in order, with the `instruction` that their writer had beside the question;
     `problems` gathers what is left out: reason -> places, `seen` the rows that there were."""
     kept = []
@@ -110,7 +111,7 @@ def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[
     return kept
 
 
-def leave_out(part: list[Placed], other: list[Placed], problem: str, problems: dict[str, list[Place]]) -> list[Placed]:
+def leave_out(part: list[Placed], other: list[Placed], problem: str, problems: Problems) -> list[Placed]:
     """The rows of `part` that begin with no question of the `other` part; `problems` gets the places of the rest."""
     topics = {topic(row) for _, row in other}
     kept = []
@@ -122,7 +123,7 @@ def leave_out(part: list[Placed], other: list[Placed], problem: str, problems: d
     return kept
 
 
-def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[str]:
+def describe_problems(problems: Problems, most: int = 5) -> list[str]:
     """One line per kind of problem: how many rows, and where the first ones are."""
     lines = []
     for problem, places in problems.items():
@@ -134,7 +135,7 @@ def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[s
     return lines
 
 
-def summary(lines: list[str], parts: dict[str, list[Placed]], problems: dict[str, list[Place]]) -> str:
+def summary(lines: list[str], parts: dict[str, list[Placed]], problems: Problems) -> str:
     """What a person wants to know about the data, as text, after the `lines` on where it comes from. `parts`: the rows
     of each file."""
     rows = [row for part in parts.values() for _, row in part]
@@ -142,11 +143,9 @@ def summary(lines: list[str], parts: dict[str, list[Placed]], problems: dict[str
     lines += [f"未采用    {line}" for line in describe_problems(problems)] or ["未采用    0 行"]
     for field in FIELDS:
         lengths = [len(row[field]) for row in rows]
-        mean, median = statistics.mean(lengths), statistics.median(lengths)
-        lines.append(f"字符数    {field}：平均 {mean:.0f}，中位数 {median:.0f}，最长 {max(lengths)}")
-    turns = sum("history" in row for row in rows)
-    if turns:
-        lines.append(f"多轮对话  {turns} 行")
+        middle = f"平均 {statistics.mean(lengths):.0f}，中位数 {statistics.median(lengths):.0f}"
+        lines.append(f"字符数    {field}：{middle}，最长 {max(lengths)}")
+    lines.append(f"多轮对话  {sum('history' in row for row in rows)} 行")
     lines += ["", "示例（训练集第 1 行）"]
     lines += [f"  {name}：{shorten(rows[0][field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ columns, then by what is in them. Reads no file; what a row's texts must be is r
 import contextlib
 import json
 
-from parts.rows.row import FIELDS, SAME_FIELD_TWICE, TAG, Placed, Unusable, are_pairs, clean, strip_invisible
+from parts.rows.row import FIELDS, TAG, Placed, Unusable, are_pairs, clean, strip_invisible
 from parts.terminal import shorten
 
 ALIASES = {  # lower-case names that leading sets have for a field; the field's own name goes before all of them
@@ -37,9 +37,7 @@ def to_fields(loaded: list[Placed], source: str, answered: bool = True) -> tuple
             row = {strip_invisible(name): value for name, value in raw.items()}
             turns = [name for name in row if name.lower() in TURNS and row[name] not in (None, "")]
             columns = tuple(row)
-            if len(row) < len(raw):
-                row = SAME_FIELD_TWICE
-            elif turns:
+            if turns:
                 mappings[f"{turns[0]} 的各轮 -> question、think、answer，不用其中的 system"] = True
                 row = from_turns(row[turns[0]], answered)
             else:
@@ -77,9 +75,8 @@ def describe(fields: dict[str, list[str]], columns: tuple[str, ...]) -> str:
     if not fields["think"]:
         parts.append(f"{'、'.join(fields['answer']) or '回答'} 开头的 <think>…</think> -> think")
     parts += [f"{name} -> 前几轮" for name in columns if name.lower() == "history"]
-    used = sum(fields.values(), [])
     like = {"system", *",".join(ALIASES.values()).split(",")} - {"instruction"}
-    unused = [name for name in columns if name.lower() in like and name not in used]
+    unused = [name for name in columns if name.lower() in like and name not in sum(fields.values(), [])]
     if unused:
         parts.append(f"不用 {'、'.join(unused)}")
     return "，".join(parts)
@@ -166,10 +163,6 @@ def from_turns(turns: object, answered: bool) -> object:
         if role != ("user", "assistant")[len(read) % 2]:
             return Unusable("对话不是用户和助手轮流")
         text = turn["content"] if turn.get("content") is not None else turn.get("value")
-        if isinstance(text, list):
-            if not all(isinstance(part, dict) and part.get("type", "text") == "text" for part in text):
-                return Unusable("消息里有不是文本的内容")
-            text = "".join(str(part.get("text")) for part in text)
         think = next((turn[name] for name in THINKING if turn.get(name)), None)
         read.append(split_thinking({"think": think, "answer": text}) if role == "assistant" else {"question": text})
     if not answered and len(read) % 2:

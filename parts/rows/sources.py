@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 from parts import hub
 from parts.rows import files, shapes
-from parts.rows.row import Place, Placed, check, keep_usable, leave_out, topic
+from parts.rows.row import Placed, Problems, check, keep_usable, leave_out, topic
 
-IN_TRAIN, IN_VAL = "验证集的问题也在训练集里", "训练集的问题也在验证集里"
 PARTS = {  # words of a file's path
     "train": ("train", "training", "trainset"),
     "val": ("validation", "validate", "valid", "val", "valset", "dev", "devset", "development", "eval", "evaluation"),
@@ -67,9 +66,8 @@ def read_names(datasets: list[str], revision: str | None, sha256: str | None) ->
 def part_of(file: str) -> str:
     """train, val or test: which part of a hub's data set a file is, `data/validation-00000-of-00001.parquet` say."""
     for name in reversed(file.lower().split("/")):  # its own name says more than its folders'
-        words = set(re.split(r"[^a-z]+", name))
         for part, names in PARTS.items():
-            if words & set(names):
+            if not set(names).isdisjoint(re.split(r"[^a-z]+", name)):
                 return part
     return "train"
 
@@ -85,8 +83,7 @@ def choose_files(dataset: str, names: list[str]) -> list[str]:
             formats[suffix].append(name)
     there = [chosen for chosen in formats.values() if chosen]
     if not there:
-        suffixes = "、".join(formats)
-        raise SystemExit(f"错误：数据集 {dataset} 里没有 {suffixes} 文件；请用 --dataset 换一个。")
+        raise SystemExit(f"错误：数据集 {dataset} 里没有 {'、'.join(formats)} 文件；请用 --dataset 换一个。")
     # Tests alone, or an example, in another format are not the set.
     return next((chosen for chosen in there if "train" in map(part_of, chosen)), there[0])
 
@@ -97,14 +94,13 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
     What is downloaded does not go through the client's cache: there it keeps, and would hand out, files that the hub
     has renamed or dropped since.
     """
-    missing = "://" not in dataset and Path(dataset).suffix.lower() in files.SUFFIXES  # a file that is not there
-    if os.path.exists(dataset) or missing:
+    # What ends as a file of ours does is a file, there or not.
+    if os.path.exists(dataset) or "://" not in dataset and Path(dataset).suffix.lower() in files.SUFFIXES:
         if revision:
             raise SystemExit(f"错误：--revision {revision} 只用于 hub 上的数据集，而 {dataset} 是本地文件。")
         return {"": files.read_bytes(Path(dataset))}
     if not hub.split(dataset):
-        what = "既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）"
-        raise SystemExit(f"错误：--dataset {dataset} {what}。{hub.forms(dataset)}")
+        raise SystemExit(f"错误：--dataset {dataset} 既不是已有的文件，也不是 hub 上的数据集名。{hub.forms(dataset)}")
     with tempfile.TemporaryDirectory() as folder:
         choose = partial(choose_files, dataset)
         path, names = hub.download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
@@ -113,15 +109,11 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
 
 def read_files(dataset: str, contents: dict[str, bytes], names: list[str], marked: bool) -> tuple[list[Placed], str]:
     """(rows of these files with our fields, how they were read). `marked`: each place says the file too."""
-    rows, mappings = [], {}
+    placed = []
     for name in names:
-        file = name or dataset
-        loaded = files.parse(Path(dataset, name), contents[name])
-        placed = [((file if marked else "", number), row) for number, row in loaded]
-        converted, mapping = shapes.to_fields(placed, file)
-        rows += converted
-        mappings[mapping] = True
-    return rows, "；".join(filter(None, mappings))
+        file = (name or dataset) if marked else ""
+        placed += [((file, number), row) for number, row in files.parse(Path(dataset, name), contents[name])]
+    return shapes.to_fields(placed, dataset)
 
 
 def read_own_val(read, names: dict[str, list[str]]) -> tuple[list[Placed], list[str]]:
@@ -143,8 +135,7 @@ def load(
     contents = read_contents(dataset, revision)
     checksum = hashlib.sha256(b"".join(contents.values())).hexdigest()
     if sha256 and sha256.lower() != checksum:
-        remedy = "数据已变，请核对来源，或去掉 --sha256"
-        raise SystemExit(f"错误：{dataset} 的 SHA-256 是 {checksum}，不是 --sha256 {sha256}；{remedy}。")
+        raise SystemExit(f"错误：{dataset} 的 SHA-256 是 {checksum}，不是 --sha256 {sha256}；请核对来源。")
     names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for name in contents:
         names["train" if by_rows else part_of(name)].append(name)
@@ -215,28 +206,27 @@ def sample(train: list, val: list, count: int | None, share: float) -> tuple[lis
 
 
 def join(
-    sources: list[Source], counts: list[int | None], share: float, thinkless: bool, problems: dict[str, list[Place]]
+    sources: list[Source], counts: dict[str, int | None], share: float, thinkless: bool, problems: Problems
 ) -> tuple[list[Placed], list[Placed], list[str]]:
     """(train, val, what to say) of the clean rows of all sources, of each at most its count, `share` of a sample to
     train on. No question is in a training part and in a validation part; `problems` gathers what is left out."""
-    trains, vals, seen_train, seen_val = [], [], set(), set()
-    for source, count in zip(sources, counts):
+    parts, seen_train, seen_val = [], set(), set()
+    for source, count in zip(sources, counts.values()):
         train = keep_usable(source.train, problems, seen_train, thinkless)
         val = keep_usable(source.val, problems, seen_val, thinkless)
         if not source.own_val:
-            val = leave_out(val, train, IN_TRAIN, problems)
-        train, val = sample(train, val, count, share)
-        trains.append(train)
-        vals.append(val)
-    all_val, lines = sum(vals, []), []
-    for i, source in enumerate(sources):
-        # Validation parts stay as they are.
-        trains[i] = leave_out(trains[i], all_val, IN_VAL, problems)
+            val = leave_out(val, train, "验证集的问题也在训练集里", problems)
+        parts.append((source, count, *sample(train, val, count, share)))
+    all_train, lines = [], []
+    all_val = [placed for *_, val in parts for placed in val]
+    for source, count, train, val in parts:
+        train = leave_out(train, all_val, "训练集的问题也在验证集里", problems)  # validation parts stay as they are
+        all_train += train
         lines += source.lines
-        if counts[i] or len(sources) > 1:
-            most = f"，最多取 {counts[i]} 行" if counts[i] else ""
-            lines.append(f"采用      训练 {len(trains[i])} 行，验证 {len(vals[i])} 行{most}")
-    return sum(trains, []), all_val, lines
+        if count or len(parts) > 1:
+            most = f"，最多取 {count} 行" if count else ""
+            lines.append(f"采用      训练 {len(train)} 行，验证 {len(val)} 行{most}")
+    return all_train, all_val, lines
 
 
 # ---- near-duplicates ------------------------------------------------------------------------------------------------

@@ -40,9 +40,13 @@ def test_script_reads_each_format_and_writes_only_the_three_fields(folder, endin
 
 GOOD = as_jsonl(make_rows(20))
 HEAD = "question,think,answer\n"
-MISSING, EMPTY, FOLDER = "找不到数据文件 {}；~", "{} 是空文件；~", "{} 是一个文件夹（里面的数据文件：没有）；~"
+MISSING, EMPTY, FOLDER = (
+    "无法读取数据文件 {}（~）；~",
+    "{} 是空文件；~",
+    "{} 是文件夹；请指定里面的一个数据文件：没有。",
+)
 JSON, CODING = "{} 第 %s 行不是合法的 JSON（~）；~", "{} 第 %s 行不是 UTF-8 编码；~iconv -f %s ~"
-NUL, DEEP = "{} 第 %s 行含 NUL 字节~", "{} 第 %s 行的 JSON 嵌套过深；~"
+NUL = "{} 第 %s 行含 NUL 字节~"
 CSV, PARQUET = "{} 不是合法的 CSV（~）；~", "{} 不是完整的 Parquet 文件（~）；~"
 COLUMNS, NO_ROWS = "{} 里认不出问题和回答（有这些列：%s；~\n~", "{} 里没有一行数据；~"
 TOO_FEW = "划分后%s为空，可用的只有 %s 行；~"
@@ -56,8 +60,8 @@ ERRORS = {  # name: (content, message with {} for the name); None: nothing, ...:
     "utf-16-unmarked.csv": (HEAD.encode("utf-16-be"), NUL % 1),
     "nul.jsonl": (GOOD.replace("思考7", "思\0考7"), NUL % 7),
     "50-MB-line-cut.jsonl": (f'{GOOD}{{"think": "' + "思" * 17_000_000, JSON % 21),
-    "deep.jsonl": (GOOD + "[" * 100000, DEEP % 21),
-    "deep.json": ("[" * 100000, DEEP % 1),
+    "deep.jsonl": (GOOD + "[" * 100000, JSON % 21),
+    "deep.json": ("[" * 100000, JSON % 1),
     "twice.csv": ("question,think,answer,answer\nq,t,a,b\n", CSV),
     "quote.csv": (f'{HEAD}q,"t,a\nq,t,a\n', CSV),
     "comma.csv": (f"{HEAD}q,t,a\nq,t,a,b\n", CSV),
@@ -75,9 +79,9 @@ ERRORS = {  # name: (content, message with {} for the name); None: nothing, ...:
         TOO_FEW % ("训练集", 0) + "\n  answer 为 null：1 行（第 1 行）",
     ),
     "link-to-itself.jsonl": (Path("link-to-itself.jsonl"), MISSING),
-    "unreadable.jsonl": (Path("/proc/self/mem"), "无法读取 {}（~）；请检查文件权限。"),
-    "nonsense": (None, "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名~"),
-    "a/b/c": (None, "--dataset {} 既不是已有的文件，也不是 ModelScope 数据集名~"),
+    "unreadable.jsonl": (Path("/proc/self/mem"), MISSING),
+    "nonsense": (None, "--dataset {} 既不是已有的文件，也不是 hub 上的数据集名~"),
+    "a/b/c": (None, "--dataset {} 既不是已有的文件，也不是 hub 上的数据集名~"),
 }
 
 
@@ -138,7 +142,7 @@ def test_separator_is_read_from_the_header_whatever_the_line_ends(name, separato
 def test_folder_is_named_with_the_files_in_it():
     Path("here").mkdir()
     save(make_rows(20), "here/rows.jsonl")
-    refused("here 是一个文件夹（里面的数据文件：rows.jsonl）；~", data.prepare, "here")
+    refused("here 是文件夹；请指定里面的一个数据文件：rows.jsonl。", data.prepare, "here")
 
 
 def test_odd_text_is_kept_as_it_is():

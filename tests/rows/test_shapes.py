@@ -101,13 +101,6 @@ ODD = {  # a row, and what is wrong with it
     "answer 含 <think> 或 </think> 标签": {"question": "问", "think": "想", "answer": "<thinking>想</thinking>答"},
     "question 不是文本": {"instruction": "算剂量", "input": ["50kg"], "output": "<think>想</think>答"},
     "history 不是 [[问题, 回答], …]": {"question": "问", "think": "想", "answer": "答", "history": [3]},
-    "消息里有不是文本的内容": {
-        "messages": [
-            {"role": "user", "content": "问"},
-            {"role": "assistant", "content": [{"type": "reasoning", "text": "想"}, {"type": "text", "text": "答"}]},
-        ]
-    },
-    "同一字段出现多次": {"question": "问", "think": "想", "think ": "另想", "answer": "答"},
 }
 
 
