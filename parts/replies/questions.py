@@ -124,11 +124,12 @@ def read(path: str) -> list[Row]:
 
 def read_row(fields: object) -> Row:
     """Return a row without `seen`. It raises ValueError with what is wrong."""
+    if isinstance(fields, dict):  # JSON can hold half a character, which no file of text can
+        fields = json.loads(json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace"))
     row = {"history": []} | check(fields, ("question",))
     if isinstance(fields.get("answer"), str) and fields["answer"].strip():
         row["answer"] = fields["answer"]
-    # JSON can hold half a character, which no file of text can.
-    return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+    return row
 
 
 def list_candidates(name: str, revision: str | None, replies: str, others: list[str]) -> list[Candidate]:

@@ -96,7 +96,7 @@ def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool =
     gradients *= not optimizer.endswith("in_backward")
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
     parts |= {"activations and loss": peak - gradients + reserve, "full logits": 0}
-    return {part: size / 1e9 for part, size in parts.items()}
+    return {part: round(size / 1e9, 6) for part, size in parts.items()}
 
 
 def draw_memory():
