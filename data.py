@@ -22,14 +22,11 @@ import json
 import os
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from parts import terminal
 from parts.model import encoding
-from parts.rows import files as row_files
-from parts.rows import row as rows
-from parts.rows import sources, traces
+from parts.rows import files, row, sources, traces
 from parts.rows.row import Placed, Row
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
@@ -49,10 +46,8 @@ def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> N
     """Raises SystemExit when one file would be written over another, or over the data."""
     written = {os.path.realpath(file) for file in (train_file, val_file, train_file + SOURCE_SUFFIX)}
     if len(written) < 3:
-        raise SystemExit(
-            f"错误：--train_file {train_file} 和 --val_file {val_file} 会互相覆盖"
-            f"（{train_file}{SOURCE_SUFFIX} 里要写训练集的来源）；请给两个不同的文件名。"
-        )
+        same = f"--train_file {train_file} 和 --val_file {val_file} 会互相覆盖"
+        raise SystemExit(f"错误：{same}（{train_file}{SOURCE_SUFFIX} 里要写来源）；请给两个不同的文件名。")
     for dataset in datasets:
         if os.path.realpath(dataset) in written:
             raise SystemExit(f"错误：写入会覆盖原始数据 {dataset}；请用 --train_file、--val_file 换个文件名。")
@@ -75,10 +70,10 @@ def prepare(
     loaded = []
     for name in counts:
         published = name.removeprefix("ms://") == DATASET_NAME
-        divide = partial(sources.by_row if published else sources.by_question, seed=SEED, share=TRAIN_SHARE)
-        loaded.append(sources.load(name, revision, sha256, len(counts) > 1, published, divide))
-    problems: dict[str, list[rows.Place]] = {}
-    train, val, lines = sources.join(loaded, counts.values(), TRAIN_SHARE, without_thinking == "keep", problems)
+        loaded.append(sources.load(name, revision, sha256, len(counts) > 1, published, SEED, TRAIN_SHARE))
+    problems: dict[str, list[row.Place]] = {}
+    thinkless = without_thinking == "keep"
+    train, val, lines = sources.join(loaded, list(counts.values()), TRAIN_SHARE, thinkless, problems)
     if raw:
         lines.append("清理      没有（--raw）")
     else:
@@ -86,55 +81,51 @@ def prepare(
         train, val = (traces.clean_rows(part, problems, done) for part in (train, val))
         lines.append(f"清理      {traces.describe(done)}")
     if not train or not val:
-        total = sum(len(source.train) + len(source.val) for source in loaded)
-        remedy = "请按下面的原因改正" if problems else "请提供更多不同的行"
-        if traces.TOO_LITTLE in problems:
-            remedy += "，或加 --raw 照原文写"
-        text = (
-            f"{total} 行中可用的有 {len(train) + len(val)} 行，划分后{'验证集' if train else '训练集'}为空；{remedy}。"
-        )
-        raise SystemExit("\n  ".join([f"错误：{text}", *rows.describe_problems(problems)]))
+        empty, usable = "验证集" if train else "训练集", len(train) + len(val)
+        remedy = "，或加 --raw 照原文写" if traces.TOO_LITTLE in problems else ""
+        text = f"错误：划分后{empty}为空，可用的只有 {usable} 行；请按下面的原因改正，或提供更多不同的行{remedy}。"
+        raise SystemExit("\n  ".join([text, *row.describe_problems(problems)]))
     lines.append(sources.mark_seen(train, val))
     write(train_file, train, val_file, val, {"sources": [source.origin for source in loaded], "raw": raw})
-    print(rows.summary(lines, {train_file: train, val_file: val}, problems))
+    print(row.summary(lines, {train_file: train, val_file: val}, problems))
 
 
 def write(train_file: str, train: list[Placed], val_file: str, val: list[Placed], origin: dict[str, object]) -> None:
     """Write both files, and beside the training file its `origin`."""
     texts = {}
     for file, part in ((train_file, train), (val_file, val)):
-        texts[file] = row_files.to_jsonl(map(rows.without_instruction, part))
+        for _, example in part:
+            example.pop("instruction", None)  # the cleaning has seen it
+        texts[file] = files.to_jsonl([example for _, example in part])
     origin = origin | {"train_sha256": hashlib.sha256(texts[train_file].encode()).hexdigest()}
     try:
-        row_files.write(texts | {train_file + SOURCE_SUFFIX: row_files.to_jsonl([origin])})
+        files.write(texts | {train_file + SOURCE_SUFFIX: files.to_jsonl([origin])})
     except OSError as error:
-        raise SystemExit(
-            f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；"
-            "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置。"
-        ) from None
+        remedy = "请检查权限和磁盘空间，或用 --train_file、--val_file 换位置"
+        raise SystemExit(f"错误：无法写入 {train_file}、{val_file}（{error.strerror}）；{remedy}。") from None
 
 
 def read_origin(train_file: str) -> dict[str, object]:
     """{sources: [{source, revision, sha256}], raw, train_sha256}: what `prepare` made the file from. Only the last for
     a file that it did not write, or that has changed since."""
-    found = {"train_sha256": hashlib.sha256(Path(train_file).read_bytes()).hexdigest()}
+    sha256 = hashlib.sha256(Path(train_file).read_bytes()).hexdigest()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = json.loads(Path(train_file + SOURCE_SUFFIX).read_text(encoding="utf-8"))
-        if origin["train_sha256"] == found["train_sha256"]:
+        if origin["train_sha256"] == sha256:
             return origin
-    return found
+    return {"train_sha256": sha256}
 
 
 def read_examples(path: str) -> list[Row]:
     """The rows of a file that `prepare` wrote. Raises SystemExit when a row cannot be trained on."""
     examples = []
-    for number, raw in row_files.read(path):
-        row, problem = rows.check(raw)
-        if problem:
-            raise SystemExit(
-                f"错误：{path} 第 {number} 行 {problem}；请用 python data.py --dataset <原始数据> 重新生成。"
-            )
-        examples.append(row)
+    for number, raw in files.read(path):
+        try:
+            thinkless = isinstance(raw, dict) and raw.get("think") == ""
+            examples.append(row.check(raw, thinkless=thinkless))
+        except ValueError as problem:
+            remedy = "请用 python data.py --dataset <原始数据> 重新生成"
+            raise SystemExit(f"错误：{path} 第 {number} 行 {problem}；{remedy}。") from None
     return examples
 
 
@@ -159,9 +150,9 @@ def load_dataset(path: str, tokenizer, max_length: int):
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    examples = datasets.Dataset.from_list([{"history": None} | row for row in read_examples(path)])
+    examples = datasets.Dataset.from_list([{"history": None} | example for example in read_examples(path)])
     encoded = examples.map(
-        lambda row: encoding.encode_example(tokenizer, to_messages(**row)),
+        lambda example: encoding.encode_example(tokenizer, to_messages(**example)),
         desc=f"编码 {path}",
         remove_columns=examples.column_names,
         new_fingerprint="encoded",  # else datasets hashes the whole tokenizer: 4 s, for a cache that is not used here
@@ -170,34 +161,23 @@ def load_dataset(path: str, tokenizer, max_length: int):
     print(encoding.describe_lengths(path, lengths, max_length))
     fitting = encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
     if not len(fitting):
-        raise SystemExit(
-            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {min(lengths)}）；请加大 --max_length。"
-        )
+        shortest = f"最短 {min(lengths)}"
+        raise SystemExit(f"错误：{path} 的样本都超过 {max_length} 个 token（{shortest}）；请加大 --max_length。")
     return fitting
 
 
 def main() -> None:
     parser = terminal.Parser(description="下载或读取数据，检查、清理、划分，写出训练集和验证集。例子在 data.py 开头。")
-    flags = parser.add_argument_group("数据").add_argument
-    flags(
-        "--dataset",
-        nargs="+",
-        action="extend",
-        help=f"本地文件、ModelScope 名、hf://名；加 #500 只取 500 行；默认 {DATASET_NAME}",
-    )
-    flags("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")
-    flags("--sha256", help="数据必须有的校验和；默认不查")
-    flags = parser.add_argument_group("内容").add_argument
-    flags("--raw", action="store_true", help="照公布的原文写，不去掉思考里制作的痕迹")
-    flags(
-        "--without_thinking",
-        choices=("drop", "keep"),
-        default="drop",
-        help="没有思考的行：不用（默认），或学作不思考的回答",
-    )
-    flags = parser.add_argument_group("写到哪里").add_argument
-    flags("--train_file", default=TRAIN_FILE, help="训练集；默认 %(default)s")
-    flags("--val_file", default=VAL_FILE, help="验证集；默认 %(default)s")
+    flag = parser.add_argument_group("参数").add_argument
+    names = f"本地文件、ModelScope 名、hf://名；加 #500 只取 500 行；默认 {DATASET_NAME}"
+    flag("--dataset", nargs="+", action="extend", help=names)
+    flag("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")
+    flag("--sha256", help="数据必须有的校验和；默认不查")
+    flag("--raw", action="store_true", help="照公布的原文写，不去掉思考里制作的痕迹")
+    thinkless = "没有思考的行：不用（默认），或学作不思考的回答"
+    flag("--without_thinking", choices=("drop", "keep"), default="drop", help=thinkless)
+    flag("--train_file", default=TRAIN_FILE, help="训练集；默认 %(default)s")
+    flag("--val_file", default=VAL_FILE, help="验证集；默认 %(default)s")
     prepare(**vars(parser.parse_args()))
 
 

@@ -15,7 +15,6 @@ the flags are read.
 import dataclasses
 import os
 import shlex
-from functools import partial
 
 import data
 from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
@@ -23,17 +22,28 @@ from parts import terminal
 from parts.model import encoding
 from parts.training import environment, flags
 
-LEARNING_RATE = 1e-4  # linear to 0, no warm-up
-NUM_EPOCHS = 2
-BATCH_SIZE = 4  # examples a step on a device, about 3,150 tokens; together in one pass when memory allows
-ACCUMULATION_STEPS = 1  # x BATCH_SIZE x devices = 4 examples a step
-EVAL_STEPS = 100  # optimizer steps between evaluations; a checkpoint is written at each
-PATIENCE = 3  # evaluations without a better eval_loss before training stops; 0: never stop early
-KEPT_CHECKPOINTS = 2  # the best and the newest
-LOGGING_STEPS = 10
+RECIPE = {  # what the command line may change; the other flags are in parts/training/flags.py
+    "model_name": MODEL_NAME,
+    "train_file": TRAIN_FILE,
+    "val_file": VAL_FILE,
+    "max_length": MAX_LENGTH,
+    "output_dir": OUTPUT_DIR,
+    "learning_rate": 1e-4,  # linear to 0, no warm-up
+    "num_train_epochs": 2,
+    # Examples a step on a device, about 3,150 tokens; in one pass when memory allows. On all devices together: 4
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "eval_steps": 100,  # optimizer steps between evaluations; a checkpoint is written at each
+    "early_stopping_patience": 3,  # evaluations without a better eval_loss before training stops; 0: never
+    "save_total_limit": 2,  # checkpoints: the best and the newest
+    "logging_steps": 10,
+    "report_to": "swanlab",
+    "seed": SEED,
+    "eval_samples": 0,  # validation questions answered at each evaluation
+    "sample_tokens": 1024,  # at most, for each reply
+}
 MEAN_LENGTH = 788  # tokens of a published example, for --check where there are none
 SAMPLES = 3  # validation questions answered at the end
-SAMPLE_TOKENS = 1024  # at most, for each reply
 # One public run of the published recipe, and its eval_loss: (step, loss)
 PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
 PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
@@ -46,27 +56,6 @@ OUT_OF_MEMORY = (
 LOST = "错误：另一个进程已经结束或没有回应，训练停止；写好的检查点都还在，同一命令从最近的一个继续。"
 
 
-RECIPE = {  # what the command line may change; the other flags are in parts/training/flags.py
-    "model_name": MODEL_NAME,
-    "train_file": TRAIN_FILE,
-    "val_file": VAL_FILE,
-    "max_length": MAX_LENGTH,
-    "output_dir": OUTPUT_DIR,
-    "learning_rate": LEARNING_RATE,
-    "num_train_epochs": NUM_EPOCHS,
-    "per_device_train_batch_size": BATCH_SIZE,
-    "gradient_accumulation_steps": ACCUMULATION_STEPS,
-    "eval_steps": EVAL_STEPS,
-    "early_stopping_patience": PATIENCE,
-    "save_total_limit": KEPT_CHECKPOINTS,
-    "logging_steps": LOGGING_STEPS,
-    "report_to": "swanlab",
-    "seed": SEED,
-    "eval_samples": 0,
-    "sample_tokens": SAMPLE_TOKENS,
-}
-
-
 def arguments(**changes):
     """The recipe with these changes, as parts/arguments.Arguments. It is here that torch is imported. Raises SystemExit
     for what cannot be meant, or cannot be done here."""
@@ -76,8 +65,11 @@ def arguments(**changes):
     return Arguments(**RECIPE | changes)
 
 
-def prepare_files(args) -> None:
-    """Make the default data files when neither is there; other files have to be there."""
+def prepare_files(args) -> str:
+    """Make the default data files when neither is there; other files have to be there. Returns the folder of the base
+    model, which is downloaded if it is not here yet."""
+    from parts.model import weights
+
     files = (args.train_file, args.val_file)
     missing = [file for file in files if not os.path.isfile(file)]  # unlike Path's, False for a name too long
     if len(missing) == 2 and files == (TRAIN_FILE, VAL_FILE):
@@ -87,30 +79,44 @@ def prepare_files(args) -> None:
             f"错误：找不到 {'、'.join(missing)}；请先运行 python data.py --dataset <数据> "
             f"--train_file {args.train_file} --val_file {args.val_file}"
         )
+    remedy = "用 --model_name 指定本地模型文件夹"
+    return weights.find_model(args.model_name, remedy, args.model_revision, to_train=True)
+
+
+def load_tokenizer(args, base: str):
+    """The base model's tokenizer, in whose chat template SYSTEM_PROMPT is the default. Raises SystemExit for a model
+    that cannot be trained here."""
+    from parts.model import weights
+
+    tokenizer = weights.load_tokenizer(base)
+    weights.check_family(base, args.model_name, tokenizer)
+    encoding.require_thinking(tokenizer, args.model_name)
+    if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
+        print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
+    return encoding.with_system(tokenizer, SYSTEM_PROMPT)
 
 
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
     """The Trainer over padding-free batches, with the kernels that run here and the plan that fits here, of which an
     interrupted run `kept` a part."""
-    from parts.machine import kernels, memory, proof, rehearsal
-    from parts.machine import plan as memory_plan
-    from parts.training import packing, sharding
+    from parts.machine import kernels, plan, rehearsal
+    from parts.training import packing, sharding, trainer
     from parts.training.safe_trainer import BestCheckpoint
-    from parts.training.trainer import PackedTrainer
 
-    trainer_class = PackedTrainer
+    trainer_class = trainer.PackedTrainer
     if args.fsdp:
         sharding.shard(model, args.device, args.world_size)
         trainer_class = sharding.ShardedTrainer
-    proof.require(model, args.load_in_4bit)
+    kernels.require(model, args.load_in_4bit)
     fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
     lengths = packing.lengths_of(train_dataset)
-    plans = memory_plan.choose(args, model, lengths, fast.fused, memory.free(args, model), **kept)
+    free = plan.free_bytes(args.device, model, args.memory_gb)
+    plans = plan.choose(args, model, lengths, fast.layers.runs, free, **kept)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
         print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
-    trainer = trainer_class(
+    made = trainer_class(
         model=model,
         args=args,
         kernels=fast,
@@ -119,112 +125,127 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         processing_class=tokenizer,
         callbacks=[BestCheckpoint(), *callbacks],
     )
-    rehearsal.settle(trainer, plans)
-    return trainer
+    rehearsal.settle(made, plans)
+    return made
 
 
 def describe_step(args) -> str:
     """How many examples a step of several processes has, and what it does not have."""
-    each, passes, published = args.train_batch_size, args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
-    step = f"每步 {args.examples_per_step} 条样本：{args.world_size} 个进程，各 {each} 条，累积 {passes} 次"
-    other = "" if args.examples_per_step == published else f"；公开方案是 {published} 条，学习率是照它定的"
-    return f"{step}{other}。{'分片时不生成样例。' if args.fsdp else ''}"
+    passes, published = args.gradient_accumulation_steps, PUBLISHED["examples_per_step"]
+    total = args.examples_per_step
+    step = f"每步 {total} 条样本：{args.world_size} 个进程，各 {args.train_batch_size} 条，累积 {passes} 次"
+    if total != published:
+        step += f"；公开方案是 {published} 条，学习率是照它定的"
+    return f"{step}。{'分片时不生成样例。' if args.fsdp else ''}"
 
 
-def save(trainer, tokenizer, settings: dict) -> None:
-    """The best weights, complete, into the output folder; the mark of a finished run comes last."""
+def save(trainer, tokenizer, run) -> None:
+    """The best weights, complete, into the run's folder; the mark of a finished run comes last."""
     from parts.model import export
-    from parts.run import folder as output_folder
     from parts.run import model_card
 
     args, model = trainer.args, trainer.release()
-    state_dict = trainer.gather()  # by all processes together
+    gathered = trainer.gather()  # by all processes together
     if args.process_index:
         return
-    with output_folder.finishing(args, trainer.state):
-        model.save_pretrained(args.output_dir, state_dict=state_dict)
-        tokenizer.save_pretrained(args.output_dir)
-        export.translate(args.output_dir)
+    with run.finishing(trainer.state):
+        model.save_pretrained(run.folder, state_dict=gathered)
+        tokenizer.save_pretrained(run.folder)
+        export.translate(run.folder)
         if not args.trains_adapter:
-            export.write_modelfile(args.output_dir, tokenizer, model.generation_config)
-        model_card.write(trainer, settings, data.read_origin(args.train_file), environment.versions())
+            export.write_modelfile(run.folder, tokenizer, model.generation_config)
+        model_card.write(trainer, run.settings, data.read_origin(args.train_file), environment.versions())
+
+
+def show_samples(trainer, tokenizer, rows) -> list[str]:
+    """Print replies to the first questions of the validation set, and return them as text. A part of a model cannot be
+    asked by one process alone."""
+    from parts.training import samples
+
+    args = trainer.args
+    if args.fsdp:
+        return []
+    no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
+    with terminal.explain_out_of_memory(no_memory):
+        texts = samples.answer(trainer.model, tokenizer, rows[:SAMPLES], data.to_messages, args.sample_tokens)
+    print("", *texts, sep="\n\n")
+    return texts
 
 
 def train(args, add_adapter=None, callbacks=()):
-    """From the files to a finished output folder, step by step; returns the Trainer. Called again after an interruption
-    it goes on. `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
+    """From the files to a finished output folder; returns the Trainer. The same call continues an interrupted run.
+    `add_adapter(model, args)` makes the model that is trained, `callbacks` are Trainer's."""
     import transformers
 
-    from parts.machine import plan as memory_plan
+    from parts.machine import plan
     from parts.model import weights
-    from parts.run import folder as output_folder
-    from parts.run import processes, tracking
+    from parts.run import folder, processes, tracking
     from parts.run.interruption import Interruption
     from parts.training import samples
 
-    tracking.check(args, PROJECT)
-    with processes.explain_loss(args, LOST), output_folder.hold(args):
-        with terminal.explain_out_of_memory(OUT_OF_MEMORY), memory_plan.limited(args.device):
-            # The data and the base model, fetched where they are missing: by the first process, then by the first one
-            # of each other machine, which may share its folders
-            state = args.distributed_state
+    state = args.distributed_state
+    tracked = "swanlab" in args.report_to and state.is_main_process
+    if tracked:
+        tracking.read_settings(PROJECT, args.run_name)  # what is wrong with them is said before anything is loaded
+    opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name)
+    with processes.explain_loss(LOST), opened as run:
+        with terminal.explain_out_of_memory(OUT_OF_MEMORY), plan.limited(args.device):
+            # 1. Data and base model, fetched where they are missing: by one process, then by one of each other machine
             with state.main_process_first(), state.local_main_process_first():
-                prepare_files(args)
-                remedy = "用 --model_name 指定本地模型文件夹"
-                model_path = weights.find_model(args.model_name, remedy, args.model_revision, to_train=True)
-            tokenizer = weights.load_tokenizer(model_path)
-            weights.check_family(model_path, args.model_name, tokenizer)
-            encoding.require_thinking(tokenizer, args.model_name)
-            run = output_folder.find_run(args, model_path, SYSTEM_PROMPT)  # what is there to go on with; writes nothing
+                base = prepare_files(args)
 
-            # Tokenizer, training set, validation set
-            if encoding.default_system(tokenizer) not in (None, SYSTEM_PROMPT):
-                print(f"提示：{args.model_name} 此前用的是另一个系统提示词，现在换成 data.py 里的 SYSTEM_PROMPT。")
-            tokenizer = encoding.with_system(tokenizer, SYSTEM_PROMPT)  # saved with the model
-            load = partial(data.load_dataset, tokenizer=tokenizer, max_length=args.max_length)
-            train_dataset, eval_dataset = load(args.train_file), load(args.val_file)
+            # 2. Tokenizer. Is there a run to go on with? (writes nothing; checksums are made once on each machine)
+            tokenizer, settings = load_tokenizer(args, base), None
+            if state.is_local_main_process:
+                settings = folder.settings_of(args, base, SYSTEM_PROMPT, weights.best_dtype(args.device))
+            run.find(settings, vars(args), flags.OPTIMIZERS)
+
+            # 3. Data sets
+            train_dataset = data.load_dataset(args.train_file, tokenizer, args.max_length)
+            eval_dataset = data.load_dataset(args.val_file, tokenizer, args.max_length)
+            rows = data.read_examples(args.val_file)
             print(encoding.describe_example(tokenizer, train_dataset[0]))
             if args.world_size > 1:
                 print(describe_step(args))
 
-            # Model, adapter, Trainer
+            # 4. Model, adapter
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
-            model = weights.load_weights(model_path, args.device, args.load_in_4bit, on_cpu=args.fsdp)
+            model = weights.load_weights(base, args.device, args.load_in_4bit, on_cpu=args.fsdp)
             weights.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
-            model = add_adapter(model, args) if add_adapter else model
+            if add_adapter:
+                model = add_adapter(model, args)
+
+            # 5. Trainer, with what this card can do
             trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
-            rows = data.read_examples(args.val_file)
-            if not args.fsdp:  # one process alone cannot ask a part of a model
+            if args.eval_samples:
                 asked = rows[: args.eval_samples]
                 trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, args.sample_tokens))
 
-            # Training; only now, when all that can go wrong before has gone right, an older finished run is given up
-            config = {"model_name": args.model_name, "max_length": args.max_length, "plan": trainer.plan._asdict()}
-            config |= {"model_sha256": run.settings["model_sha256"], "versions": environment.versions()}
-            tracking.start(args, PROJECT, config, goes_on=run.checkpoint is not None)
-            output_folder.begin(args, run, trainer.plan)
+            # 6. Train; only now, when all that can go wrong before has gone right, an older finished run is given up
+            if tracked:
+                config = run.settings | {"plan": trainer.plan._asdict(), "versions": environment.versions()}
+                tracking.start(PROJECT, args.run_name, args.output_dir, config, goes_on=run.checkpoint is not None)
+            run.begin(trainer.plan.optimizer, trainer.plan.batch_tokens)
             with Interruption() as trainer.interruption:
                 trainer.train(resume_from_checkpoint=run.checkpoint)
-            save(trainer, tokenizer, run.settings)
 
-        # The first questions of the validation set, to look at
-        if not args.process_index:
-            no_memory = f"错误：显存不足，没有示例回复；但训练已经完成，模型在 {args.output_dir}。"
-            with terminal.explain_out_of_memory(no_memory):
-                asked = (rows[:SAMPLES], data.to_messages, args.sample_tokens)
-                # One process alone cannot ask a part of a model.
-                texts = [] if args.fsdp else samples.answer(trainer.model, tokenizer, *asked)
-                print("\n" + "\n\n".join(texts))
-                tracking.finish(args, texts)
+            # 7. Save the best weights
+            save(trainer, tokenizer, run)
+
+        # 8. Three answers to look at
+        if state.is_main_process:
+            texts = show_samples(trainer, tokenizer, rows)
+            if tracked:
+                tracking.finish(args.output_dir, texts)
     return trainer
 
 
 def check(args, add_adapter=None) -> None:
     """Whether a training with these arguments would run here, as a page; writes nothing."""
-    from parts.machine import check as diagnosis
+    from parts.machine import check as page
 
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
-        diagnosis.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
+        page.run(args, build_trainer, data.load_dataset, add_adapter, MEAN_LENGTH)
 
 
 def changed_flags(args) -> list[str]:

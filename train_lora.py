@@ -15,17 +15,12 @@ from data import LORA_OUTPUT_DIR
 from parts import terminal
 from parts.training import flags
 
-LEARNING_RATE = 2e-4  # where TRL and Unsloth start LoRA; published: 1e-4, as full training (tests/benchmarks/README.md)
-LORA_RANK = 8
-LORA_ALPHA = 32  # the adapter's output is scaled by alpha / rank
-LORA_DROPOUT = 0.1
-
-
 RECIPE = train.RECIPE | {
-    "learning_rate": LEARNING_RATE,
-    "lora_rank": LORA_RANK,
-    "lora_alpha": LORA_ALPHA,
-    "lora_dropout": LORA_DROPOUT,
+    # Where TRL and Unsloth start LoRA; published: 1e-4, as full training (tests/benchmarks/README.md)
+    "learning_rate": 2e-4,
+    "lora_rank": 8,
+    "lora_alpha": 32,  # the adapter's output is scaled by alpha / rank
+    "lora_dropout": 0.1,
     "output_dir": LORA_OUTPUT_DIR,
 }
 
@@ -60,6 +55,8 @@ def add_adapter(model, args):
     saved.revision = args.model_revision
     # Else peft would ask Hugging Face's hub, by that name, for the vocabulary of the base at each save.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    # Else peft would load a checkpoint's bfloat16 weights as float32, and training would go on with other rounding.
+    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
     model.print_trainable_parameters()
     return model
 

@@ -1,7 +1,9 @@
 """What the scripts are put together from, one noun a file. No part imports a script.
 
-Before any part is imported, this says in one sentence where Python or a library of requirements.txt is missing or too
-old. So it is written for older versions of Python too, from 3.8 on, and imports nothing that may be missing."""
+Before any part is imported, this says in one sentence where Python or a library of requirements.txt is
+missing or too old. So it is written for older versions of Python too, from 3.8 on, and imports nothing that
+may be missing.
+"""
 
 import re
 import sys

@@ -62,7 +62,8 @@ def run_main(main) -> None:
         print("\n已中断。", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still to be flushed
+        # Nobody reads what is still to be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except SystemExit as ended:
         if rank == "0" or not isinstance(ended.code, str):
@@ -79,7 +80,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(message: str):
-    """Turn any device's out-of-memory error into `message`."""
+    """Turn any device's out-of-memory error into SystemExit(message)."""
     try:
         yield
     except RuntimeError as error:
@@ -95,7 +96,8 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
         yield
     except Exception as error:
         # safetensors, torch.save and tokenizers have errors of their own for it.
-        if not isinstance(error, OSError | SafetensorError) and not re.search("inline_container|os error", str(error)):
+        known = isinstance(error, OSError | SafetensorError)
+        if not known and not re.search("inline_container|os error", str(error)):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         raise SystemExit(

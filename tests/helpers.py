@@ -171,9 +171,13 @@ def run_steps(model: str | Path, lora: bool = False, callbacks=(), **changes):
 def continues_from(args) -> str | None:
     """The checkpoint from which a command with these arguments would go on."""
     import data
-    from parts.run import folder as output_folder
+    from parts.run import folder
+    from parts.training import flags
 
-    return output_folder.find_run(args, args.model_name, data.SYSTEM_PROMPT).checkpoint
+    run = folder.Run(args.output_dir)
+    settings = folder.settings_of(args, args.model_name, data.SYSTEM_PROMPT, "torch.float32")
+    run.find(settings, vars(args), flags.OPTIMIZERS)
+    return run.checkpoint
 
 
 def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jsonl", **changes):

@@ -1,4 +1,5 @@
-"""The README's commands for medical exams: an unfinished thinking is wrong, whatever letters are in it.
+"""The commands for medical exams in tests/benchmarks/README.md: an unfinished thinking is wrong, whatever
+letters are in it.
 
 EVALSCOPE names the program, which has an environment of its own; where there is none, only the filter is tested. The
 questions of tests/demo/exam.jsonl go through the real EvalScope to a server on loopback; the sets of the exams
@@ -17,7 +18,7 @@ from chat_server import ChatServer
 from helpers import ROOT
 
 EVALSCOPE = os.environ.get("EVALSCOPE") or shutil.which("evalscope")
-installed = pytest.mark.skipif(not EVALSCOPE, reason="EVALSCOPE names no program and none is on PATH: see the README")
+installed = pytest.mark.skipif(not EVALSCOPE, reason="EVALSCOPE names no program and none is on PATH")
 QUESTIONS = "tests/demo/exam.jsonl"
 ROWS = [json.loads(line) for line in (ROOT / QUESTIONS).read_text(encoding="utf-8").splitlines()]
 KINDS = [  # one for each question: the thinking, whether it is finished, what follows it, whether that is right
@@ -31,8 +32,8 @@ KINDS = [  # one for each question: the thinking, whether it is finished, what f
 
 
 def commands() -> list[list[str]]:
-    """The words of the README's lines that run EvalScope."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    """The words of those lines that run EvalScope."""
+    lines = (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
     return [shlex.split(line) for line in lines if line.strip().startswith("evalscope eval ")]
 
 

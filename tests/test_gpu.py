@@ -39,8 +39,8 @@ def curve(trainer) -> list[float]:
 def test_the_fast_kernels_are_chosen(build, capsys):
     trainer = build()
     said = capsys.readouterr().out
-    assert trainer.kernels.varlen == (torch.cuda.get_device_capability() >= (8, 0)), said
-    assert trainer.kernels.fused == (importlib.util.find_spec("liger_kernel") is not None), said
+    assert trainer.kernels.attention.runs == (torch.cuda.get_device_capability() >= (8, 0)), said
+    assert trainer.kernels.layers.runs == (importlib.util.find_spec("liger_kernel") is not None), said
 
 
 def test_losses_follow_those_of_plain_kernels_one_example_at_a_time(build):

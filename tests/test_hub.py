@@ -309,7 +309,11 @@ def test_the_readmes_two_commands_upload_a_model_and_nothing_else(finished, tmp_
 # ---- nothing that is loaded can run code --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", sorted([*ROOT.glob("*.py"), *(ROOT / "parts").rglob("*.py")]), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "script",
+    sorted([*ROOT.glob("*.py"), *(ROOT / "parts").rglob("*.py")]),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_scripts_load_no_code(script):
     """No pickle, no eval; remote code is refused at every from_pretrained of transformers' Auto classes."""
     unsafe = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "read_pickle"}

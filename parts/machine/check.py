@@ -1,5 +1,5 @@
-"""One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a person who
-rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
+"""One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a
+person who rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
 
 import copy
 import platform
@@ -8,55 +8,72 @@ from pathlib import Path
 
 import datasets
 import torch
+import transformers
 
 from parts import hub
-from parts.machine import proof
+from parts.machine import kernels
 from parts.model import encoding, generate, weights
 from parts.model.fused import Verdict, missing
 from parts.training import environment
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
 SMALL_LENGTH = 32  # neither a model nor a GPU
+ROWS, EVAL_ROWS = 2000, 200  # of drawn examples, in place of the data sets
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+SHAPES = {  # of each SIZES; heads of 128, 8 for keys
+    "Qwen3-1.7B": (2048, 6144, 28, 16, True),
+    "Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen3-4B": (2560, 9728, 36, 32, True),
+    "Qwen3-8B": (4096, 12288, 36, 32, False),
+    "Qwen3-14B": (5120, 17408, 40, 40, False),
+    "Qwen3-32B": (5120, 25600, 64, 64, False),
+}
 
 
 def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
-    """Print the page. What is not here yet, model or data, is stood in for by random weights and by examples of
-    `length` tokens, the longest of args.max_length. Raises SystemExit(1) when something that should run does not.
+    """Print the page. What is not here yet, model or data, is stood in for by random weights and by examples
+    of `length` tokens, the longest of args.max_length. Raises SystemExit(1) when something that should run
+    does not.
 
-    The functions are the script's: (args, model, tokenizer, training set, validation set) -> trainer;
-    (file, tokenizer, max_length) -> data set; (model, args) -> model with an adapter, or None.
+    The functions are the script's: (args, model, tokenizer, training set, validation set) -> trainer; (file,
+    tokenizer, max_length) -> data set; (model, args) -> model with an adapter, or None.
     """
     print(f"显卡：{environment.describe_card(args.device)}")
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
-    versions = environment.versions() | environment.optional_versions()
+    versions = environment.versions(environment.LIBRARIES)
     print("版本：" + "，".join(f"{name} {version}" for name, version in versions.items()))
+    files = (args.train_file, args.val_file)
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
         args.output_dir = folder  # which Trainer would make
         model, tokenizer = find_model(args)
-        files = (args.train_file, args.val_file)
         if tokenizer and all(Path(file).is_file() for file in files):
             train_dataset, eval_dataset = (load_dataset(file, tokenizer, args.max_length) for file in files)
         else:
-            train_dataset, eval_dataset = (draw(args, length, rows) for rows in (2000, 200))
+            longest = min(args.max_length, SMALL_LENGTH) if args.device.type == "cpu" else args.max_length
+            train_dataset = draw(args.per_device_train_batch_size, longest, min(length, longest))
+            eval_dataset = train_dataset.select(range(EVAL_ROWS))
         model = add_adapter(model, args) if add_adapter else model
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
     print("检查：")
+    failed = []
     for name, verdict in verdicts.items():
         mark = "通过" if verdict.runs else "失败" if verdict.expected else "不用"
         print(f"  {mark}  {name}（{verdict.why}）")
-    failed = [name for name, verdict in verdicts.items() if verdict.expected and not verdict.runs]
-    print(f"结论：{'有问题：' + '、'.join(failed) if failed else '可以训练'}")
+        if mark == "失败":
+            failed.append(name)
+    print(f"结论：有问题：{'、'.join(failed)}" if failed else "结论：可以训练")
     if failed:
         raise SystemExit(1)
 
 
 def find_model(args):
-    """(model, its tokenizer or None): the one that is here, else its shape with random weights."""
+    """Return (model, its tokenizer or None): the one that is here, else its shape with random weights."""
     name, revision = args.model_name, args.model_revision
-    path = weights.find_downloaded(name, revision) if hub.split(name) and not Path(name).is_dir() else None
-    if path or Path(name).is_dir():
+    local = Path(name).is_dir()
+    path = None if local or not hub.split(name) else weights.find_downloaded(name, revision)
+    if local or path:
         path = str(path or weights.find_model(name, "", revision))
         print(f"模型：{path}")
         tokenizer = weights.load_tokenizer(path)
@@ -68,27 +85,46 @@ def find_model(args):
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
     folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
-    weights.save_random(name, str(folder), args.device, **SMALL if small else {})
+    save_random(name, str(folder), args.device, **SMALL if small else {})
     return weights.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
 
 
-def draw(args, length: int, rows: int) -> datasets.Dataset:
-    """Examples of random ids: a whole step of the longest, and `rows` of `length` tokens."""
-    longest = min(args.max_length, SMALL_LENGTH) if args.device.type == "cpu" else args.max_length
-    print(f"数据：{rows} 条随机的样本，最长 {longest} 个 token")
-    sizes = [longest] * args.per_device_train_batch_size + [min(length, longest)] * rows
+def shape_of(name: str, **changes) -> transformers.Qwen3Config:
+    """Return the configuration, as far as its size goes, of a model that is not here. Raises SystemExit for
+    one not known."""
+    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
+        raise SystemExit(
+            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
+        )
+    shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
+    return transformers.Qwen3Config(**shape | changes)
+
+
+def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
+    """Write a model with random weights, of the shape of `name` but for these changes."""
+    config = shape_of(name, **changes)
+    weights.quiet_libraries()
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights.best_dtype(device))
+    model.save_pretrained(folder)
+
+
+def draw(batch_size: int, longest: int, length: int) -> datasets.Dataset:
+    """Return examples of random ids: a step of the `longest`, then many of `length` tokens."""
+    print(f"数据：{ROWS} 条随机的样本，最长 {longest} 个 token")
     ids = torch.randint(100, 1000, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = [longest] * batch_size + [length] * ROWS
     return datasets.Dataset.from_list([{"input_ids": ids[:size], "labels": ids[:size]} for size in sizes])
 
 
 def verdicts_of(trainer) -> dict[str, Verdict]:
-    """All that was tried, and what else is tried only here."""
-    args, kernels = trainer.args, trainer.kernels
-    found = {"打包的注意力 torch varlen": kernels.attention, "融合算子 Liger": kernels.layers}
-    found["优化器 Triton"] = kernels.step
+    """Return all that was tried, and what else is tried only here."""
+    args, chosen = trainer.args, trainer.kernels
+    verdicts = {"打包的注意力 torch varlen": chosen.attention, "融合算子 Liger": chosen.layers}
+    verdicts["优化器 Triton"] = chosen.step
     if args.device.type == "cuda" or trainer.plan.optimizer.startswith("8bit"):
-        found["8 位优化器 torchao"] = proof.try_step("8bit", args.device)
-    found |= proof.require(trainer.model, args.load_in_4bit)
+        verdicts["8 位优化器 torchao"] = kernels.try_step("8bit", args.device)
+    verdicts |= kernels.require(trainer.model, args.load_in_4bit)
     model = trainer.release()
-    found["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else generate.try_graph(model)
-    return found
+    verdicts["生成的 CUDA graph"] = missing("分片的模型不用它") if args.fsdp else generate.try_graph(model)
+    return verdicts

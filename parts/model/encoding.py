@@ -15,12 +15,10 @@ IGNORE_INDEX = -100  # a label that the loss skips
 THINKING_MODEL = "Qwen/Qwen3-1.7B"  # named where a template cannot do what is asked of it
 DIFFERS = "错误：这个模型的对话模板在训练和提问时写得不一样，不能用于{}；"
 DIFFERS += f"请去掉这些行，或换一个模型，例如 {THINKING_MODEL}。"
-FORMS = {  # how thinking and answer stand in a reply, read from its tokens
-    "one": "one thinking, closed, and after it the answer, which may be empty",
-    "none": "no thinking at all",
-    "unclosed": "it ends inside a thinking",
-    "broken": "anything else: two thinkings, a text before the thinking, a tag that closes nothing",
-}
+# How thinking and answer are arranged in a reply, read from its tokens. one: one thinking, closed, and after
+# it the answer, which may be empty. none: no thinking at all. unclosed: it ends inside a thinking. broken:
+# anything else, two thinkings, a text before the thinking, or a tag that closes nothing.
+FORMS = ("one", "none", "unclosed", "broken")
 # In front of a chat template: the system message of a conversation that brings none. The text is a JSON
 # string, which is one of Jinja's too, so quotes, line breaks and braces in it are text.
 DEFAULT_SYSTEM = """\
@@ -40,7 +38,7 @@ class Reply(NamedTuple):
     complete: bool  # False when max_new_tokens cut it off
     form: str  # of FORMS
     tokens: int = 0  # generated, the one that ended the reply included
-    seconds: float = 0.0  # that its batch took, divided by the batch's replies: they add up to the time of all
+    seconds: float = 0.0  # its batch's, divided by the batch's replies: they add up to the time of all
 
 
 def with_system(tokenizer, text: str):
@@ -62,7 +60,8 @@ def default_system(tokenizer) -> str | None:
 def control_pattern(tokenizer) -> re.Pattern:
     """Return what matches any token, such as <|im_end|> or <think>, that the tokenizer takes whole out of a
     text."""
-    tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    tokens.sort(key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
 
@@ -77,7 +76,7 @@ def text_tokenizer(tokenizer):
     return Tokenizer.from_str(json.dumps(settings))
 
 
-def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, thinking: bool = True) -> list[int]:
+def encode_messages(tokenizer, messages: list[dict], prompt_only=False, thinking=True) -> list[int]:
     """Return the token ids of `messages` through the tokenizer's own chat template.
 
     `prompt_only` adds the opening of the assistant's turn; with `thinking=False` the template puts an empty
@@ -90,9 +89,10 @@ def encode_messages(tokenizer, messages: list[dict], prompt_only: bool = False, 
     for message in messages:
         shell = dict(message)
         for key, text in message.items():
-            if text and key != "role":  # an empty text stays one: templates look whether there is any thinking
+            if text and key != "role":  # an empty text stays: templates look whether there is any thinking
                 shell[key] = f"\ue000{len(texts)}\ue001"
-                texts.append(text.encode("utf-8", "replace").decode())  # a terminal may hand over half a character
+                # A terminal may hand over half a character.
+                texts.append(text.encode("utf-8", "replace").decode())
         shells.append(shell)
     rendered = tokenizer.apply_chat_template(
         shells, tokenize=False, add_generation_prompt=prompt_only, enable_thinking=thinking
@@ -185,7 +185,7 @@ def require_thinking(tokenizer, name: str) -> None:
 
 def has_no_thinking_mode(tokenizer) -> bool:
     """Tell whether the template, asked for no thinking, puts an empty block of it into the prompt."""
-    return set(think_tokens(tokenizer)) <= set(encode_messages(tokenizer, PROBE, prompt_only=True, thinking=False))
+    return set(think_tokens(tokenizer)) <= set(encode_messages(tokenizer, PROBE, True, thinking=False))
 
 
 def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:

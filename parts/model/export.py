@@ -8,7 +8,8 @@ from pathlib import Path
 from parts.model import encoding
 
 TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-NUM_CTX = 8192  # tokens: the longest example and reply, 2,048 each, and turns before; Qwen3-1.7B: 0.9 GB of cache
+# Tokens: the longest example and reply, 2,048 each, and turns before. Of Qwen3-1.7B that is 0.9 GB of cache.
+NUM_CTX = 8192
 
 # Qwen3's chat template in the language of Go's text/template, whose result has to be the same to the last
 # line break: Ollama's own for qwen3 puts another after "system" and writes /think behind the question,

@@ -1,6 +1,9 @@
-"""What training and asking share of fast paths: whether a fast form gives here what its plain form gives, and
-norms as one kernel. Knows no plan, no flag and no prompt."""
+"""What training and asking share of fast paths: whether a fast form gives here what its plain form gives,
+norms as one kernel, and Liger's layers. Knows no plan, no flag and no prompt."""
 
+import copy
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,9 +11,11 @@ import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from parts.model.weights import head_dim
 from parts.terminal import first_line, shorten
 
 ROUNDING = 0.03  # relative difference that bfloat16 explains; right kernels were under 0.01 on a CPU
+PROBE_VOCABULARY = 128  # of the small model on which kernels are tried
 COMPILER = "没有 C 编译器，Linux 上可以 apt install gcc"
 
 
@@ -65,3 +70,73 @@ def fuse_norms(model) -> None:
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
             norm.weight = module.weight
             model.set_submodule(name, norm)
+
+
+def layers_missing(model) -> Verdict | None:
+    """Tell why Liger's layers cannot run in place of the model's here, or None."""
+    if model.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return missing("它要 GPU 和 liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    return None if kind in MODEL_TYPE_TO_APPLY_LIGER_FN else missing(f"liger-kernel 没有 {kind} 的")
+
+
+def fuse_layers(model) -> None:
+    """Put Liger's norms, rotary embedding and SwiGLU in place of transformers', in this model; its loss
+    stays. Liger exchanges the classes of transformers' module too, for models that are still to be made:
+    those stay plain."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    module = vars(sys.modules[class_of(model).__module__])
+    classes = {name: value for name, value in module.items() if isinstance(value, type)}
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    module.update(classes)
+
+
+def try_layers(probe, plain, sizes: tuple[int, ...], **attention) -> Verdict:
+    """Put Liger's layers into `probe`, and tell whether its outcome is then still `plain`."""
+    module = vars(sys.modules[class_of(probe).__module__])
+    before = dict(module)  # the rotary embedding is a function, which Liger exchanges for all models
+    error = attempt(fuse_layers, probe)
+    verdict = compare(plain, error or attempt(outcome, probe, sizes, **attention))
+    if not verdict.runs:
+        module.update(before)
+    return verdict
+
+
+def shrink(model):
+    """Return a model of one layer with the same heads and attention on the same device, small elsewhere: some
+    2 million random weights, on which kernels are tried."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.head_dim = 1, head_dim(config)
+    config.vocab_size, config.hidden_size, config.intermediate_size = PROBE_VOCABULARY, 256, 512
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # these may lie outside the vocabulary
+    probe = class_of(model)(config).to(model.device, model.dtype)
+    probe.set_attn_implementation(model.config._attn_implementation)
+    return probe
+
+
+def class_of(model) -> type:
+    """Return transformers' class of the model, without its adapter; a sharded one has a class of FSDP2's
+    before it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return next(cls for cls in type(base).__mro__ if cls.__module__.startswith("transformers."))
+
+
+def outcome(probe, sizes: tuple[int, ...], **attention) -> list[torch.Tensor]:
+    """Return what the layer gives for examples of `sizes` tokens, end to end in [1, T], and the gradients of
+    its sum along a random direction for all weights. `attention`: what its attention is told besides.
+
+    The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(PROBE_VOCABULARY, (1, sum(sizes)), generator=generator).to(probe.device)
+    positions = torch.cat([torch.arange(size) for size in sizes])[None].to(probe.device)
+    decoder = probe.get_decoder()
+    hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    total = (hidden.float() * direction).sum()
+    return [hidden.detach(), *torch.autograd.grad(total, list(decoder.parameters()))]

@@ -3,7 +3,6 @@ CUDA graphs. Knows prompts, sampling and a model, not where questions come from.
 
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from parts.terminal import first_line
 
 # What Qwen advises for replies without thinking. While thinking the model's own generation settings hold.
 NO_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
-BATCH_TOKENS = 10_000  # of prompts and replies, at most, where the free memory is not known: 2.3 GB in float32
+BATCH_TOKENS = 10_000  # of prompts and replies where the free memory is not known: 2.3 GB in float32
 BATCH_MEMORY = 0.5  # share of the free GPU memory that the cache of a batch may take
 CACHE_STEP = 512  # tokens by which the cache grows; attention reads all of it, each growth costs a capture
 READ_EVERY = 16  # tokens from one look at what was generated to the next: each look waits for the GPU
@@ -28,21 +27,15 @@ Messages = list[dict[str, str]]
 
 
 def generate(
-    model,
-    tokenizer,
-    conversations: list[Messages],
-    max_new_tokens: int,
-    thinking: bool = True,
-    streamer=None,
-    stop: Callable[[], bool] | None = None,
-    fast_kernels: bool = True,
+    model, tokenizer, conversations, max_new_tokens, thinking=True, streamer=None, stop=None, fast_kernels=True
 ) -> list[Reply]:
-    """Return a Reply to each conversation, sampled as one left-padded batch: never greedily, which makes
-    thinking loop.
+    """Return a Reply to each conversation, a list of Messages, sampled as one left-padded batch: never
+    greedily, which makes thinking loop.
 
-    All replies are cut off where `stop()` says so. Without `fast_kernels` the loop is transformers'.
+    All replies are cut off where `stop()` returns True. `streamer` is transformers'. Without `fast_kernels`
+    the loop is transformers' too.
     """
-    prompts = [encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking) for messages in conversations]
+    prompts = [encode_messages(tokenizer, messages, True, thinking) for messages in conversations]
     input_ids = pad_left(prompts, tokenizer.pad_token_id)
     attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], 0)
     stops, criteria = stop_tokens(model, tokenizer), []
@@ -85,8 +78,9 @@ def room_in_memory(model) -> int:
     if model.device.type != "cuda":
         return BATCH_TOKENS
     config = model.config
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize
-    return int(torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY) // token_bytes
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)  # of a token
+    room = torch.cuda.mem_get_info(model.device)[0] * BATCH_MEMORY
+    return int(room) // (numbers * model.dtype.itemsize)
 
 
 class Decoder:
@@ -107,6 +101,7 @@ class Decoder:
         self.used = input_ids.shape[1]  # tokens in the cache
         self.room = (self.used // CACHE_STEP + 1) * CACHE_STEP
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=self.room)
+        self.options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         self.logits = self.forward(input_ids, position_ids, attention_mask)  # [rows, vocabulary]
         self.token = torch.zeros_like(input_ids[:, -1:])
         self.position = position_ids[:, -1:].clone()
@@ -118,14 +113,8 @@ class Decoder:
     def forward(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
         """Return the logits [rows, vocabulary] after the last token of `input_ids`, whose keys and values
         join the cache."""
-        return self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        return self.model(**inputs, **self.options).logits[:, -1]
 
     def advance(self, token: torch.Tensor) -> None:
         """Put the logits after `token` [rows] into `self.logits`."""
@@ -146,7 +135,8 @@ class Decoder:
         self.graph, self.warm_steps = None, 0
         self.room += CACHE_STEP
         for layer in self.cache.layers:
-            layer.keys, layer.values = (pad(states, (0, 0, 0, CACHE_STEP)) for states in (layer.keys, layer.values))
+            layer.keys = pad(layer.keys, (0, 0, 0, CACHE_STEP))
+            layer.values = pad(layer.values, (0, 0, 0, CACHE_STEP))
             layer.max_cache_len = self.room
         if self.mask is not None:
             self.mask = pad(self.mask, (0, CACHE_STEP), value=True)
@@ -226,7 +216,9 @@ def decode(
 def fast_loop(model, max_new_tokens: int, streamer=None):
     """Return `decode` where its CUDA graphs pay and its static cache is known to be right, else None, which
     stands for transformers' loop."""
-    layers = set(getattr(model.config, "layer_types", None) or ())  # a sliding window would need another cache
+    # A sliding window would need another cache.
+    layers = set(getattr(model.config, "layer_types", None) or ())
     fits = layers == {"full_attention"} and model.config._attn_implementation == "sdpa"
     pays = model.device.type == "cuda" and max_new_tokens >= SHORT_REPLY
-    return partial(decode, streamer=streamer) if fits and pays else None  # generate keeps the streamer to itself
+    # `model.generate` keeps the streamer to itself.
+    return partial(decode, streamer=streamer) if fits and pays else None

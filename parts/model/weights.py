@@ -38,15 +38,6 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of 
 BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 # Weights in other forms, which are neither needed nor safe to load
 NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
-SHAPES = {  # of each SIZES; heads of 128, 8 for keys
-    "Qwen3-1.7B": (2048, 6144, 28, 16, True),
-    "Qwen3-0.6B": (1024, 3072, 28, 16, True),
-    "Qwen3-4B": (2560, 9728, 36, 32, True),
-    "Qwen3-8B": (4096, 12288, 36, 32, False),
-    "Qwen3-14B": (5120, 17408, 40, 40, False),
-    "Qwen3-32B": (5120, 25600, 64, 64, False),
-}
 
 
 class Trained(NamedTuple):
@@ -94,26 +85,6 @@ def attends_to_all(config) -> bool:
 def head_dim(config) -> int:
     """Return the size of one attention head, which Qwen2's configuration does not tell."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def shape_of(name: str, **changes) -> transformers.Qwen3Config:
-    """Return the configuration, as far as its size goes, of a model that is not here. Raises SystemExit for
-    one not known."""
-    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
-        raise SystemExit(
-            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
-        )
-    shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
-    return transformers.Qwen3Config(**shape | changes)
-
-
-def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
-    """Write a model with random weights, of the shape of `name` but for these changes."""
-    config = shape_of(name, **changes)
-    quiet_libraries()
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=best_dtype(device))
-    model.save_pretrained(folder)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -359,9 +330,9 @@ def run_folder(path: str) -> Path:
 def check_base(path: str, base: str, base_path: str) -> None:
     """Raise SystemExit when the weights in `base_path` are not those on which the adapter in `path` was
     trained, if its run has a record of them."""
-    from parts.run import run_settings
+    from parts.run import folder
 
-    expected = run_settings.read(run_folder(path)).get("model_sha256")
+    expected = folder.read_settings(run_folder(path)).get("model_sha256")
     actual = checkpoints.weights_sha256(base_path) if expected else None
     if actual != expected:
         raise SystemExit(

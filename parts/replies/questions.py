@@ -15,7 +15,7 @@ from pathlib import Path
 from parts import terminal
 from parts.model.encoding import Reply
 from parts.rows import files, shapes
-from parts.rows.row import Row, Unusable, clean, clean_history
+from parts.rows.row import Row, check
 from parts.run import checkpoints
 
 BATCH_ROWS = 64  # questions that are answered together, at most
@@ -124,12 +124,8 @@ def read(path: str) -> list[Row]:
 
 def read_row(fields: object) -> Row:
     """Return a row without `seen`. It raises ValueError with what is wrong."""
-    if isinstance(fields, Unusable):
-        raise ValueError(fields)
-    if not isinstance(fields, dict) or not isinstance(fields.get("question"), str) or not clean(fields["question"]):
-        raise ValueError("没有问题，需要一个不为空的 question 字段")
-    row = {"question": clean(fields["question"]), "history": clean_history(fields.get("history") or [])}
-    if isinstance(fields.get("answer"), str) and clean(fields["answer"]):
+    row = {"history": []} | check(fields, ("question",))
+    if isinstance(fields.get("answer"), str) and fields["answer"].strip():
         row["answer"] = fields["answer"]
     # JSON can hold half a character, which no file of text can.
     return json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))

@@ -1,5 +1,5 @@
 """Files of rows (.jsonl, .json, .csv, .tsv, .parquet) to objects and back. Text stays as typed; what cannot be read
-ends with the line and the remedy. Does not look into the rows: that is rows.py's."""
+ends with the line and the remedy. Does not look into the rows: that is row.py's."""
 
 import codecs
 import contextlib
@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shlex
 from pathlib import Path
 
 from parts.rows.row import FIELDS, SAME_FIELD_TWICE
@@ -16,7 +15,6 @@ from parts.terminal import first_line
 
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv", ".json")  # the first kind that a data set on the hub has is taken
 CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names of a list of rows in an object
-BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 def read(path: str | Path) -> list[tuple[int, object]]:
@@ -31,21 +29,13 @@ def read(path: str | Path) -> list[tuple[int, object]]:
 def read_bytes(path: Path) -> bytes:
     """A data file's bytes."""
     if os.path.isdir(path):
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-        remedy = "里面没有数据文件；请指定一个文件"
-        if files:
-            names, first = "、".join(file.name for file in files[:10]), shlex.quote(str(files[0]))
-            remedy = f"里面的数据文件有 {names}；请指定一个文件：python data.py --dataset {first}"
-        raise SystemExit(f"错误：{path} 是一个文件夹，{remedy}")
+        names = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        shown = "、".join(names[:10]) or "没有"
+        raise SystemExit(f"错误：{path} 是一个文件夹（里面的数据文件：{shown}）；请用 --dataset 指定其中一个文件。")
     if path.suffix.lower() not in SUFFIXES:
-        raise SystemExit(
-            f"错误：不认识 {path} 的格式；压缩包请先解压，"
-            "再转成 .jsonl、.json、.csv、.tsv 或 .parquet（UTF-8），用 --dataset 指定。"
-        )
+        raise SystemExit(f"错误：不认识 {path} 的格式；请解压，转成 UTF-8 的 {'、'.join(SUFFIXES)} 之一。")
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for a file
-        raise SystemExit(
-            f"错误：找不到数据文件 {path}；请检查路径，或不带 --dataset 运行 python data.py 下载公开数据集。"
-        )
+        raise SystemExit(f"错误：找不到数据文件 {path}；请检查路径，不带 --dataset 则下载公开数据集。")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -63,35 +53,31 @@ def parse(path: Path, content: bytes) -> list[tuple[int, object]]:
     return rows
 
 
-def decode(path: Path, line_number: int, line: bytes) -> str:
-    """One line as text."""
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if line.startswith(mark)), "GB18030")
-    if b"\0" in line and encoding == "GB18030":
-        raise SystemExit(f"错误：{path} 第 {line_number} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
+def decode_all(path: Path, content: bytes) -> str:
+    """A file's content as text."""
+    nul = content.find(b"\0")
+    if nul >= 0:
+        line = content.count(b"\n", 0, nul) + 1
+        raise SystemExit(f"错误：{path} 第 {line} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
     try:
-        return line.decode()
+        # Files that were joined have a byte order mark in the middle, where nobody sees it.
+        return content.decode().replace("\n\ufeff", "\n")
     except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise SystemExit(
-            f"错误：{path} 第 {line_number} 行不是 UTF-8 编码（该行第 {error.start + 1} 字节）；"
-            f"请另存为 UTF-8，例如：iconv -f {encoding} -t UTF-8 {path} > utf8{path.suffix}"
+            f"错误：{path} 第 {line} 行不是 UTF-8 编码；"
+            f"请另存为 UTF-8，例如：iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}"
         ) from None
 
 
-def decode_all(path: Path, content: bytes) -> str:
-    """A whole file as text; a bad byte is reported with its line."""
-    lines = content.split(b"\n")
-    return "\n".join(decode(path, number, line) for number, line in enumerate(lines, 1))
-
-
-def to_object(pairs: list[tuple[str, object]]) -> object:
-    """A JSON object as dict. Of a field's two values json alone would keep the last without a word."""
-    row = dict(pairs)
-    return row if len(row) == len(pairs) else SAME_FIELD_TWICE
-
-
 def load_json(text: str) -> object:
-    """A JSON text; texts stay as typed."""
-    # int() refuses long numbers; no number is used anyway
+    """What a JSON text holds. Of a field's two values json alone would keep the last without a word."""
+
+    def to_object(pairs: list[tuple[str, object]]) -> object:
+        row = dict(pairs)
+        return row if len(row) == len(pairs) else SAME_FIELD_TWICE
+
+    # int() would refuse long numbers; no number is used anyway
     return json.loads(text, parse_int=float, object_pairs_hook=to_object)
 
 
@@ -108,50 +94,45 @@ def parse_json(path: Path, text: str, line: int = 1) -> object:
 
 def read_json(path: Path, content: bytes) -> list[tuple[int, object]]:
     """Of a file named .jsonl or .json: one object a line, or an array of them, whichever it is."""
+    text = decode_all(path, content)
     # Split at \n alone: str.splitlines would also break at characters such as U+2028 that JSON allows inside texts.
-    # Files that were joined have a byte order mark in the middle, where nobody sees it.
-    lines = [line.removeprefix(codecs.BOM_UTF8) for line in content.split(b"\n")]
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first = None
     with contextlib.suppress(ValueError, RecursionError):
-        first = load_json(lines[0][1].decode())
-    if first is None and (path.suffix.lower() == ".json" or lines[0][1].lstrip().startswith(b"[")):
-        first, lines = parse_json(path, decode_all(path, content)), lines[:1]
-    if len(lines) > 1 or not isinstance(first, list | dict):
-        return [(number, parse_json(path, decode(path, number, line), number)) for number, line in lines]
-    return list(enumerate(first if isinstance(first, list) else rows_in(first), 1))
+        first = load_json(lines[0][1])
+    spread = first is None and (path.suffix.lower() == ".json" or lines[0][1].lstrip().startswith("["))
+    if spread or len(lines) == 1:
+        return list(enumerate(rows_in(parse_json(path, text)), 1))
+    return [(number, parse_json(path, line, number)) for number, line in lines]
 
 
-def rows_in(found: dict) -> list:
-    """The rows of {"data": [{…}, …]}; else the object is itself the only row."""
-    lists = [value for name, value in found.items() if name in CONTAINERS and isinstance(value, list)]
-    return lists[0] if len(lists) == 1 and any(isinstance(row, dict) for row in lists[0]) else [found]
-
-
-SEPARATORS = {",": "逗号", ";": "分号", "\t": "制表符"}
+def rows_in(value: object) -> list:
+    """The rows of [{…}, …] or {"data": [{…}, …]}; else the value is itself the only row."""
+    if isinstance(value, dict):
+        lists = [rows for name, rows in value.items() if name in CONTAINERS and isinstance(rows, list)]
+        if len(lists) == 1 and any(isinstance(row, dict) for row in lists[0]):
+            return lists[0]
+    return value if isinstance(value, list) else [value]
 
 
 def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
-    import pandas
-
-    header = re.split(r"[\r\n]", decode_all(path, content).lstrip("\r\n"), maxsplit=1)[0]
-    names = {sign: next(csv.reader([header], delimiter=sign), []) for sign in SEPARATORS}
-    separator = max(names, key=lambda sign: len(names[sign]))  # the first of equals, a comma, for a single column
-    if len(set(names[separator])) < len(names[separator]):
-        raise SystemExit(f"错误：{path} 的表头里有重复的列名；请改名，或删掉不要的一列。")
+    """Of a table under a header, which tells what separates its columns."""
+    text = decode_all(path, content).lstrip("\r\n")
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    separator = max(",;\t", key=header.count)  # the first of equals, a comma, for a single column
+    csv.field_size_limit(2**31 - 1)  # of a cell: 131,072 characters unless told
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        table = pandas.read_csv(io.BytesIO(content), dtype=str, na_filter=False, encoding="utf-8", sep=separator)
-        # Where the first row has more fields than the header, pandas makes its first ones the index: all would shift.
-        if not isinstance(table.index, pandas.RangeIndex):
-            raise ValueError("第 1 行数据比表头多出字段")
-    except ValueError as error:  # pandas' ParserError and EmptyDataError among them
-        raise SystemExit(
-            f"错误：{path} 不是合法的 CSV（{str(error).strip()}）；"
-            f"含{SEPARATORS[separator]}或换行的文字请用双引号括起。"
-        ) from None
-    rows = enumerate(table.to_dict("records"), 1)
-    header = [name.strip("\ufeff") for name in table.columns]  # where files were joined, the second one is no row
-    return [(number, row) for number, row in rows if [text.strip("\ufeff") for text in row.values()] != header]
+        rows = list(table)
+        names = table.fieldnames
+        if len(set(names)) < len(names):
+            raise csv.Error("表头里有重复的列名")
+        if any(None in row for row in rows):  # where DictReader puts what is too much
+            raise csv.Error("有的行比表头的列多")
+    except csv.Error as error:
+        raise SystemExit(f"错误：{path} 不是合法的 CSV（{error}）；请改正，含分隔符的文字要用双引号括起。") from None
+    # The header of the second of two files that were joined is no row.
+    return [(number, row) for number, row in enumerate(rows, 1) if list(row.values()) != names]
 
 
 def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
@@ -180,8 +161,9 @@ def write(texts: dict[str, str]) -> None:
             draft.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(texts[path])
-        if taken := [path for path in texts if Path(path).is_dir()]:
-            raise IsADirectoryError(0, "是一个文件夹", taken[0])
+        for path in texts:
+            if os.path.isdir(path):
+                raise IsADirectoryError(0, "是一个文件夹", path)
         for path, draft in drafts.items():
             os.replace(draft, path)
     finally:

@@ -15,7 +15,7 @@ INVISIBLE = (
     r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
 )
 Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
-Place = int | tuple[str, int]  # of a row: its number, with the file's name where there are several
+Place = tuple[str, int]  # of a row: the name of its file, "" where there is but one, and its number
 Placed = tuple[Place, object]  # a row, and where it stands
 
 
@@ -42,35 +42,23 @@ def clean(text: str) -> str:
     return "" if re.fullmatch(f"{INVISIBLE}*", text) else text
 
 
-def check(row: object, thinkless: bool = True) -> tuple[Row | None, str | None]:
-    """(clean row, None), or (None, what is wrong with it). `thinkless`: a thinking of "" stands for none, and is
-    taken."""
-    try:
-        return clean_row(row, thinkless), None
-    except ValueError as problem:
-        return None, str(problem)
-
-
-def check_history(history: object) -> tuple[list[list[str]] | None, str | None]:
-    """(clean earlier turns, None), or (None, what is wrong with them)."""
-    try:
-        return clean_history(history), None
-    except ValueError as problem:
-        return None, str(problem)
-
-
-def clean_row(row: object, thinkless: bool) -> Row:
-    """Raises ValueError with what is wrong, as the two functions below do."""
+def check(row: object, fields: tuple[str, ...] = FIELDS, thinkless: bool = False) -> Row:
+    """The clean row of these fields, and of `history` where there is one. `thinkless`: a row without thinking is taken,
+    its thinking is "". Raises ValueError with what is wrong, as the two functions below do."""
     if not isinstance(row, dict):
         raise ValueError(row if isinstance(row, Unusable) else "不是对象")
     cleaned = {}
-    for field in FIELDS:
-        if field not in row:
+    for field in fields:
+        text = row.get(field)
+        if field == "think" and thinkless and (text is None or isinstance(text, str) and not clean(text)):
+            cleaned[field] = ""
+        elif field in row:
+            cleaned[field] = clean_field(field, text, answered=field != "question")
+        else:
             raise ValueError(f"缺少字段 {field}")
-        no_thinking = field == "think" and row[field] == "" and thinkless
-        cleaned[field] = "" if no_thinking else clean_field(field, row[field], answered=field != "question")
-    history = clean_history(row.get("history") or [])
-    return cleaned | {"history": history} if history else cleaned
+    if row.get("history"):
+        cleaned["history"] = clean_history(row["history"])
+    return cleaned
 
 
 def are_pairs(history: object) -> bool:
@@ -107,13 +95,13 @@ def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[
     `problems` gathers what is left out: reason -> places, `seen` the rows that there were."""
     kept = []
     for place, raw in part:
-        think = raw.get("think") if isinstance(raw, dict) else raw
-        if thinkless and isinstance(raw, dict) and (think is None or isinstance(think, str) and not clean(think)):
-            raw = raw | {"think": ""}
-        row, problem = check(raw, thinkless)
-        text = json.dumps(row)
-        if problem or text in seen:
-            problems.setdefault(problem or "与前面的行重复", []).append(place)
+        try:
+            row = check(raw, thinkless=thinkless)
+            text = json.dumps(row)
+            if text in seen:
+                raise ValueError("与前面的行重复")
+        except ValueError as problem:
+            problems.setdefault(str(problem), []).append(place)
             continue
         seen.add(text)
         if isinstance(raw.get("instruction"), str):
@@ -122,13 +110,9 @@ def keep_usable(part: list[Placed], problems: dict[str, list[Place]], seen: set[
     return kept
 
 
-def without_instruction(placed: Placed) -> Row:
-    """The row as it is written to a file."""
-    return {name: value for name, value in placed[1].items() if name != "instruction"}
-
-
-def leave_out(part: list[Placed], topics: set[str], problem: str, problems: dict[str, list[Place]]) -> list[Placed]:
-    """The rows whose topic is not among these."""
+def leave_out(part: list[Placed], other: list[Placed], problem: str, problems: dict[str, list[Place]]) -> list[Placed]:
+    """The rows of `part` that begin with no question of the `other` part; `problems` gets the places of the rest."""
+    topics = {topic(row) for _, row in other}
     kept = []
     for place, row in part:
         if topic(row) in topics:
@@ -138,20 +122,13 @@ def leave_out(part: list[Placed], topics: set[str], problem: str, problems: dict
     return kept
 
 
-def topics(part: list[Placed]) -> set[str]:
-    return {topic(row) for _, row in part}
-
-
 def describe_problems(problems: dict[str, list[Place]], most: int = 5) -> list[str]:
     """One line per kind of problem: how many rows, and where the first ones are."""
     lines = []
     for problem, places in problems.items():
-        first = sorted(places)[:most]
+        first = [f"{file} 第 {number} 行".lstrip() for file, number in sorted(places)[:most]]
         more = " 等" if len(places) > most else ""
-        where = f"第 {'、'.join(map(str, first))}{more} 行"
-        if isinstance(first[0], tuple):
-            where = "、".join(f"{file} 第 {number} 行" for file, number in first) + more
-        lines.append(f"{problem}：{len(places)} 行（{where}）")
+        lines.append(f"{problem}：{len(places)} 行（{'、'.join(first)}{more}）")
     if not problems.keys().isdisjoint(THINKLESS):
         lines.append("没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学")
     return lines
@@ -167,8 +144,9 @@ def summary(lines: list[str], parts: dict[str, list[Placed]], problems: dict[str
         lengths = [len(row[field]) for row in rows]
         mean, median = statistics.mean(lengths), statistics.median(lengths)
         lines.append(f"字符数    {field}：平均 {mean:.0f}，中位数 {median:.0f}，最长 {max(lengths)}")
-    if turns := sum("history" in row for row in rows):
+    turns = sum("history" in row for row in rows)
+    if turns:
         lines.append(f"多轮对话  {turns} 行")
-    question, think, answer = (shorten(rows[0][field]) for field in FIELDS)
-    lines += ["", "示例（训练集第 1 行）", f"  问题：{question}", f"  思考：{think}", f"  回答：{answer}"]
+    lines += ["", "示例（训练集第 1 行）"]
+    lines += [f"  {name}：{shorten(rows[0][field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]
     return "\n".join(lines)

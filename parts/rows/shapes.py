@@ -1,5 +1,5 @@
 """The shapes in which sets of questions, thinking and answers are published, to our fields: by the names of a row's
-columns, then by what is in them. Reads no file; what a row's texts must be is rows.py's."""
+columns, then by what is in them. Reads no file; what a row's texts must be is row.py's."""
 
 import contextlib
 import json
@@ -7,60 +7,59 @@ import json
 from parts.rows.row import FIELDS, SAME_FIELD_TWICE, TAG, Placed, Unusable, are_pairs, clean, strip_invisible
 from parts.terminal import shorten
 
-# Lower-case names of leading sets; the field's own name goes before all of them.
-ALIASES = {
-    "question": ("问题", "instruction", "input", "prompt", "query", "problem"),
-    "think": "思考,思考过程,complex_cot,reasoning_content,reasoning (reasoning_content),reasoning,thinking,cot".split(
-        ","
-    ),
-    "answer": ("回答", "答案", "response", "response (content)", "output", "content", "completion"),
+ALIASES = {  # lower-case names that leading sets have for a field; the field's own name goes before all of them
+    "question": "问题,instruction,input,prompt,query,problem",
+    "think": "思考,思考过程,complex_cot,reasoning_content,reasoning (reasoning_content),reasoning,thinking,cot",
+    "answer": "回答,答案,response,response (content),output,content,completion",
 }
 TURNS = ("messages", "conversations", "conversation", "dialogue")
 ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 THINKING = ("reasoning_content", "thinking", "reasoning")  # of a message
+CONVERT = (
+    "能直接读的样子在 README 的“自己的数据”里；其他的先转换，换成自己的文件和列名，没有的一列删去：\n"
+    "  python -c \"from parts.rows.files import *; write({'new.jsonl': to_jsonl([{'question': r['列名'],"
+    " 'think': r['列名'], 'answer': r['列名']} for _, r in read('文件')])})\""
+)
 
 
-def to_fields(loaded: list[Placed], source: str, answered: bool = True) -> tuple[list[Placed], str | None]:
-    """(rows with our fields, how they were made of the columns: None where those are the fields).
+def to_fields(loaded: list[Placed], source: str, answered: bool = True) -> tuple[list[Placed], str]:
+    """(rows with our fields, how they were made of the columns: "" where those are the fields).
 
-    A row that cannot be read becomes rows.Unusable. `answered`: whether the rows need answers, or may be questions
+    A row that cannot be read becomes row.Unusable. `answered`: whether the rows need answers, or may be questions
     alone. Raises SystemExit when no row's columns are recognised, or two of them could be one field.
     """
     chosen: dict[tuple, dict[str, list[str]]] = {}  # for each set of columns: those of each field
-    converted, mappings, unknown = [], {}, False
-    for place, row in loaded:
-        if isinstance(row, dict):
-            named = {strip_invisible(name): value for name, value in row.items()}
-            row = named if len(named) == len(row) else SAME_FIELD_TWICE
-        if isinstance(row, dict) and (turns := turns_of(row)):
-            mappings[f"{turns} 的各轮 -> question、think、answer，不用其中的 system"] = True
-            row = from_turns(row[turns], answered)
-        elif isinstance(row, dict):
+    converted, mappings = [], {}
+    for place, raw in loaded:
+        row = raw
+        if isinstance(raw, dict):
+            row = {strip_invisible(name): value for name, value in raw.items()}
+            turns = [name for name in row if name.lower() in TURNS and row[name] not in (None, "")]
             columns = tuple(row)
-            if columns not in chosen:
-                chosen[columns] = {field: choose(field, columns, source, answered) for field in FIELDS}
-            fields = chosen[columns]
-            if fields["question"] and (fields["answer"] or not answered):
-                mappings[describe(fields, columns)] = True
+            if len(row) < len(raw):
+                row = SAME_FIELD_TWICE
+            elif turns:
+                mappings[f"{turns[0]} 的各轮 -> question、think、answer，不用其中的 system"] = True
+                row = from_turns(row[turns[0]], answered)
             else:
-                unknown = True
-            row = from_columns(row, fields, answered)
+                if columns not in chosen:
+                    chosen[columns] = {field: choose(field, columns, source, answered) for field in FIELDS}
+                fields = chosen[columns]
+                if fields["question"] and (fields["answer"] or not answered):
+                    mappings[describe(fields, columns)] = True
+                row = from_columns(row, fields, answered)
         converted.append((place, row))
-    if unknown and not mappings:
-        raise SystemExit(describe_unknown(loaded, source))
-    return converted, "；".join(filter(None, mappings)) or None
-
-
-def turns_of(row: dict) -> str | None:
-    """The column that holds a conversation in this row."""
-    names = [name for name in row if name.lower() in TURNS and row[name] not in (None, "")]
-    return names[0] if names else None
+    if chosen and not mappings:
+        columns = quote(list(dict.fromkeys(name for names in chosen for name in names)))
+        first = shorten(str(next(row for _, row in loaded if isinstance(row, dict))), 200)
+        raise SystemExit(f"错误：{source} 里认不出问题和回答（有这些列：{columns}；一行是 {first}）。{CONVERT}")
+    return converted, "；".join(filter(None, mappings))
 
 
 def choose(field: str, columns: tuple[str, ...], source: str, answered: bool) -> list[str]:
     """The columns that are this field. Raises SystemExit when several could be."""
-    for wanted in ((field,), ALIASES[field]):
+    for wanted in ([field], ALIASES[field].split(",")):
         found = [name for name in columns if name == field] or [name for name in columns if name.lower() in wanted]
         lower = [name.lower() for name in found]
         if sorted(lower) == ["input", "instruction"]:  # Alpaca's: the task, then what it is about
@@ -79,8 +78,9 @@ def describe(fields: dict[str, list[str]], columns: tuple[str, ...]) -> str:
         parts.append(f"{'、'.join(fields['answer']) or '回答'} 开头的 <think>…</think> -> think")
     parts += [f"{name} -> 前几轮" for name in columns if name.lower() == "history"]
     used = sum(fields.values(), [])
-    like = {name for names in ALIASES.values() for name in names} - {"instruction"} | {"system"}
-    if unused := [name for name in columns if name.lower() in like and name not in used]:
+    like = {"system", *",".join(ALIASES.values()).split(",")} - {"instruction"}
+    unused = [name for name in columns if name.lower() in like and name not in used]
+    if unused:
         parts.append(f"不用 {'、'.join(unused)}")
     return "，".join(parts)
 
@@ -91,7 +91,7 @@ def quote(names: list[str]) -> str:
 
 def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> object:
     """One row of columns. Values that are no text stay as they are: the check names them."""
-    values = {field: row[names[0]] for field, names in fields.items() if names and names[0] in row}
+    values = {field: row[names[0]] for field, names in fields.items() if names}
     history = None
     for name, value in row.items():
         if name.lower() == "instruction" and name not in fields["question"]:
@@ -99,11 +99,15 @@ def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> obj
         elif name.lower() == "history":
             history = parse(value)
     if isinstance(values.get("question"), list) or isinstance(values.get("answer"), list):  # TRL's prompt, completion
-        return from_lists(values, answered)
+        turns = []
+        for role, field in (("user", "question"), ("assistant", "answer")):
+            part = values.get(field) or []
+            message = {"role": role, "content": part, "thinking": values.get("think")}
+            turns += part if isinstance(part, list) else [message]
+        return from_turns(turns, answered)
     if len(fields["question"]) > 1:
-        texts = [row.get(name) for name in fields["question"]]
-        odd = [text for text in texts if text is not None and not isinstance(text, str)]
-        values["question"] = odd[0] if odd else "\n".join(text for text in texts if text and clean(text))
+        texts = [row[name] for name in fields["question"] if row[name] not in (None, "")]
+        values["question"] = "\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
     values = split_thinking(values)
     if isinstance(values.get("answer"), str) and not values.get("think") and TAG.match(values["answer"].lstrip()):
         return Unusable("answer 开头的思考没有结束")
@@ -112,16 +116,6 @@ def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> obj
     if isinstance(history, list) and history:  # a text, such as a patient's, is a column like any other
         values["history"] = history
     return values
-
-
-def from_lists(values: dict, answered: bool) -> object:
-    """One row of which the question or the answer is a list of turns."""
-    turns = []
-    for role, field in (("user", "question"), ("assistant", "answer")):
-        if part := values.get(field):
-            turns += part if isinstance(part, list) else [{"role": role, "content": part}]
-    row = from_turns(turns, answered)
-    return row | {"think": row.get("think") or values.get("think")} if isinstance(row, dict) else row
 
 
 def parse(value: object) -> object:
@@ -184,19 +178,3 @@ def from_turns(turns: object, answered: bool) -> object:
         return Unusable("对话不以助手的回答结束")
     earlier = [[question["question"], reply["answer"]] for question, reply in zip(read[:-2:2], read[1:-2:2])]
     return read[-2] | read[-1] | ({"history": earlier} if earlier else {})
-
-
-def describe_unknown(loaded: list[Placed], source: str) -> str:
-    """What is there, and a command that makes our fields of it."""
-    rows = [row for _, row in loaded if isinstance(row, dict)]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    first = json.dumps(rows[0], ensure_ascii=False, default=str)
-    made = ", ".join(f"'{field}': r.get({name!r})" for field, name in zip(FIELDS, [*columns, "列名", "列名", "列名"]))
-    code = (
-        f"from parts.rows.files import *; write({{'new.jsonl': to_jsonl([{{{made}}} for _, r in read({source!r})])}})"
-    )
-    return (
-        f"错误：{source} 里认不出问题和回答（有这些列：{quote(columns)}；一行是 {shorten(first, 200)}）。"
-        "能直接读的样子在 README 的“自己的数据”里；其他的先转换，例如（换成对应的列名和文件）：\n"
-        f'  python -c "{code}"'
-    )

@@ -1,6 +1,7 @@
 """Data sets, local or on a hub: read, recognised, divided into training and validation part, and held against each
 other, near-duplicates too. Knows no set by name and writes nothing."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -8,17 +9,14 @@ import re
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from parts import hub
-from parts.rows import files as row_files
-from parts.rows import row as rows
-from parts.rows import shapes
-from parts.rows.row import Place, Placed
+from parts.rows import files, shapes
+from parts.rows.row import Place, Placed, check, keep_usable, leave_out, topic
 
 IN_TRAIN, IN_VAL = "验证集的问题也在训练集里", "训练集的问题也在验证集里"
 PARTS = {  # words of a file's path
@@ -55,7 +53,7 @@ def read_names(datasets: list[str], revision: str | None, sha256: str | None) ->
         name, count = dataset, None
         if "#" in dataset and not os.path.exists(dataset):
             name, _, digits = dataset.rpartition("#")
-            if not digits.isdecimal() or not 2 <= int(digits) < 2**32:
+            if not digits.isdecimal() or int(digits) < 2:
                 raise SystemExit(f"错误：--dataset {dataset}：# 后面要一个不小于 2 的整数，例如 {name}#500")
             count = int(digits)
         if name in counts:
@@ -78,20 +76,19 @@ def part_of(file: str) -> str:
 
 def choose_files(dataset: str, names: list[str]) -> list[str]:
     """The data files among the `names` of a hub's data set; where there are several formats, those of one."""
-    _, _, inside = hub.split(dataset)
-    formats: dict[str, list[str]] = {suffix: [] for suffix in row_files.SUFFIXES}
+    inside = hub.split(dataset).inside.rstrip("/")
+    formats: dict[str, list[str]] = {suffix: [] for suffix in files.SUFFIXES}
     for name in sorted(names):
-        # Metadata that the hub keeps beside the data has these names.
-        if f"/{name}/".startswith(f"/{inside}".rstrip("/") + "/") and not re.search(
-            r"(^|/)(dataset_info|configuration)[^/]*$", name
-        ):
-            formats.get(Path(name).suffix.lower(), []).append(name)
-    there = [files for files in formats.values() if files]
+        suffix = Path(name).suffix.lower()
+        metadata = re.match("dataset_info|configuration", Path(name).name)  # that the hub keeps beside the data
+        if suffix in formats and not metadata and f"/{name}/".startswith(f"/{inside}/" if inside else "/"):
+            formats[suffix].append(name)
+    there = [chosen for chosen in formats.values() if chosen]
     if not there:
-        suffixes = "、".join(row_files.SUFFIXES)
+        suffixes = "、".join(formats)
         raise SystemExit(f"错误：数据集 {dataset} 里没有 {suffixes} 文件；请用 --dataset 换一个。")
     # Tests alone, or an example, in another format are not the set.
-    return next((files for files in there if "train" in map(part_of, files)), there[0])
+    return next((chosen for chosen in there if "train" in map(part_of, chosen)), there[0])
 
 
 def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
@@ -100,16 +97,14 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
     What is downloaded does not go through the client's cache: there it keeps, and would hand out, files that the hub
     has renamed or dropped since.
     """
-    missing = "://" not in dataset and Path(dataset).suffix.lower() in row_files.SUFFIXES  # a file that is not there
+    missing = "://" not in dataset and Path(dataset).suffix.lower() in files.SUFFIXES  # a file that is not there
     if os.path.exists(dataset) or missing:
         if revision:
             raise SystemExit(f"错误：--revision {revision} 只用于 hub 上的数据集，而 {dataset} 是本地文件。")
-        return {"": row_files.read_bytes(Path(dataset))}
+        return {"": files.read_bytes(Path(dataset))}
     if not hub.split(dataset):
-        raise SystemExit(
-            f"错误：--dataset {dataset} 既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）。"
-            f"{hub.forms(dataset)}"
-        )
+        what = "既不是已有的文件，也不是 ModelScope 数据集名（形如 owner/name）"
+        raise SystemExit(f"错误：--dataset {dataset} {what}。{hub.forms(dataset)}")
     with tempfile.TemporaryDirectory() as folder:
         choose = partial(choose_files, dataset)
         path, names = hub.download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
@@ -118,65 +113,64 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
 
 def read_files(dataset: str, contents: dict[str, bytes], names: list[str], marked: bool) -> tuple[list[Placed], str]:
     """(rows of these files with our fields, how they were read). `marked`: each place says the file too."""
-    found, mappings = [], {}
+    rows, mappings = [], {}
     for name in names:
-        placed = row_files.parse(Path(dataset, name), contents[name])
-        if marked:
-            placed = [((name or dataset, number), row) for number, row in placed]
-        converted, mapping = shapes.to_fields(placed, name or dataset)
-        found += converted
+        file = name or dataset
+        loaded = files.parse(Path(dataset, name), contents[name])
+        placed = [((file if marked else "", number), row) for number, row in loaded]
+        converted, mapping = shapes.to_fields(placed, file)
+        rows += converted
         mappings[mapping] = True
-    return found, "；".join(filter(None, mappings))
+    return rows, "；".join(filter(None, mappings))
 
 
-def read_own_val(read, files: dict[str, list[str]]) -> tuple[list[Placed], list[str]]:
+def read_own_val(read, names: dict[str, list[str]]) -> tuple[list[Placed], list[str]]:
     """(rows, files) of what a hub keeps for validation, else of its tests; none where they have no answers."""
     for part in ("val", "test"):
-        try:
-            placed, _ = read(files[part])
-        except SystemExit:
-            if part == "val":
-                raise
-            continue  # tests are often published in a form of their own
-        if any(isinstance(row, dict) and row.get("answer") for _, row in placed):
-            return placed, files[part]
+        with contextlib.suppress(SystemExit):  # tests are often published in a form of their own
+            placed, _ = read(names[part])
+            if any(isinstance(row, dict) and row.get("answer") for _, row in placed):
+                return placed, names[part]
     return [], []
 
 
-def load(dataset: str, revision: str | None, sha256: str | None, several: bool, fixed: bool, divide) -> Source:
-    """One data set, recognised, and split by `divide(rows)` unless a hub keeps a part of it for validation; `fixed`: by
-    that in any case. `sha256` is the checksum that it must have; of several files, that of their contents in order of
-    their names."""
+def load(
+    dataset: str, revision: str | None, sha256: str | None, marked: bool, by_rows: bool, seed: int, share: float
+) -> Source:
+    """One data set, recognised, and split unless a hub keeps a part of it for validation; `by_rows`: as the published
+    training script splits, in any case. `sha256` is the checksum that it must have; of several files, that of their
+    contents in order of their names. `marked`: each place says the file too."""
     contents = read_contents(dataset, revision)
     checksum = hashlib.sha256(b"".join(contents.values())).hexdigest()
     if sha256 and sha256.lower() != checksum:
-        raise SystemExit(
-            f"错误：{dataset} 的 SHA-256 是 {checksum}，不是 --sha256 {sha256}；数据已变，请核对来源，或去掉 --sha256。"
-        )
-    files: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+        remedy = "数据已变，请核对来源，或去掉 --sha256"
+        raise SystemExit(f"错误：{dataset} 的 SHA-256 是 {checksum}，不是 --sha256 {sha256}；{remedy}。")
+    names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for name in contents:
-        files["train" if fixed else part_of(name)].append(name)
-    if not files["train"]:
+        names["train" if by_rows else part_of(name)].append(name)
+    if not names["train"]:
         raise SystemExit(f"错误：{dataset} 里只有验证或测试的部分，不用来训练；请换一个数据集。")
 
-    local = "" in contents
-    shown = dataset if local else f"{dataset}（{'、'.join(contents)}）"
-    read = partial(read_files, dataset, contents, marked=several or len(contents) > 1)
-    placed, mapping = read(files["train"])
-    own, used = read_own_val(read, files)
+    read = partial(read_files, dataset, contents, marked=marked or len(contents) > 1)
+    placed, mapping = read(names["train"])
+    own, used = read_own_val(read, names)
+    # The folder of a local file may name people.
+    shown = source = f"{dataset}（{'、'.join(contents)}）"
+    if "" in contents:
+        shown, source = dataset, Path(dataset).name
     lines = [f"数据来源  {shown}：共 {len(placed) + len(own)} 行", f"SHA-256   {checksum}"]
     if mapping:
         lines.append(f"读作      {mapping}")
     if own:
         lines.append(f"划分      验证集是它自己的，{len(own)} 行")
-    if unused := [name for name in files["val"] + files["test"] if name not in used]:
+    unused = [name for name in names["val"] + names["test"] if name not in used]
+    if unused:
         lines.append(f"划分      不用它的 {'、'.join(unused)}")
-    # The folder of a local file may name people.
-    origin = {"source": Path(dataset).name if local else shown, "revision": revision, "sha256": checksum}
-    train, val = divide(placed)
+    divide = by_row if by_rows else by_question
+    train, val = divide(placed, seed, share)
     if own:
-        train, val = train + val, sum(divide(own), [])
-    return Source(lines, origin, train, val, bool(own))
+        train, val = train + val, sum(divide(own, seed, share), [])
+    return Source(lines, {"source": source, "revision": revision, "sha256": checksum}, train, val, bool(own))
 
 
 # ---- dividing -------------------------------------------------------------------------------------------------------
@@ -192,10 +186,10 @@ def by_row(loaded: list[Placed], seed: int, share: float) -> tuple[list[Placed],
 
 def by_question(loaded: list[Placed], seed: int, share: float) -> tuple[list[Placed], list[Placed]]:
     """(train, val) likewise, but all rows of one question stay together: where all questions differ, it is the same."""
-    train, val = by_row(loaded, seed, share)
-    cut = len(train)
+    shuffled, rest = by_row(loaded, seed, share)
+    cut = len(shuffled)
     groups: dict[str, list[Placed]] = {}
-    for placed in train + val:
+    for placed in shuffled + rest:
         groups.setdefault(question_of(placed), []).append(placed)
     train, val = [], []
     for i, group in enumerate(groups.values(), 1):
@@ -206,11 +200,10 @@ def by_question(loaded: list[Placed], seed: int, share: float) -> tuple[list[Pla
 
 def question_of(placed: Placed) -> str:
     """What a row is grouped by; a row that cannot be used is a group of its own."""
-    place, row = placed
     try:
-        return rows.clean(rows.topic(row))
-    except (AttributeError, KeyError, IndexError, TypeError):
-        return f"\0{place}"
+        return topic(check(placed[1], ("question",)))
+    except ValueError:
+        return f"\0{placed[0]}"
 
 
 def sample(train: list, val: list, count: int | None, share: float) -> tuple[list, list]:
@@ -222,30 +215,31 @@ def sample(train: list, val: list, count: int | None, share: float) -> tuple[lis
 
 
 def join(
-    sources: list[Source], counts: Iterable[int | None], share: float, thinkless: bool, problems: dict[str, list[Place]]
+    sources: list[Source], counts: list[int | None], share: float, thinkless: bool, problems: dict[str, list[Place]]
 ) -> tuple[list[Placed], list[Placed], list[str]]:
     """(train, val, what to say) of the clean rows of all sources, of each at most its count, `share` of a sample to
     train on. No question is in a training part and in a validation part; `problems` gathers what is left out."""
-    parts, seen_train, seen_val = [], set(), set()
+    trains, vals, seen_train, seen_val = [], [], set(), set()
     for source, count in zip(sources, counts):
-        train = rows.keep_usable(source.train, problems, seen_train, thinkless)
-        val = rows.keep_usable(source.val, problems, seen_val, thinkless)
-        if source.own_val:
-            train = rows.leave_out(train, rows.topics(val), IN_VAL, problems)
-        else:
-            val = rows.leave_out(val, rows.topics(train), IN_TRAIN, problems)
-        parts.append(sample(train, val, count, share))
-    all_train, all_val, lines = [], [], []
-    for source, count, (train, val) in zip(sources, counts, parts):
-        others = [placed for _, other in parts if other is not val for placed in other]
-        train = rows.leave_out(train, rows.topics(others), IN_VAL, problems)  # validation parts stay as they are
+        train = keep_usable(source.train, problems, seen_train, thinkless)
+        val = keep_usable(source.val, problems, seen_val, thinkless)
+        if not source.own_val:
+            val = leave_out(val, train, IN_TRAIN, problems)
+        train, val = sample(train, val, count, share)
+        trains.append(train)
+        vals.append(val)
+    all_val, lines = sum(vals, []), []
+    for i, source in enumerate(sources):
+        # Validation parts stay as they are.
+        trains[i] = leave_out(trains[i], all_val, IN_VAL, problems)
         lines += source.lines
-        if count or len(sources) > 1:
-            most = f"，最多取 {count} 行" if count else ""
-            lines.append(f"采用      训练 {len(train)} 行，验证 {len(val)} 行{most}")
-        all_train += train
-        all_val += val
-    return all_train, all_val, lines
+        if counts[i] or len(sources) > 1:
+            most = f"，最多取 {counts[i]} 行" if counts[i] else ""
+            lines.append(f"采用      训练 {len(trains[i])} 行，验证 {len(vals[i])} 行{most}")
+    return sum(trains, []), all_val, lines
+
+
+# ---- near-duplicates ------------------------------------------------------------------------------------------------
 
 
 # ---- near-duplicates ------------------------------------------------------------------------------------------------
@@ -268,8 +262,9 @@ def near_duplicates(answers: list[str]) -> list[tuple[int, int]]:
             alike.add((first[text], i))
         for passage in passages:
             holders[passage].append(i)
+    most = min(max(FEW, COMMON * len(answers)), MANY)
     for numbers in holders.values():
-        if 1 < len(numbers) <= min(max(FEW, COMMON * len(answers)), MANY):
+        if len(numbers) <= most:
             shared.update(combinations(numbers, 2))
     alike |= {(i, j) for (i, j), count in shared.items() if count >= SHARE * min(counts[i], counts[j])}
     return sorted(alike)
@@ -279,9 +274,8 @@ def mark_seen(train: list[Placed], val: list[Placed]) -> str:
     """Mark the validation rows whose answer nearly stands in the training part; returns what to say of it."""
     inside, seen = 0, set()
     for i, j in near_duplicates([row["answer"] for _, row in train + val]):
-        if j < len(train):
-            inside += 1
-        elif i < len(train):
+        inside += j < len(train)
+        if i < len(train) <= j:
             seen.add(j - len(train))
     for i in seen:
         val[i][1]["seen"] = True

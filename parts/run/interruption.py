@@ -46,11 +46,11 @@ class Interruption:
             # print() may be under way in the very thread that the signal interrupts
             os.write(2, "\n做完这一步就保存检查点并退出；再来一次信号（Ctrl-C）立即退出。\n".encode())
 
-    def requested(self, args) -> bool:
-        """Whether any process got a signal: all have to stop at the same step."""
-        came = bool(self.number)
-        if args.world_size > 1:
-            came = bool(accelerate.utils.reduce(torch.tensor(float(came), device=args.device)).item())
+    def requested(self) -> bool:
+        """Whether any process got a signal: all have to stop at the same step, and call this together."""
+        came, state = bool(self.number), accelerate.PartialState()
+        if state.num_processes > 1:
+            came = bool(accelerate.utils.reduce(torch.tensor(float(came), device=state.device)).item())
         self.number = self.number or came * signal.SIGTERM
         return came
 

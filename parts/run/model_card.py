@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.figure
 
 from parts.run import checkpoints
-from parts.run.run_settings import LORA_SETTINGS, SETTINGS
+from parts.run.folder import LORA_SETTINGS, SETTINGS
 
 # Of a training, whose change makes it another than the published one; full_logits makes it the more like it.
 DECISIVE = {*SETTINGS, "val_file"} - {"full_logits"}

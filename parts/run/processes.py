@@ -13,7 +13,7 @@ SHOWN_LATE = 30  # seconds after which a network's file system shows a new file
 LOST = ("gloo", "connection closed by peer", "connection reset by peer")  # in what torch says where one is gone
 
 
-def agree(args, facts: dict | None) -> None:
+def agree(facts: dict | None) -> None:
     """Raise SystemExit in all processes where one has other `facts` than the first one; with None it has none to tell.
     All call this together."""
     from accelerate.utils import gather_object
@@ -24,29 +24,33 @@ def agree(args, facts: dict | None) -> None:
             if others[name] != all_facts[0].get(name):
                 first, other = (shorten(str(of.get(name)), 80) for of in (all_facts[0], others))
                 values = f"进程 0 是 {first}，进程 {rank} 是 {other}"
-                end_all(args, f"各个进程的 {name} 不同：{values}；请让每台机器上的命令、文件和软件都一样")
+                end_all(f"各个进程的 {name} 不同：{values}；请让每台机器上的命令、文件和软件都一样")
 
 
-def require_shared(args, file: Path) -> None:
+def require_shared(file: Path) -> None:
     """Raise SystemExit where another machine does not see this file as the first process wrote it: what is in its
     folder is written by that one, and read by all."""
-    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        return
+    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, gather_object
 
-    [text] = broadcast_object_list([None if args.process_index else file.read_text(encoding="utf-8")])
+    state = PartialState()
+    if state.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return
+    [text] = broadcast_object_list([file.read_text(encoding="utf-8") if state.is_main_process else None])
     end, seen = time.monotonic() + SHOWN_LATE, False
     while not (seen := file.is_file() and file.read_text(encoding="utf-8") == text) and time.monotonic() < end:
         time.sleep(0.5)
     all_seen = gather_object([seen])
     if not all(all_seen):
-        seen = f"进程 {all_seen.index(False)} 的机器看不到进程 0 写在 {file.parent} 里的文件"
-        end_all(args, f"{seen}；几台机器要有一个共享的文件夹，请用 --output_dir 写它的路径")
+        unseen = f"进程 {all_seen.index(False)} 的机器看不到进程 0 写在 {file.parent} 里的文件"
+        end_all(f"{unseen}；几台机器要有一个共享的文件夹，请用 --output_dir 写它的路径")
 
 
-def end_all(args, message: str) -> None:
+def end_all(message: str) -> None:
     """End this process as all others are ended; the first one says why."""
-    raise SystemExit(1 if args.process_index else f"错误：{message}。")
+    from accelerate import PartialState
+
+    raise SystemExit(f"错误：{message}。" if PartialState().is_main_process else 1)
 
 
 def is_lost(error: RuntimeError) -> bool:
@@ -69,16 +73,19 @@ def is_first_to_leave() -> bool:
 
 
 @contextlib.contextmanager
-def explain_loss(args, message: str):
+def explain_loss(message: str):
     """Turn what torch raises where another process has ended into `message`, said by the first one that notices, if
     that other one has not said why it ended."""
+    from accelerate import PartialState
+
+    several = PartialState().num_processes > 1
     try:
         yield
     except SystemExit as ended:
-        if args.world_size > 1 and ended.code:
+        if several and ended.code:
             is_first_to_leave()
         raise
     except RuntimeError as error:
-        if args.world_size == 1 or not is_lost(error):
+        if not several or not is_lost(error):
             raise
         raise SystemExit(message if is_first_to_leave() else 1) from None

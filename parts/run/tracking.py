@@ -41,12 +41,7 @@ def time_limit():
             signal.signal(alarm, before)
 
 
-def is_on(args) -> bool:
-    """Whether this process is the one that writes to SwanLab."""
-    return "swanlab" in args.report_to and not args.process_index
-
-
-def read_settings(args, project: str, run_id: str | None = None):
+def read_settings(project: str, run_name: str, run_id: str | None = None):
     """(SwanLab's settings for this run, its mode). Raises SystemExit where the user has to mend something.
 
     SWANLAB_MODE is obeyed; without it: online with a key or an earlier login, else local. No prompt blocks a run.
@@ -63,7 +58,7 @@ def read_settings(args, project: str, run_id: str | None = None):
     try:
         settings = swanlab.Settings(
             project={"name": os.environ.get(PROJECT) or project, "workspace": os.environ.get("SWANLAB_WORKSPACE")},
-            experiment={"name": args.run_name},
+            experiment={"name": run_name},
             run={"id": run_id, "resume": "allow"},
             # Off: what names people, machines and folders (command line, packages, git remote), and the screen's text.
             probe={"runtime": False, "requirements": False, "git": False, "swanlab": False},
@@ -88,21 +83,14 @@ def read_settings(args, project: str, run_id: str | None = None):
     return settings, mode
 
 
-def check(args, project: str) -> None:
-    """Raises SystemExit where SwanLab's settings have to be mended; before anything is loaded."""
-    if is_on(args):
-        read_settings(args, project)
-
-
-def start(args, project: str, config: dict[str, object], goes_on: bool = False) -> None:
-    """Begin the SwanLab run that Trainer's own callback then writes to, or go on with the unfinished one. Only rank 0
-    does. What fails here, such as the network, makes the run a local one and never ends the training."""
-    if not is_on(args):
-        return
+def start(project: str, run_name: str, folder: str, config: dict[str, object], goes_on: bool = False) -> None:
+    """Begin the SwanLab run that Trainer's own callback then writes to, or go on with the unfinished one of this output
+    folder. What fails here, such as the network, makes the run a local one and never ends the training."""
     import swanlab
 
-    id_file = Path(args.output_dir, RUN_ID_FILE)
-    settings, mode = read_settings(args, project, id_file.read_text() if goes_on and id_file.is_file() else None)
+    id_file = Path(folder, RUN_ID_FILE)
+    run_id = id_file.read_text() if goes_on and id_file.is_file() else None
+    settings, mode = read_settings(project, run_name, run_id)
     excepthook, on_interrupt, problem = sys.excepthook, signal.getsignal(signal.SIGINT), ""
     for choice in dict.fromkeys((mode, "local", "disabled")):
         try:
@@ -118,10 +106,10 @@ def start(args, project: str, config: dict[str, object], goes_on: bool = False) 
     atexit.register(end, "aborted")  # a run that does not come to its end
     with explain_failed_write(id_file):
         id_file.write_text(run.id)
-    folder = run.dir.relative_to(Path.cwd()) if Path.cwd() in run.dir.parents else run.dir
+    where = run.dir.relative_to(Path.cwd()) if Path.cwd() in run.dir.parents else run.dir
     how = {
-        "local": f"只记录在本地。查看：swanlab watch {folder.parent}；上传：swanlab login 后 swanlab sync {folder}",
-        "offline": f"只记录在本地。上传：swanlab login 后 swanlab sync {folder}",
+        "local": f"只记录在本地。查看：swanlab watch {where.parent}；上传：swanlab login 后 swanlab sync {where}",
+        "offline": f"只记录在本地。上传：swanlab login 后 swanlab sync {where}",
         "disabled": "不记录。",
     }
     print(f"SwanLab：{problem}{how.get(run.mode) or f'查看：{run.url}'}", flush=True)
@@ -144,17 +132,15 @@ def end(state: str = "success") -> None:
         print(f"SwanLab：没有全部上传（{cause}）。补传本地的记录：swanlab sync --id {run.id} {run.dir}")
 
 
-def log_texts(args, name: str, texts: list[str], step: int | None = None) -> None:
-    """Texts in the SwanLab run, if this training has one; without a step after all that is there."""
-    if is_on(args):
-        import swanlab
-
+def log_texts(name: str, texts: list[str], step: int | None = None) -> None:
+    """Texts in the SwanLab run, if this process has begun one; without a step after all that is there."""
+    swanlab = sys.modules.get("swanlab")  # where there is a run it is imported
+    if swanlab and swanlab.has_run():
         swanlab.log({name: [swanlab.Text(text) for text in texts]}, step=step)
 
 
-def finish(args, samples: list[str]) -> None:
+def finish(folder: str, samples: list[str]) -> None:
     """The replies as text in the SwanLab run, and the end of that run."""
-    log_texts(args, "Prediction", samples)
-    if is_on(args):
-        end()
-        Path(args.output_dir, RUN_ID_FILE).unlink(missing_ok=True)
+    log_texts("Prediction", samples)
+    end()
+    Path(folder, RUN_ID_FILE).unlink(missing_ok=True)

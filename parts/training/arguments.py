@@ -1,8 +1,7 @@
-"""What a training was asked to do: transformers.TrainingArguments with the flags of the table, checked at once. Knows
-no recipe: its numbers and files are the script's."""
+"""What a training was asked to do: transformers.TrainingArguments with the flags of the table, checked at
+once. Knows no recipe: its numbers and files are the script's."""
 
 import gc
-import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -11,12 +10,11 @@ from parts.training import environment, flags
 
 gc.disable()  # it would look through what these imports build again and again: a fifth of a command's start
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
 gc.enable()
 
-# Fields of TrainingArguments that are no flags, and act all the same for those who call the training from Python.
+# Fields of TrainingArguments that are no flags, and act for those who call the training from Python
 ACTS_FROM_PYTHON = (
     "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism train_sampling_strategy disable_tqdm "
     "dataloader_num_workers log_level logging_first_step"
@@ -25,8 +23,8 @@ ACTS_FROM_PYTHON = (
 
 @dataclass
 class Arguments(TrainingArguments):
-    """What the user wished: nothing is written into it once it is made. Raises SystemExit for what cannot be meant, or
-    cannot be done here."""
+    """What the user wished: nothing is written into it once it is made. Raises SystemExit for what cannot be
+    meant, or cannot be done here."""
 
     model_name: str = ""
     model_revision: str | None = None  # of a model on a hub; its default branch
@@ -58,7 +56,7 @@ class Arguments(TrainingArguments):
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
     save_strategy: str = "steps"
-    save_steps: float | None = None  # as eval_steps: each evaluated state is kept until a better or newer one comes
+    save_steps: float | None = None  # as eval_steps: an evaluated state is kept until a better one comes
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "eval_loss"
     greater_is_better: bool | None = False
@@ -77,17 +75,12 @@ class Arguments(TrainingArguments):
             flags.refuse(why)
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.disable_tqdm is None:  # in a file each move of a bar would be a line
-            self.disable_tqdm = not (sys.stderr.isatty() or transformers.utils.is_in_notebook())
         sharded, self.fsdp = self.fsdp, None  # accelerate would cut the model its own way, on GPUs only
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            flags.refuse(str(error))
+        super().__post_init__()
         self.fsdp, self.fsdp_config = sharded, {}
         if self.world_size > 1:
-            processes.agree(self, self.facts())
-        if why := environment.no_kernels(self.device) or environment.too_small(self.device, self.memory_gb):
+            processes.agree(self.facts())
+        if why := environment.unusable(self.device, self.memory_gb):
             flags.refuse(why)
         if self.offload_activations and self.device.type == "cpu":
             flags.refuse("--offload_activations 要 GPU")
@@ -96,8 +89,8 @@ class Arguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     def refuse_unread(self) -> None:
-        """Raises SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Never with its
-        value, which may be a secret."""
+        """Raise SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Never
+        with its value, which may be a secret."""
         for one in fields(self):
             default = one.default if one.default_factory is MISSING else one.default_factory()
             value = getattr(self, one.name)
@@ -106,10 +99,10 @@ class Arguments(TrainingArguments):
                 flags.refuse(f"{one.name}：这里的训练不看这个设置，请去掉")
 
     def facts(self) -> dict[str, object]:
-        """What all processes have to have in common."""
-        facts = {"设备": self.device.type} | environment.versions() | environment.optional_versions()
+        """Return what all processes have to have in common."""
+        facts = {"设备": self.device.type} | environment.versions(environment.LIBRARIES)
         for one in fields(self):
-            if one.name not in ("local_rank", "use_cpu", "disable_tqdm"):  # are a machine's or a terminal's
+            if one.name not in ("local_rank", "use_cpu"):  # are a machine's
                 facts[f"--{one.name}"] = getattr(self, one.name)
         return facts
 
@@ -124,6 +117,6 @@ class Arguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut a packed
-        batch to pieces."""
+        """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut
+        a packed batch to pieces."""
         return min(super().n_gpu, 1)

@@ -1,21 +1,21 @@
-"""The flags of a training: a plain table, read by argparse before torch is imported, so that `--help` and a wrong flag
-answer at once; what cannot be meant is refused here too. Knows no recipe: its numbers are handed in by the scripts."""
+"""The flags of a training: a plain table, read by argparse before torch is imported, so that `--help` and a
+wrong flag answer at once; what cannot be meant is refused here too. Knows no recipe: its numbers are handed
+in by the scripts."""
 
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from parts import terminal
 
-DRIVER_GB = 0.5  # of a card, that the driver takes for this process; an estimate
 OPTIMIZERS = ("kahan", "8bit", "8bit_in_backward", "adamw")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 TRACKERS = ("swanlab", "tensorboard", "wandb", "none")
 
-# What a number may be: a test, and its words.
+
+# What a number may be: a test, and its words
 ABOVE_0 = (lambda value: 0 < value < math.inf, "大于 0 的数")
 FROM_0 = (lambda value: 0 <= value < math.inf, "不小于 0 的数")
 SHARE = (lambda value: 0 <= value < 1, "从 0 到 1（不含 1）的数")
@@ -31,88 +31,83 @@ class Flag(NamedTuple):
     limit: tuple | None = None  # of a number: ABOVE_0, FROM_0, SHARE or SEED
 
 
-GROUPS = {
-    "数据": (
-        Flag("train_file", str, "训练集，由 data.py 写出"),
-        Flag("val_file", str, "验证集，由 data.py 写出"),
-        Flag("max_length", int, "样本最多多少个 token，更长的不采用", ABOVE_0),
-    ),
-    "模型": (
-        Flag("model_name", str, "ModelScope 模型名、hf://owner/name 或本地文件夹"),
-        Flag("model_revision", str, "hub 上模型的分支、标签或提交"),
-    ),
-    "训练": (
-        Flag("learning_rate", float, "学习率", ABOVE_0),
-        Flag("lr_scheduler_type", SCHEDULERS, "学习率怎样变化（默认 linear）"),
-        Flag("warmup_steps", float, "预热多少步；小于 1 时是占总步数的比例（默认 0）", FROM_0),
-        Flag("weight_decay", float, "权重衰减（默认 0）", FROM_0),
-        Flag("max_grad_norm", float, "梯度裁剪的范数，0 为不裁剪（默认 1）", FROM_0),
-        Flag("adam_beta2", float, "AdamW 的 beta2（默认 0.999）", SHARE),
-        Flag("num_train_epochs", float, "训练几轮", ABOVE_0),
-        Flag("max_steps", int, "训练多少步，写了就不看轮数", ABOVE_0),
-        Flag("per_device_train_batch_size", int, "每张卡每次取多少条样本", ABOVE_0),
-        Flag("gradient_accumulation_steps", int, "梯度累积几次", ABOVE_0),
-        Flag("early_stopping_patience", int, "连续几次评估没有更好就停下，0 为不提前停", FROM_0),
-        Flag("seed", int, "随机种子", SEED),
-    ),
-    "显存与速度": (
-        Flag("memory_gb", float, "按多大的显存规划（默认用空闲的全部）", ABOVE_0),
-        Flag("batch_tokens", int, "一次最多算多少个 token（默认按显存规划）", ABOVE_0),
-        Flag("checkpoint_every", int, "每几层重算一层，0 不重算，1 全部重算（默认按显存规划）", FROM_0),
-        Flag("offload_activations", bool, "重算的层的输入放到内存（默认按显存规划）"),
-        Flag("optimizer", OPTIMIZERS, "bfloat16 权重的优化器（默认按显存规划）"),
-        Flag("fast_kernels", bool, "用这里能用的快速算子（默认 true）"),
-        Flag("full_logits", bool, "用 transformers 自己的损失，只为对比（默认 false）"),
-        Flag("check", bool, "只检查这台机器能不能训练、有多快，不训练"),
-        Flag("rehearse", bool, "训练前先试最大的一步（默认有 GPU 时试）"),
-        Flag("use_cpu", bool, "有 GPU 也用 CPU"),
-    ),
-    "保存与继续": (
-        Flag("output_dir", str, "模型和检查点写在哪个文件夹；同一命令再运行一次就继续"),
-        Flag("overwrite_output_dir", bool, "删掉那里训练完的模型，重新训练"),
-        Flag("resume_from_checkpoint", str, "从这个检查点继续（默认最近的完整检查点）"),
-        Flag("save_steps", int, "每多少步保存一次（默认每次评估都保存）", ABOVE_0),
-        Flag("save_total_limit", int, "最多留几个检查点，最好的和最新的总在", ABOVE_0),
-    ),
-    "记录": (
-        Flag("eval_steps", int, "每多少步评估一次", ABOVE_0),
-        Flag("eval_on_start", bool, "训练前先评估一次"),
-        Flag("eval_samples", int, "每次评估时回答几个验证集的问题，0 为不回答", FROM_0),
-        Flag("sample_tokens", int, "示例回复最多多少个 token", ABOVE_0),
-        Flag("logging_steps", int, "每多少步记录一次", ABOVE_0),
-        Flag("report_to", TRACKERS, "记录到哪里"),
-        Flag("run_name", str, "这次训练的名字（默认输出文件夹的名字）"),
-    ),
-    "多张 GPU": (
-        Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
-        Flag("ddp_timeout", int, "等别的进程多少秒（默认 7200）", ABOVE_0),
-    ),
-}
-LORA = {
-    "LoRA": (
-        Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
-        Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
-        Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
-        Flag("target_modules", list, "给哪些层加适配器，可写几个名字（默认 all-linear：所有线性层）"),
-        Flag("use_rslora", bool, "缩放改为 alpha / sqrt(rank)（rsLoRA）"),
-        Flag("use_dora", bool, "DoRA：方向和大小分开训练，慢一些"),
-        Flag("load_in_4bit", bool, "QLoRA：冻结的权重用 4 位（NF4），要 bitsandbytes"),
-    )
-}
-FLAGS = {flag.name: flag for group in (GROUPS | LORA).values() for flag in group}
+TABLE = (  # under the headings of --help
+    "数据",
+    Flag("train_file", str, "训练集，由 data.py 写出"),
+    Flag("val_file", str, "验证集，由 data.py 写出"),
+    Flag("max_length", int, "样本最多多少个 token，更长的不采用", ABOVE_0),
+    "模型",
+    Flag("model_name", str, "ModelScope 模型名、hf://owner/name 或本地文件夹"),
+    Flag("model_revision", str, "hub 上模型的分支、标签或提交"),
+    "训练",
+    Flag("learning_rate", float, "学习率", ABOVE_0),
+    Flag("lr_scheduler_type", SCHEDULERS, "学习率怎样变化（默认 linear）"),
+    Flag("warmup_steps", float, "预热多少步；小于 1 时是占总步数的比例（默认 0）", FROM_0),
+    Flag("weight_decay", float, "权重衰减（默认 0）", FROM_0),
+    Flag("max_grad_norm", float, "梯度裁剪的范数，0 为不裁剪（默认 1）", FROM_0),
+    Flag("adam_beta2", float, "AdamW 的 beta2（默认 0.999）", SHARE),
+    Flag("num_train_epochs", float, "训练几轮", ABOVE_0),
+    Flag("max_steps", int, "训练多少步，写了就不看轮数", ABOVE_0),
+    Flag("per_device_train_batch_size", int, "每张卡每次取多少条样本", ABOVE_0),
+    Flag("gradient_accumulation_steps", int, "梯度累积几次", ABOVE_0),
+    Flag("early_stopping_patience", int, "连续几次评估没有更好就停下，0 为不提前停", FROM_0),
+    Flag("seed", int, "随机种子", SEED),
+    "显存与速度",
+    Flag("memory_gb", float, "按多大的显存规划（默认用空闲的全部）", ABOVE_0),
+    Flag("batch_tokens", int, "一次最多算多少个 token（默认按显存规划）", ABOVE_0),
+    Flag("checkpoint_every", int, "每几层重算一层，0 不重算，1 全部重算（默认按显存规划）", FROM_0),
+    Flag("offload_activations", bool, "重算的层的输入放到内存（默认按显存规划）"),
+    Flag("optimizer", OPTIMIZERS, "bfloat16 权重的优化器（默认按显存规划）"),
+    Flag("fast_kernels", bool, "用这里能用的快速算子（默认 true）"),
+    Flag("full_logits", bool, "用 transformers 自己的损失，只为对比（默认 false）"),
+    Flag("check", bool, "只检查这台机器能不能训练、有多快，不训练"),
+    Flag("rehearse", bool, "训练前先试最大的一步（默认有 GPU 时试）"),
+    Flag("use_cpu", bool, "有 GPU 也用 CPU"),
+    "保存与继续",
+    Flag("output_dir", str, "模型和检查点写在哪个文件夹；同一命令再运行一次就继续"),
+    Flag("overwrite_output_dir", bool, "删掉那里训练完的模型，重新训练"),
+    Flag("resume_from_checkpoint", str, "从这个检查点继续（默认最近的完整检查点）"),
+    Flag("save_steps", int, "每多少步保存一次（默认每次评估都保存）", ABOVE_0),
+    Flag("save_total_limit", int, "最多留几个检查点，最好的和最新的总在", ABOVE_0),
+    "记录",
+    Flag("eval_steps", int, "每多少步评估一次", ABOVE_0),
+    Flag("eval_on_start", bool, "训练前先评估一次"),
+    Flag("eval_samples", int, "每次评估时回答几个验证集的问题，0 为不回答", FROM_0),
+    Flag("sample_tokens", int, "示例回复最多多少个 token", ABOVE_0),
+    Flag("logging_steps", int, "每多少步记录一次", ABOVE_0),
+    Flag("report_to", TRACKERS, "记录到哪里"),
+    Flag("run_name", str, "这次训练的名字（默认输出文件夹的名字）"),
+    "多张 GPU",
+    Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
+    Flag("ddp_timeout", int, "等别的进程多少秒（默认 7200）", ABOVE_0),
+    "LoRA",
+    Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
+    Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
+    Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
+    Flag("target_modules", list, "给哪些层加适配器，可写几个名字（默认 all-linear：所有线性层）"),
+    Flag("use_rslora", bool, "缩放改为 alpha / sqrt(rank)（rsLoRA）"),
+    Flag("use_dora", bool, "DoRA：方向和大小分开训练，慢一些"),
+    Flag("load_in_4bit", bool, "QLoRA：冻结的权重用 4 位（NF4），要 bitsandbytes"),
+)
+FLAGS = {row.name: row for row in TABLE if isinstance(row, Flag)}
 
 
 def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
-    """The `recipe`, {flag: value}, with what the command line says in place of its values. A recipe with a `lora_rank`
-    has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that cannot be meant."""
+    """Return the `recipe`, {flag: value}, with what the command line says in place of its values. A recipe
+    with a `lora_rank` has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that
+    cannot be meant."""
     parser = terminal.Parser(description=description, usage="%(prog)s [--flag value ...]")
-    for title, flags in (GROUPS | (LORA if "lora_rank" in recipe else {})).items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            add_flag(group, flag, recipe.get(flag.name))
+    group = parser
+    for row in TABLE:
+        if row == "LoRA" and "lora_rank" not in recipe:  # the last heading
+            break
+        if isinstance(row, Flag):
+            add_flag(group, row, recipe.get(row.name))
+        else:
+            group = parser.add_argument_group(row)
     parser.gone = {"--deepspeed": "不再支持；放不下时请用 --fsdp true（每张卡放一部分），或 python train_lora.py"}
     values = dict(recipe) | vars(parser.parse_args())
-    if values.get("target_modules") == ["all-linear"]:  # to peft a list has names of layers
+    if values.get("target_modules") == ["all-linear"]:  # peft would take a list for names of layers
         values["target_modules"] = "all-linear"
     check(values)
     require_packages(values)
@@ -120,7 +115,7 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
 
 
 def add_flag(group, flag: Flag, default: object) -> None:
-    """Add one line of the table to an argparse group. What is not given is not in the result."""
+    """Add one line of the table to an argparse group. What the user does not give is not in the result."""
     words = flag.help if default is None else f"{flag.help}（默认 {default}）"
     options = {"help": words, "default": terminal.NOT_GIVEN, "metavar": ""}
     if isinstance(flag.kind, tuple):
@@ -135,33 +130,27 @@ def add_flag(group, flag: Flag, default: object) -> None:
 
 
 def refuse(why: str) -> None:
-    """Raises SystemExit with one sentence, said once on each machine: it may be that machine's alone."""
+    """Raise SystemExit with one sentence, said once on each machine: it may be that machine's alone."""
     raise SystemExit(2 if os.environ.get("LOCAL_RANK", "0") != "0" else f"错误：{why}。")
 
 
 def check(values: Mapping[str, object]) -> None:
-    """Raises SystemExit for numbers and folders with which training would fail late, or do nothing, and for flags that
-    contradict each other. `values` by the flags' names; what is missing or None was not said."""
+    """Raise SystemExit for numbers and folders with which training would fail late, or do nothing, and for
+    flags that contradict each other. `values` by the flags' names; one that is missing or None was not
+    set."""
     for name, value in values.items():
         flag = FLAGS.get(name)
-        if not flag or not flag.limit or value is None or (name, value) == ("max_steps", -1):  # Trainer's "not set"
+        if not flag or not flag.limit or value is None or (name, value) == ("max_steps", -1):  # as not set
             continue
         allowed, words = flag.limit
         if not allowed(value):
             refuse(f"--{name} {value}：要一个{words}")
-    optimizer, rate = values.get("optimizer"), values.get("lr_scheduler_type")
-    checkpoint, memory_gb = values.get("resume_from_checkpoint"), values.get("memory_gb")
-    eval_steps = values.get("eval_steps") or 1
+    optimizer, eval_steps = values.get("optimizer"), values.get("eval_steps") or 1
     if not values.get("output_dir", True):
         refuse("--output_dir 是空的")
-    if checkpoint and not Path(checkpoint).is_dir():
-        how = "不写这个参数，就会从最近的完整检查点继续"
-        refuse(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；{how}")
-    if memory_gb and memory_gb <= DRIVER_GB:
-        refuse(f"--memory_gb {memory_gb}：驱动自己就要约 {DRIVER_GB} GB")
     if (values.get("save_steps") or eval_steps) % eval_steps:
         refuse(f"--save_steps {values['save_steps']}：要是 --eval_steps {eval_steps} 的倍数")
-    if values.get("warmup_steps") and rate == "constant":
+    if values.get("warmup_steps") and values.get("lr_scheduler_type") == "constant":
         refuse("--warmup_steps：constant 不预热，constant_with_warmup 才预热")
     if optimizer == "8bit_in_backward" and values.get("max_grad_norm", 1) not in (0, 1):
         refuse(f"--max_grad_norm：--optimizer {optimizer} 不裁剪梯度")
@@ -171,8 +160,8 @@ def check(values: Mapping[str, object]) -> None:
 
 
 def check_launch(values: Mapping[str, object]) -> None:
-    """Raises SystemExit for a launcher that tells a process too little or would cut the model itself, and for what does
-    not go with --fsdp."""
+    """Raise SystemExit for a launcher that tells a process too little or would cut the model itself, and for
+    what does not go with --fsdp."""
     count, launched = int(os.environ.get("WORLD_SIZE") or 1), "LOCAL_RANK" in os.environ
     if count > 1 and not launched:  # each process would train alone, and all would write into one folder
         refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
@@ -191,21 +180,14 @@ def check_launch(values: Mapping[str, object]) -> None:
 
 
 def require_packages(values: Mapping[str, object]) -> None:
-    """Raises SystemExit where a package is not installed that was asked for. Of a command only: plans for another
-    machine can be made without them."""
+    """Raise SystemExit where a package is not installed that was asked for. Of a command only: plans for
+    another machine can be made without them."""
+    optimizer, tracker = str(values.get("optimizer")), values.get("report_to")
     wanted = {
         "bitsandbytes": values.get("load_in_4bit") and "--load_in_4bit",
-        "torchao": str(values.get("optimizer")).startswith("8bit") and f"--optimizer {values['optimizer']}",
-        "tensorboard": values.get("report_to") == "tensorboard" and "--report_to tensorboard",
-        "wandb": values.get("report_to") == "wandb" and "--report_to wandb",
+        "torchao": optimizer.startswith("8bit") and f"--optimizer {optimizer}",
+        tracker: tracker in ("tensorboard", "wandb") and f"--report_to {tracker}",
     }
     for package, flag in wanted.items():
         if flag and importlib.util.find_spec(package) is None:
             refuse(f"{flag} 要用 {package}；请先运行 pip install {package}")
-
-
-def changed(args: object, recipe: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """Those of `names` for which `args` has another value than the recipe, or than the default where that is silent."""
-    fields = type(args).__dataclass_fields__
-    wished = {name: recipe.get(name, fields[name].default) for name in names if name in fields}
-    return [name for name, value in wished.items() if getattr(args, name) != value]

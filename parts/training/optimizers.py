@@ -1,5 +1,5 @@
-"""AdamW for weights of few bits: Kahan sums, 8-bit states, and the step inside the backward pass. Knows bytes and
-gradients, not when which optimizer is worth it."""
+"""AdamW for weights of few bits: Kahan sums, 8-bit states, and the step inside the backward pass. Knows bytes
+and gradients, not when which optimizer is worth it."""
 
 import torch
 
@@ -12,25 +12,26 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
 
 
 def state_bytes(trained: list, optimizer: str) -> float:
-    """Bytes of the optimizer's states for the trained weights."""
-    each, _ = OPTIMIZERS[optimizer]
-    return sum(2 * p.nbytes for p in trained) if each is None else each * sum(p.numel() for p in trained)
+    """Return the bytes of the optimizer's states for the trained weights."""
+    bytes_each, _ = OPTIMIZERS[optimizer]
+    return sum(2 * p.nbytes if bytes_each is None else bytes_each * p.numel() for p in trained)
 
 
 def pick(name: str, triton: bool, **common):
-    """(optimizer class, its arguments) by its name, or None: what --optim says. `triton`: with its kernel, where there
-    is one. `common`: lr, betas and eps, of all of them.
+    """Return (optimizer class, its arguments) by its name, or None for torch's own. `triton`: with its
+    kernel, where there is one. `common`: lr, betas and eps, of all of them.
 
-    A bfloat16 weight has 8 significant bits: added to it, an update smaller than 1/512 of it is rounded away, and at a
-    learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter, for later steps;
-    stochastic rounding rounds up as often as the lost part is large, so that on average nothing is lost.
+    A bfloat16 weight has 8 significant bits: added to it, an update smaller than 1/512 of it is rounded away,
+    and at a learning rate of 1e-5 nearly all are. Kahan summation keeps the lost part, 2 bytes a parameter,
+    for later steps; stochastic rounding rounds up as often as the lost part is large, so that on average
+    nothing is lost.
     """
     if name == "adamw":
         return None
     if name == "kahan":
         import optimi
 
-        # Without its kernel one tensor at a time: foreach would hold copies of all weights and states at once.
+        # Without its kernel one tensor at a time: foreach would hold copies of all at once.
         return optimi.AdamW, common | {"foreach": False, "triton": triton}
     from torchao.optim import AdamW8bit
 
@@ -38,8 +39,9 @@ def pick(name: str, triton: bool, **common):
 
 
 def share_of_way(name: str, device: torch.device, triton: bool) -> float:
-    """How much of AdamW's way is gone after 16 steps with constant gradients, each lr long by its formula: 1 where all
-    is right; 0.82 where bfloat16 rounds what is lost away, as its numbers from 1 to 2 stand 0.0078 apart."""
+    """Return how much of AdamW's way is gone after 16 steps with constant gradients, each lr long by its
+    formula: 1 where all is right; 0.82 where bfloat16 rounds what is lost away, as its numbers from 1 to 2
+    stand 0.0078 apart."""
     generator = torch.Generator().manual_seed(0)
     start = (1 + torch.rand(64, 256, generator=generator)).to(device, torch.bfloat16)
     gradient = torch.rand(64, 256, generator=generator) + 0.5
@@ -54,11 +56,11 @@ def share_of_way(name: str, device: torch.device, triton: bool) -> float:
 
 
 def step_in_backward(weights: list, get_optimizer) -> list:
-    """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at once. Returns
-    the hooks. Where `get_optimizer()` is None, in a rehearsal, gradients are dropped only.
+    """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at
+    once. Returns the hooks. Where `get_optimizer()` is None, in a rehearsal, gradients are dropped only.
 
-    Only one weight has a gradient whenever the optimizer steps, so it is that one's step; Trainer's own finds none.
-    Clipping by the norm of all gradients is not possible, nor is a step of several backward passes.
+    Only one weight has a gradient whenever the optimizer steps, so it is that one's step; Trainer's own finds
+    none. Clipping by the norm of all gradients is not possible, nor is a step of several backward passes.
     """
 
     def step(weight) -> None:

@@ -1,15 +1,12 @@
-"""A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are no numbers
-are never written. Knows nothing of what is trained."""
+"""A Trainer that loses nothing: checkpoints count only when whole, a signal is obeyed, and weights that are
+no numbers are never written. Knows nothing of what is trained."""
 
-import contextlib
 import copy
 import math
-import random
 import shutil
 import sys
 from pathlib import Path
 
-import numpy
 import torch
 import transformers
 
@@ -18,8 +15,8 @@ from parts.terminal import explain_failed_write
 
 
 class SafeTrainer(transformers.Trainer):
-    """Trainer whose checkpoints count only when whole, that saves nothing after a loss that is no number, and that
-    takes no further step when it continues from its last one."""
+    """Trainer whose checkpoints count only when they are complete, that saves nothing after a loss that is no
+    number, and that takes no further step when it continues from its last one."""
 
     sealing: checkpoints.Sealer | None = None
     state_bytes: float = 0  # of the optimizer, that go into each checkpoint
@@ -35,31 +32,27 @@ class SafeTrainer(transformers.Trainer):
 
     def interrupted(self) -> bool:
         """Whether any process was asked to stop; all call this together."""
-        return self.interruption is not None and self.interruption.requested(self.args)
+        return self.interruption is not None and self.interruption.requested()
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
         stopped = self.interruption is not None and self.interruption.acted
-        if stopped and self.is_world_process_zero() and (whole := checkpoints.find_whole(self.args.output_dir)):
-            step = checkpoints.step_of(whole[-1])
-            where = f"\n已中断：第 {step} 步的检查点在 {self.args.output_dir}；同一命令会从这里继续。"
-            print(where, file=sys.stderr)
+        if stopped and self.is_world_process_zero():
+            where = f"第 {self.saved_step} 步的检查点在 {self.args.output_dir}"
+            print(f"\n已中断：{where}；同一命令会从这里继续。", file=sys.stderr)
         if not (stopped or self.state.global_step):  # such weights are the base's
             raise SystemExit("错误：一步也没有训练，什么都没有保存；请检查数据的行数和 --max_steps。")
         return output
 
     def check_space(self) -> None:
-        """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but the best
-        and the newest always), the one that is written before an older one goes, and the final weights."""
-        args, state = self.args, self.state
-        count = math.ceil(state.max_steps / state.save_steps)
+        """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but
+        the best and the newest always), the one that is written before an older one goes, and the final
+        weights."""
+        count = math.ceil(self.state.max_steps / self.state.save_steps)
         if self.limit:
-            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, and the one that is being written
-        weights = self.trained_bytes()
-        checkpoints.check_space(args.output_dir, count, weights + self.state_bytes, weights)
-
-    def trained_bytes(self) -> int:
-        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, the one being written
+        weights = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, weights)
 
     def finish_checkpoint(self) -> None:
         """Wait for the manifest of the last checkpoint."""
@@ -77,7 +70,7 @@ class SafeTrainer(transformers.Trainer):
         if not args.process_index:
             self.finish_checkpoint()
             for folder in checkpoints.folders(args.output_dir):
-                if checkpoints.step_of(folder) >= step:  # this run passed it over when it continued from an older one
+                if checkpoints.step_of(folder) >= step:  # this run went on from an older one
                     shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         try:
@@ -89,20 +82,6 @@ class SafeTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if not args.process_index:
             self.sealing = checkpoints.Sealer(checkpoint, self.state.best_model_checkpoint, self.limit)
-
-    def _load_from_checkpoint(self, *args, **kwargs):
-        super()._load_from_checkpoint(*args, **kwargs)
-        self.restore_dtype()
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        self.restore_dtype()
-
-    def restore_dtype(self) -> None:
-        """peft loads adapters as float32, whatever they were: training would go on with other rounding."""
-        for p in self.model.parameters():
-            if p.requires_grad:
-                p.data = p.data.to(self.model.dtype)
 
     def _run_epoch(self, *args, **kwargs):
         # Continued from its last checkpoint, Trainer would take one step more.
@@ -123,8 +102,8 @@ class SafeTrainer(transformers.Trainer):
         self.check_finite({"weights": torch.stack(sums).sum().item()})
 
     def check_finite(self, numbers: dict[str, float]) -> None:
-        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined, or will be
-        at the next step."""
+        """Stop before anything is saved when one of these is infinite or no number: the weights are ruined,
+        or will be at the next step."""
         for name in ("loss", "grad_norm", "eval_loss", "weights"):
             if not math.isfinite(numbers.get(name, 0)):
                 self.finish_checkpoint()
@@ -140,7 +119,8 @@ class SafeTrainer(transformers.Trainer):
 
 
 class Stopping(transformers.TrainerCallback):
-    """Ends training where a signal asks for it; before it begins, looks whether the disk has room for checkpoints."""
+    """Ends training where a signal asks for it; before it begins, looks whether the disk has room for
+    checkpoints."""
 
     def __init__(self, trainer: SafeTrainer):
         self.trainer = trainer
@@ -155,19 +135,18 @@ class Stopping(transformers.TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         cut_off = state.epoch % 1 > 0 and state.global_step < state.max_steps
-        if cut_off and self.trainer.interrupted():  # Trainer evaluates and saves here, but the epoch has not ended
+        if cut_off and self.trainer.interrupted():  # Trainer would evaluate and save, as at an end
             control.should_evaluate = control.should_save = False
 
 
 class BestCheckpoint(transformers.EarlyStoppingCallback):
-    """Early stopping with the patience of this command, not of the one that was interrupted; and the best checkpoint
-    is looked for where the output folder is now, not where it was then. A state that evaluates better than all before
-    is saved, whatever --save_steps says: else the best weights would be lost."""
+    """Early stopping with the patience of this command, not of the one that was interrupted; and the best
+    checkpoint is looked for where the output folder is now, not where it was then. A state that evaluates
+    better than all before is saved, whatever --save_steps says: else the best weights would be lost."""
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         super().on_evaluate(args, state, control, metrics, **kwargs)
-        found = metrics[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
-        control.should_save |= state.best_metric is None or found < state.best_metric
+        control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.early_stopping_patience = args.early_stopping_patience or sys.maxsize
@@ -177,16 +156,7 @@ class BestCheckpoint(transformers.EarlyStoppingCallback):
             state.best_model_checkpoint = str(best)
 
 
-@contextlib.contextmanager
 def same_random_states(device: torch.device):
-    """Behind it, also after an error, everything is drawn as if nothing had been drawn inside."""
-    python, arrays, backend = random.getstate(), numpy.random.get_state(), torch.get_device_module(device)
-    drawn = backend.get_rng_state() if device.type != "cpu" else None  # of CUDA, NPU or MPS
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
-        if drawn is not None:
-            backend.set_rng_state(drawn)
+    """Return a context behind which, also after an error, torch draws as if nothing had been drawn inside."""
+    devices = [] if device.type == "cpu" else [device]  # beside the CPU
+    return torch.random.fork_rng(devices, device_type=device.type)

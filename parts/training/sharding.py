@@ -1,9 +1,8 @@
-"""A model of which each process holds a part (FSDP2, --fsdp), and its Trainer: what all processes do together, and
-checkpoints that are those of one process. It knows torch's DTensors and the files of a checkpoint, not how a loss is
-made."""
+"""A model of which each process holds a part (FSDP2, --fsdp), and its Trainer: what all processes do
+together, and checkpoints that are those of one process. It knows torch's DTensors and the files of a
+checkpoint, not how a loss is made."""
 
 import contextlib
-import os
 from pathlib import Path
 
 import accelerate
@@ -11,26 +10,28 @@ import torch
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from parts.model.encoding import IGNORE_INDEX
 from parts.run import checkpoints
-from parts.training.packing import split_batch, token_batches
+from parts.training.packing import split_batch
 from parts.training.trainer import PackedTrainer
 
 ADAPTER = ".default."  # in the name of an adapter's weight; peft's files leave it out
+ADAPTER_FILE = "adapter_model.safetensors"  # peft's
 
 
 def shard(model, device: torch.device, world_size: int) -> None:
-    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight with
-    few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut, so that no
-    device ever holds all of it.
+    """Let each of `world_size` processes keep its rows of every weight of `model`, on `device`; of a weight
+    with few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut,
+    so that no device ever holds all of it.
 
-    A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays whole from
-    the forward pass to the end of the backward one: the loss is made outside of the model, and takes the output layer's
-    weight as it then stands there. So its gradient is added to where the embedding's is, if they are one weight, and is
-    averaged over the processes with all others. An embedding of its own is whole only while it is looked up.
+    A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays
+    whole from the forward pass to the end of the backward one: the loss is made outside of the model, and
+    takes the output layer's weight as it then stands there. So its gradient is added to where the embedding's
+    is, if they are one weight, and is averaged over the processes with all others. An embedding of its own is
+    whole only while it is looked up.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
@@ -44,92 +45,71 @@ def shard(model, device: torch.device, world_size: int) -> None:
 
 
 def reshard(model) -> None:
-    """Give up the weights that are still whole after a forward pass without a backward one: they would not follow what
-    is then written into the parts, and are not what the functions below look for."""
+    """Give up the weights that are still whole after a forward pass without a backward one: they would not
+    follow what is then written into the parts, and are not what the functions below look for."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def own_rows(p: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a weight or of its gradient; they share their memory with it."""
-    return p.detach().to_local() if isinstance(p, DTensor) else p.detach()
-
-
-def cut(p: DTensor, tensor):
-    """This process's rows of `tensor`, which is whole (or a slice of a file) and has the shape of `p`."""
-    rows = -(-p.shape[0] // p.device_mesh.size())  # all processes but the last ones have as many
-    first = min(p.shape[0], p.device_mesh.get_local_rank() * rows)
-    return tensor[first : first + len(own_rows(p))]
-
-
-def distribute(p: DTensor, rows: torch.Tensor) -> DTensor:
-    """The tensor like `p` of which this process has these rows."""
-    return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+def cut(p: DTensor, tensor: torch.Tensor) -> DTensor:
+    """Return `tensor`, which each process has and which has the shape of `p`, cut as `p` is, in memory of its
+    own."""
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def trained_of(model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def collect(value, first: bool):
-    """A DTensor as a whole tensor in the CPU's memory of the `first` process, and None in the others; all call this
-    together. Anything else is returned as it is."""
-    if not isinstance(value, DTensor):
-        return value
-    tensor = value.detach().full_tensor()
-    return tensor.cpu() if first else None
-
-
-def gather(model, first: bool) -> dict[str, torch.Tensor] | None:
-    """{name: trained weight} in the CPU's memory of the `first` process, one weight after another; None elsewhere."""
-    weights = {name: collect(p, first) for name, p in trained_of(model).items()}
-    return weights if first else None
+def collect(tensors: dict, first: bool) -> dict:
+    """Return {name: tensor} with each DTensor as a whole one in the CPU's memory of the `first` process, one
+    after another, and as None in the others; all call this together. Anything else stays as it is."""
+    collected = {}
+    for name, value in tensors.items():
+        if isinstance(value, DTensor):
+            value = value.detach().full_tensor()
+            value = value.cpu() if first else None
+        collected[name] = value
+    return collected
 
 
 def load(model, folder: str | Path) -> None:
-    """Put the trained weights of a saved model or adapter into the parts: each process reads its own rows."""
-    files = [Path(folder, "adapter_model.safetensors")]
-    if not files[0].is_file():
-        files = [Path(folder, name) for name in checkpoints.weight_files(Path(folder))]
+    """Put the trained weights of a saved model or adapter into the parts, one weight after another."""
+    files = [ADAPTER_FILE] if Path(folder, ADAPTER_FILE).is_file() else checkpoints.weight_files(Path(folder))
     missing = {name.replace(ADAPTER, "."): p for name, p in trained_of(model).items()}
     for file in files:
-        with safe_open(file, framework="pt") as saved:
+        with safe_open(Path(folder, file), framework="pt") as saved:
             for name in missing.keys() & set(saved.keys()):
                 p = missing.pop(name)
-                own_rows(p).copy_(cut(p, saved.get_slice(name)))
+                p.detach().copy_(cut(p, saved.get_tensor(name)))
     assert not missing, (folder, sorted(missing))
 
 
-def gather_states(optimizer, first: bool) -> dict | None:
-    """The optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one; None elsewhere.
-    So any number of processes can go on from it, sharded or not."""
-    states, gathered = optimizer.state_dict(), {}
-    for i, state in states["state"].items():  # the optimizer's own dict, which is left as it is
-        gathered[i] = {name: collect(value, first) for name, value in state.items()}
-    return states | {"state": gathered} if first else None
+def gather_states(optimizer, first: bool) -> dict:
+    """Return the optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one;
+    without tensors elsewhere. So any number of processes can go on from it, sharded or not."""
+    states = optimizer.state_dict()  # whose dicts are the optimizer's own, which are left as they are
+    gathered = {i: collect(state, first) for i, state in states["state"].items()}
+    return states | {"state": gathered}
 
 
 def load_states(optimizer, file: str | Path) -> None:
-    """Put the states of a file, which are those of whole weights, into the optimizer of the parts: what is as large as
-    its weight is cut as the weight is, and only these rows are read."""
+    """Put the states of a file, which are those of whole weights, into the optimizer of the parts: what is as
+    large as its weight is cut as the weight is."""
     states = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in states["state"].items():
-        p = weights[i]
         for name, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                state[name] = distribute(p, cut(p, value).to(p.device, copy=True))
-            else:  # a copy, too: the file is mapped, and would stay on the disk when it is deleted
-                state[name] = value.clone()
+            # A copy in any case: the file is mapped, and would stay on the disk when it is deleted.
+            if isinstance(value, torch.Tensor):
+                state[name] = cut(weights[i], value) if value.shape == weights[i].shape else value.clone()
     optimizer.load_state_dict(states)
 
 
 class Unwrapped(torch.nn.Module):
-    """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model` gives back
-    Trainer neither moves, cuts nor wraps once more."""
+    """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model`
+    gives back Trainer neither moves, cuts nor wraps once more."""
 
     def __init__(self, model):
         super().__init__()
@@ -140,9 +120,9 @@ class Unwrapped(torch.nn.Module):
 
 
 class ShardedTrainer(PackedTrainer):
-    """PackedTrainer of a model after `shard`. Each forward and backward pass is one of all processes, which therefore
-    take equally many; weights and states are gathered to be saved, so that a checkpoint can be asked, and continued
-    from, with any number of processes, sharded or not."""
+    """PackedTrainer of a model after `shard`. Each forward and backward pass is one of all processes, which
+    therefore take equally many; weights and states are gathered to be saved, so that a checkpoint can be
+    asked, and continued from, with any number of processes, sharded or not."""
 
     def _move_model_to_device(self, model, device):
         """It is there already."""
@@ -150,16 +130,14 @@ class ShardedTrainer(PackedTrainer):
     def _wrap_model(self, model, training=True, dataloader=None):
         return model if isinstance(model, Unwrapped) else Unwrapped(model)
 
-    def follow(self, plan) -> None:
-        super().follow(plan)
-        self.state_bytes = plan.parts["优化器"] * self.args.world_size  # a checkpoint has those of all
-
     def between_passes(self, model):
-        """Each pass reduces its gradients to this process's rows at once: whole ones would be as large as the model."""
+        """Each pass reduces its gradients to this process's rows at once: whole ones would be as large as the
+        model."""
         return contextlib.nullcontext()
 
     def parts_of(self, inputs) -> list[dict]:
-        """As many as the process with the most has: the others add passes over two tokens of which none counts."""
+        """Cut the batch into as many passes as the process with the most has: the others add passes over two
+        tokens of which none counts."""
         parts = split_batch(inputs, self.plan.batch_tokens)
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = self.accelerator.gather(count).max().item() - len(parts)
@@ -173,29 +151,25 @@ class ShardedTrainer(PackedTrainer):
         super().drop_gradients()
 
     def evaluation_batches(self, dataset) -> list[list[int]]:
-        """This process's share of the rows, and at its end as many empty batches as make all shares equally long."""
-        world_size = self.args.world_size
-        shares = [token_batches(dataset, rank, world_size, self.eval_tokens()) for rank in range(world_size)]
-        own = shares[self.args.process_index]
-        return own + [[]] * (max(map(len, shares)) - len(own))
+        """This process's share of the rows, and at its end as many empty batches as make all shares equally
+        long."""
+        own = super().evaluation_batches(dataset)
+        counts = accelerate.utils.gather_object([len(own)])
+        return own + [[]] * (max(counts) - len(own))
 
     def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
-        """Of no rows, [6, 0]; the forward pass is taken nevertheless."""
+        """Of no rows, return [6, 0]; the forward pass is taken nevertheless."""
         sums = super().evaluate_rows(dataset, rows or [0])
+        reshard(self.model)
         return sums if rows else sums[:, :0]
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        reshard(self.model)
-        return metrics
-
     def check_weights(self) -> None:
-        sums = [own_rows(p).sum(dtype=torch.float32) for p in trained_of(self.model).values()]
+        sums = [p.detach().to_local().sum(dtype=torch.float32) for p in trained_of(self.model).values()]
         total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
         self.check_finite({"weights": total.item()})
 
-    def gather(self) -> dict[str, torch.Tensor] | None:
-        return gather(self.model, self.is_world_process_zero())
+    def gather(self) -> dict[str, torch.Tensor | None]:
+        return collect(trained_of(self.model), self.is_world_process_zero())
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         weights = self.gather()
@@ -205,8 +179,8 @@ class ShardedTrainer(PackedTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = gather_states(self.optimizer, self.is_world_process_zero())
         if self.args.should_save:
-            torch.save(states, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            torch.save(states, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load(self.model, resume_from_checkpoint)
@@ -215,7 +189,6 @@ class ShardedTrainer(PackedTrainer):
         load(self.model, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if checkpoint is None:
-            return
-        load_states(self.optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        if checkpoint:
+            load_states(self.optimizer, Path(checkpoint, OPTIMIZER_NAME))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))

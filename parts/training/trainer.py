@@ -1,39 +1,47 @@
-"""Training on packed batches: a loss without logits, an evaluation that no batch changes, and a step cut into passes.
-Knows the plan and the kernels that were chosen, not how."""
+"""Training on packed batches: a loss without logits, an evaluation that no batch changes, a step cut into
+passes, and a line on the screen for each log. Knows the plan and the kernels that were chosen, not how."""
 
 import time
 
+import psutil
 import torch
 import transformers
+from tqdm import tqdm
 
-from parts.machine import memory
-from parts.machine import plan as memory_plan
-from parts.machine.kernels import Kernels
-from parts.machine.plan import Plan
 from parts.model import encoding
 from parts.model.encoding import IGNORE_INDEX
-from parts.training import evaluation, optimizers
-from parts.training.log_lines import LogLines
-from parts.training.loss import LinearCrossEntropy
-from parts.training.packing import PACKED, PackedCollator, split_batch, starts_of, token_batches
+from parts.training import optimizers
+from parts.training.packing import PACKED, LinearCrossEntropy, PackedCollator, split_batch, starts_of, token_batches
 from parts.training.safe_trainer import SafeTrainer
 
-EVAL_TOKENS = 8192  # at most, of whole examples in one evaluation batch, which keeps neither activations nor logits
+EVAL_TOKENS = 8192  # at most in one evaluation batch, which keeps neither activations nor logits
+LOG_PARTS = {  # of a log, as they stand in its line
+    "loss": "loss {:.4f}",
+    "eval_loss": "评估 eval_loss {:.4f}",
+    "eval_think_loss": "思考 {:.3f}",
+    "eval_answer_loss": "回答 {:.3f}",
+    "grad_norm": "梯度 {:.2f}",
+    "learning_rate": "学习率 {:.3g}",
+    "tokens_per_second": "{:,.0f} token/秒",
+    "peak_memory_gb": "{:.2f} GB",
+    "eval_runtime": "{:.1f} 秒",
+    "train_runtime": "训练用时 {:.0f} 秒",
+}
 
 
 class PackedTrainer(SafeTrainer):
-    """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs tokens
-    per second and peak memory beside the training loss."""
+    """Trainer whose loss needs no logits, whose evaluation loss does not depend on the batch, and that logs
+    tokens per second and peak memory beside the training loss."""
 
-    window_start: float | None = None  # of the steps since the last log; evaluations and saving come after a log
+    window_start: float | None = None  # of the steps since the last log; evaluations come after a log
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     step_hooks: tuple = ()  # that step in the backward pass
-    plan: Plan | None = None  # that is followed
+    plan = None  # that is followed: tokens in a pass, recomputed layers, optimizer, and their bytes
 
-    def __init__(self, *args, kernels: Kernels, **kwargs):
+    def __init__(self, *args, kernels, **kwargs):
         super().__init__(*args, data_collator=PackedCollator(), **kwargs)
-        self.kernels = kernels
+        self.kernels = kernels  # the fast paths that run here, and agree
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
@@ -41,25 +49,28 @@ class PackedTrainer(SafeTrainer):
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
             self.add_callback(LogLines())
 
-    def follow(self, plan: Plan) -> None:
-        """Train by this plan from now on."""
+    def follow(self, plan) -> None:
+        """Train in passes of the plan's size and with its optimizer from now on. Whether layers are
+        recomputed is the model's own setting."""
         args, self.plan = self.args, plan
-        self.state_bytes = plan.parts["优化器"]
+        # A checkpoint has the states of all processes that share a model.
+        self.state_bytes = plan.parts["优化器"] * (args.world_size if args.fsdp else 1)
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         self.optimizer_cls_and_kwargs = optimizers.pick(plan.optimizer, self.kernels.step.runs, **settings)
-        memory_plan.apply(plan, self.model)
         for hook in self.step_hooks:  # of an earlier plan
             hook.remove()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        in_backward = plan.optimizer.endswith("in_backward")
-        self.step_hooks = optimizers.step_in_backward(trained, lambda: self.optimizer) if in_backward else []
+        self.step_hooks = ()
+        if plan.optimizer.endswith("in_backward"):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.step_hooks = optimizers.step_in_backward(trained, lambda: self.optimizer)
 
     def keep_hidden(self, module, args, output) -> None:
         self.last_hidden = output.last_hidden_state
 
     def supervised_losses(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(sum, losses [N], where [N] the supervised tokens stand among the B x (T-1)). `model` is asked for no logits
-        at all, but is called as a whole, so that DistributedDataParallel sees the pass."""
+        """Return (sum, losses [N], where [N] the supervised tokens stand among the B x (T-1)). `model` is
+        asked for no logits at all, but is called as a whole, so that DistributedDataParallel sees the
+        pass."""
         inputs = self.for_attention(inputs)
         targets = inputs.pop("labels")[:, 1:]
         model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
@@ -71,68 +82,64 @@ class PackedTrainer(SafeTrainer):
         return *LinearCrossEntropy.apply(hidden, weight, targets.flatten()[where]), where
 
     def for_attention(self, inputs: dict) -> dict:
-        """A copy of `inputs` with what the attention in use wants to know of where examples begin; transformers' own
-        sees it in the position ids."""
+        """Return a copy of `inputs` with what the attention in use wants to know of where examples begin;
+        transformers' own sees it in the position ids."""
         inputs = dict(inputs)
         if self.model.config._attn_implementation != PACKED:
             inputs.pop("lengths")
-        elif self.kernels.varlen:
+        elif self.kernels.attention.runs:
             inputs["starts"] = starts_of(inputs["lengths"], inputs["input_ids"].device)
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over the supervised tokens of the whole optimizer step, on all devices, as Trainer's own."""
+        """Return the mean over the supervised tokens of the whole optimizer step, on all devices, as
+        Trainer's own."""
         if self.args.full_logits:
             return super().compute_loss(model, self.for_attention(inputs), return_outputs, num_items_in_batch)
-        total, losses, _ = self.supervised_losses(model, inputs)
-        if num_items_in_batch is None:
-            return total / len(losses)
+        total, _, _ = self.supervised_losses(model, inputs)
         # num_items_in_batch is that of all devices, whose gradients are averaged.
         return total * self.accelerator.num_processes / num_items_in_batch
 
-    def eval_tokens(self) -> int:
-        """At most in one evaluation batch."""
-        return min(EVAL_TOKENS, self.plan.batch_tokens)
-
     @torch.no_grad()
     def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
-        """evaluation.per_row of these rows as one batch: [6, rows]."""
+        """Return sums_of_rows of these rows as one batch: [6, rows]."""
         inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
-        with self.compute_loss_context_manager():
-            _, losses, where = self.supervised_losses(self.model, inputs)
+        _, losses, where = self.supervised_losses(self.model, inputs)
         row = ((inputs["position_ids"] == 0).cumsum(dim=1) - 1)[0, 1:][where]
-        thinking = evaluation.is_thinking(inputs["labels"][0], self.end_of_thinking)[1:][where]
-        return evaluation.per_row(losses, row, thinking, len(rows))
+        thinking = is_thinking(inputs["labels"][0], self.end_of_thinking)[1:][where]
+        return sums_of_rows(losses, row, thinking, len(rows))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """{eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as evaluation.losses_of has them;
+        """Return {eval_loss, eval_token_loss, eval_think_loss, eval_answer_loss: as losses_of has them;
         eval_runtime in seconds}. No loss depends on batch size or number of processes."""
         started = time.perf_counter()
         dataset = eval_dataset or self.eval_dataset
         self.model.eval()
-        sums = torch.zeros(6, dtype=torch.float64)  # of per_row's columns
+        sums = torch.zeros(6, dtype=torch.float64)
         for rows in self.evaluation_batches(dataset):
             sums += torch.stack([column.sum() for column in self.evaluate_rows(dataset, rows)]).cpu()
         sums = self.accelerator.reduce(sums.to(self.args.device, torch.float32)).tolist()
-        metrics = evaluation.losses_of(sums) | {"runtime": time.perf_counter() - started}
+        metrics = losses_of(*sums) | {"runtime": time.perf_counter() - started}
         metrics = {f"{metric_key_prefix}_{name}": round(value, 6) for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def evaluation_batches(self, dataset) -> list[list[int]]:
-        """This process's share of the rows."""
-        return token_batches(dataset, self.args.process_index, self.args.world_size, self.eval_tokens())
+        """Return this process's share of the rows."""
+        most = min(EVAL_TOKENS, self.plan.batch_tokens)
+        return token_batches(dataset, self.args.process_index, self.args.world_size, most)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The batch in parts of at most batch_tokens tokens; their losses and gradients add up to the batch's."""
+        """Take the batch in parts of at most batch_tokens tokens; their losses and gradients add up to the
+        batch's."""
         if self.window_start is None:
             self.window_start = time.perf_counter()
         self.window_tokens += inputs["input_ids"].numel()
         return self.take_passes(model, inputs, num_items_in_batch)
 
     def take_passes(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        """Forward and backward of the batch; its loss."""
+        """Take the forward and backward passes of the batch; returns its loss."""
         assert num_items_in_batch is not None  # else the parts' means would add up
         *parts, last = self.parts_of(inputs)
         with self.between_passes(model):
@@ -140,11 +147,11 @@ class PackedTrainer(SafeTrainer):
         return sum(losses, super().training_step(model, last, num_items_in_batch))
 
     def parts_of(self, inputs) -> list[dict]:
-        """The batch, a pass each."""
+        """Cut the batch, a pass each."""
         return split_batch(inputs, self.plan.batch_tokens)
 
     def between_passes(self, model):
-        """Around all passes but the last: several GPUs add up their gradients once, after that one."""
+        """Stand around all passes but the last: several GPUs add up their gradients once, after that one."""
         return self.accelerator.no_sync(model)
 
     def drop_gradients(self) -> None:
@@ -153,10 +160,11 @@ class PackedTrainer(SafeTrainer):
         self.model.zero_grad(set_to_none=True)
 
     def gather(self) -> dict[str, torch.Tensor] | None:
-        """The trained weights, where the model does not hold them itself."""
+        """Return the trained weights, where the model does not hold them itself."""
 
     def release(self):
-        """The model, ready to be asked. The optimizer's states are dropped: the replies need their memory."""
+        """Return the model, ready to be asked. The optimizer's states are dropped: the replies need their
+        memory."""
         self.check_weights()
         for holder in (self, self.callback_handler):
             holder.optimizer = holder.lr_scheduler = None
@@ -172,6 +180,66 @@ class PackedTrainer(SafeTrainer):
         if "loss" in logs and self.window_start is not None:
             tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
             logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)
-            logs["peak_memory_gb"] = round(memory.peak(self.args.device) / 1e9, 2)
+            logs["peak_memory_gb"] = round(peak(self.args.device) / 1e9, 2)
             self.window_start, self.window_tokens = None, 0
         super().log(logs, *args, **kwargs)
+
+
+def is_thinking(labels: torch.Tensor, end: int) -> torch.Tensor:
+    """Return which of the labels [T] are thinking: the supervised ones of a last reply up to and including
+    its </think>, whose id is `end`. All others are answer: what follows, earlier replies, and replies without
+    thinking, whose empty block is in the prompt and not supervised. Examples may stand one after another, as
+    each begins with its prompt."""
+    turn = (labels == IGNORE_INDEX).cumsum(0)  # the same number within a supervised stretch
+    positions = torch.arange(len(labels), device=labels.device)
+    ends = torch.full((len(labels) + 1,), -1, device=labels.device)
+    ends[turn[labels == end]] = positions[labels == end]
+    return (labels != IGNORE_INDEX) & (positions <= ends[turn])
+
+
+def sums_of_rows(losses: torch.Tensor, row: torch.Tensor, thinking: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return [6, rows] from the losses of the supervised tokens [N], the rows that they belong to, and
+    whether they are thinking: 1, the mean loss, the thinking's sum of losses and tokens, the answer's sum of
+    losses and tokens."""
+    means = torch.zeros(rows, device=losses.device).index_add_(0, row, losses) / torch.bincount(row, minlength=rows)
+    parts = []
+    for part in (thinking, ~thinking):
+        parts.append(torch.zeros_like(means).index_add_(0, row[part], losses[part]))
+        parts.append(torch.bincount(row[part], minlength=rows))
+    return torch.stack([torch.ones_like(means), means, *parts])
+
+
+def losses_of(rows, means, think, think_tokens, answer, answer_tokens) -> dict[str, float]:
+    """Return, from sums_of_rows, each summed over all rows: `loss`, the mean over the rows of their mean
+    token loss, as published; `token_loss`, `think_loss` and `answer_loss`, means over all tokens, and over
+    those of one part. There is no `think_loss` where no row has a thinking."""
+    losses = {"loss": means / rows, "token_loss": (think + answer) / (think_tokens + answer_tokens)}
+    if think_tokens:
+        losses["think_loss"] = think / think_tokens
+    return losses | {"answer_loss": answer / answer_tokens}
+
+
+class LogLines(transformers.ProgressCallback):
+    """It prints a line of at most 80 columns where Trainer would print a dict; the bar stays below the lines,
+    and is there at a terminal only: in a file each of its moves would be a line."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        self.current_step = state.global_step
+        self.training_bar = tqdm(
+            total=state.max_steps, initial=self.current_step, disable=hidden or None, dynamic_ncols=True
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        parts = [form.format(logs[name]) for name, form in LOG_PARTS.items() if name in logs]
+        if state.is_world_process_zero and parts:
+            tqdm.write("  ".join([f"第 {state.global_step} 步", *parts]))
+
+
+def peak(device: torch.device) -> int:
+    """Return the most bytes that the device's allocator has reserved; elsewhere what the process holds
+    now."""
+    backend = getattr(torch, device.type, None)  # torch.cuda, torch.npu
+    if hasattr(backend, "max_memory_reserved"):
+        return backend.max_memory_reserved()
+    return psutil.Process().memory_info().rss

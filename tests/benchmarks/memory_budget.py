@@ -3,6 +3,7 @@
     python tests/benchmarks/memory_budget.py                 # Qwen3-1.7B's shape, random weights; wants a GPU
     python tests/benchmarks/memory_budget.py --small --caps 2 4              # a check on a CPU that it works
     python tests/benchmarks/memory_budget.py --plans         # only what would be planned, on any machine
+    python tests/benchmarks/memory_budget.py --plans --float32               # on cards without bfloat16
 
 The cap holds for the whole process (--memory_gb: a fraction of the card's memory that CUDA refuses to go beyond). The
 first step is the worst one, four examples of 2,048 tokens, and a warm-up: speed is that of the steps after it. The
@@ -33,7 +34,7 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     import train_speed
 
     from parts import terminal
-    from parts.machine import memory
+    from parts.training.trainer import peak
 
     script, flags = KINDS[kind]
     examples = train_speed.draw_examples(4 * steps, first=(WORST,) * 4)
@@ -48,7 +49,7 @@ def run_one(kind: str, cap: float, small: bool, steps: int) -> dict:
     speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
     return {
         "tokens_per_second": statistics.median(speeds[1:]),
-        "peak_gb": memory.peak(trainer.args.device) / 1e9,
+        "peak_gb": peak(trainer.args.device) / 1e9,
         "estimate_gb": plan.total / 1e9,
         "plan": describe(plan),
     }
@@ -60,9 +61,9 @@ def describe(plan) -> str:
 
 
 def saved_by_4_bits(model) -> float:
-    """Bytes by which the bfloat16 weights under the adapters are smaller in 4 bits."""
+    """Bytes by which the weights under the adapters are smaller in 4 bits."""
     weights = [weight for name, weight in model.named_parameters() if name.endswith("base_layer.weight")]
-    return sum(weight.numel() for weight in weights) * (2 - NF4_BITS / 8)
+    return sum(weight.numel() for weight in weights) * (model.dtype.itemsize - NF4_BITS / 8)
 
 
 def card_arguments(make, **flags) -> SimpleNamespace:
@@ -75,30 +76,30 @@ def card_arguments(make, **flags) -> SimpleNamespace:
     return SimpleNamespace(**vars(real) | here)
 
 
-def plan_only(cap: float) -> None:
-    """The plans for a CUDA card of this size, from shapes alone."""
+def plan_only(cap: float, float32: bool = False) -> None:
+    """The plans for a CUDA card of this size, from shapes alone; `float32`: one that has no bfloat16."""
     import train_speed
 
     import train
     import train_lora
-    from parts.machine import memory
-    from parts.machine import plan as memory_plan
-    from parts.model.weights import quiet_libraries
+    from parts.machine import plan
+    from parts.model import weights
 
-    quiet_libraries()
+    weights.quiet_libraries()
     for kind, (script, _) in KINDS.items():
         make = train_lora.arguments if script == "train_lora" else train.arguments
         args = card_arguments(make, memory_gb=cap)
         model = train_speed.build_model(False, "meta")
+        model = model.float() if float32 else model
         with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
             model = model if kind == "full" else train_lora.add_adapter(model, args)
         if kind == "QLoRA":
             size = model.get_memory_footprint() - saved_by_4_bits(model)
             model.get_memory_footprint = lambda size=size: size
-        free = memory.free(args, model)
-        plan, *_ = memory_plan.choose(args, model, [2048] * 4, True, free)
-        fits = "yes" if plan.fits else "no"
-        print(f"| {cap:g} | {kind} | {fits} | {plan.total / 1e9:.1f} | {describe(plan)} |")
+        free = plan.free_bytes(args.device, model, args.memory_gb)
+        fastest, *_ = plan.choose(args, model, [2048] * 4, True, free)
+        fits = "yes" if fastest.fits else "no"
+        print(f"| {cap:g} | {kind} | {fits} | {fastest.total / 1e9:.1f} | {describe(fastest)} |")
 
 
 def main() -> None:
@@ -108,13 +109,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps after the worst one (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--plans", action="store_true", help="do not train")
+    parser.add_argument("--float32", action="store_true", help="with --plans: weights in float32")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return print(json.dumps(run_one(args.one[0], float(args.one[1]), args.small, args.steps)))
     if args.plans:
         print("| cap GB | training | fits | estimate GB | plan |\n| --- | --- | --- | --- | --- |")
-        return [plan_only(cap) for cap in args.caps] and None
+        return [plan_only(cap, args.float32) for cap in args.caps] and None
     print("| cap GB | training | tokens/s | peak GB | estimate GB | estimate / peak | plan |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for cap in args.caps:

@@ -308,8 +308,8 @@ def adamw(model, fused: bool | None):
 def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False) -> Counter:
     """This project's step; `published`: as its flags make it the published recipe, see train_speed.PUBLISHED."""
     import train_lora
-    from parts.machine import kernels
-    from parts.machine import plan as memory_plan
+    from parts.machine import plan
+    from parts.model.fused import fuse_layers
     from parts.training import packing
     from parts.training.trainer import PackedTrainer
 
@@ -323,10 +323,10 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
         if not published:
             packing.use(model)
         if fused:
-            kernels.fuse(model)
-        memory_plan.apply(SimpleNamespace(checkpoint_every=every, offload=False), model)
+            fuse_layers(model)
+        plan.apply(SimpleNamespace(checkpoint_every=every, offload=False), model)
         trainer = PackedTrainer.__new__(PackedTrainer)  # without what Trainer sets up
-        trainer.model, trainer.kernels = model, SimpleNamespace(varlen=fused)
+        trainer.model, trainer.kernels = model, SimpleNamespace(attention=SimpleNamespace(runs=fused))
         trainer.args = SimpleNamespace(full_logits=False)
         trainer.accelerator = SimpleNamespace(num_processes=1)
         model.get_decoder().register_forward_hook(trainer.keep_hidden)
@@ -346,7 +346,11 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
 def adapter_arguments() -> SimpleNamespace:
     import train_lora
 
-    rank, alpha, share = train_lora.LORA_RANK, train_lora.LORA_ALPHA, train_lora.LORA_DROPOUT
+    rank, alpha, share = (
+        train_lora.RECIPE["lora_rank"],
+        train_lora.RECIPE["lora_alpha"],
+        train_lora.RECIPE["lora_dropout"],
+    )
     names = {"model_name": "none", "model_revision": None}
     return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_dropout=share, **names)
 

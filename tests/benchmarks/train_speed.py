@@ -146,7 +146,7 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
     import torch
     import transformers
 
-    from parts.machine import memory
+    from parts.training.trainer import peak
 
     script, flags, _ = ARMS[name]
     total = warmup + steps
@@ -179,7 +179,7 @@ def run_arm(name: str, small: bool, steps: int, warmup: int) -> dict[str, float]
         "seconds": statistics.median(seconds[warmup:]),
         "tokens": len(labels) / total,
         "supervised": sum(label != -100 for label in labels) / total,
-        "peak_gb": memory.peak(trainer.args.device) / 1e9,
+        "peak_gb": peak(trainer.args.device) / 1e9,
         "loss": trainer.state.log_history[-1]["train_loss"],
     }
 

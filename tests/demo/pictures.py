@@ -24,16 +24,16 @@ import memory_budget  # noqa: E402
 
 import train  # noqa: E402
 import train_lora  # noqa: E402
-from parts.machine import memory  # noqa: E402
+from parts.machine import plan  # noqa: E402
 from parts.run import model_card  # noqa: E402
-from parts.training import loss  # noqa: E402
+from parts.training import packing  # noqa: E402
 
 HERE = ROOT / "tests" / "demo"
 IMAGES = ROOT / "readme_images"
 DEMO = Path("output/demo")
 CHAT = "python inference.py --chat --model_path full"
 QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
-PORT, WEB_PORT = 5092, 5093  # of the dashboard, of the page
+WEB_PORT = 5093
 CHAT_PAGE = """\
 <body style="margin: 0"><pre style="display: inline-block; padding: 16px 20px; border-radius: 8px; background: #0c0c0c;
 color: #d9d9d9; font: 16px/1.5 'Noto Sans Mono CJK SC', monospace">{code}</pre></body>"""
@@ -68,16 +68,16 @@ def memory_table() -> dict[str, dict[str, float]]:
     n = read_numbers("memory.json")
     with torch.device("meta"):  # shapes alone, which take no memory
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**n["shape"])).to(torch.bfloat16)
-    step = n["tokens"] * train.BATCH_SIZE
+    step = n["tokens"] * train.RECIPE["per_device_train_batch_size"]
     one, whole = (n["tokens"], step), (step, step)
     table = {"published recipe": memory_parts(model, "adamw", *one)}
     # All logits and their gradients at once, in place of chunks of them.
-    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - loss.LOSS_BYTES) / 1e9
+    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - packing.LOSS_BYTES) / 1e9
     table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
     table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
     table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *whole)
     table["… --offload_activations"] = memory_parts(model, "8bit_in_backward", *whole, offload=True)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.LORA_RANK)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.RECIPE["lora_rank"])
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
     table["train_lora.py --load_in_4bit"] = memory_parts(adapted, "kahan", *one)
@@ -87,9 +87,11 @@ def memory_table() -> dict[str, dict[str, float]]:
 
 def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool = False) -> dict[str, float]:
     """The plan's estimate, with the gradients apart from what else a step takes."""
-    args = argparse.Namespace(lora_dropout=train_lora.LORA_DROPOUT, full_logits=False, gradient_accumulation_steps=1)
+    args = argparse.Namespace(
+        lora_dropout=train_lora.RECIPE["lora_dropout"], full_logits=False, gradient_accumulation_steps=1
+    )
     args.world_size, args.fsdp = 1, False
-    weights, states, peak, reserve = memory.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
+    weights, states, peak, reserve = plan.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
     gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     gradients *= not optimizer.endswith("in_backward")
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
@@ -175,26 +177,18 @@ def open_when_ready(page, address: str, seconds: int = 60) -> None:
 
 
 def photograph(chromium: str | None) -> None:
-    """The conversation, and the chart page of the demo's full training as `swanlab watch` shows it."""
+    """The conversation at the terminal, the page of replies side by side, and the page in the browser."""
     from playwright.sync_api import sync_playwright
 
-    command = ["swanlab", "watch", DEMO / "swanlog", "--port", str(PORT)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with sync_playwright() as playwright:
-            flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-            browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-            page = browser.new_page(viewport={"width": 1280, "height": 800}, locale="zh-CN")
-            page.set_content(chat_page())
-            page.locator("pre").screenshot(path=IMAGES / "chat.png", omit_background=True)
-            open_when_ready(page, f"http://127.0.0.1:{PORT}/experiment/1/chart")
-            page.wait_for_timeout(7000)  # the charts draw themselves
-            page.screenshot(path=IMAGES / "dashboard.png")
-            photograph_comparison(browser)
-            photograph_web(browser)
-            browser.close()
-    finally:
-        server.terminate()
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, locale="zh-CN")
+        page.set_content(chat_page())
+        page.locator("pre").screenshot(path=IMAGES / "chat.png", omit_background=True)
+        photograph_comparison(browser)
+        photograph_web(browser)
+        browser.close()
 
 
 def photograph_comparison(browser) -> None:

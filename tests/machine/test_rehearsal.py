@@ -1,12 +1,9 @@
 """The worst step is tried before anything is written; it leaves no trace, and a plan that is too large gives way."""
 
 import math
-import random
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 from helpers import At, build_trainer, crash, losses, refused, run, run_steps, same, weights
@@ -14,68 +11,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from parts.machine import plan as memory_plan
-from parts.machine import proof, rehearsal
+from parts.machine import kernels, plan, rehearsal
 from parts.model import fused
-from parts.training import safe_trainer
+from parts.training.packing import lengths_of
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_weights_and_losses_are_the_same_bit_for_bit_with_and_without_it(workspace, tiny_model, lora):
     """With dropout, whose masks are drawn from the state that the rehearsal has to put back."""
-    runs = {}
-    for rehearse in (False, True):
-        trainer = run_steps(tiny_model, lora, rehearse=rehearse, output_dir=f"run{rehearse}")
-        runs[rehearse] = weights(f"run{rehearse}"), losses(trainer)
-    assert same(runs[False][0], runs[True][0]) and runs[False][1] == runs[True][1]
-
-
-def test_every_random_state_is_put_back():
-    def draw():
-        return random.random(), numpy.random.rand(), torch.rand(1).item()
-
-    torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
-    with safe_trainer.same_random_states(torch.device("cpu")):
-        first = draw()
-    assert draw() == first
+    plain, rehearsed = (run_steps(tiny_model, lora, rehearse=flag, output_dir=f"run{flag}") for flag in (False, True))
+    assert same(weights("runFalse"), weights("runTrue")) and losses(plain) == losses(rehearsed)
 
 
 def test_it_says_what_fits_and_how_long_it_takes(workspace, tiny_model, tokenizer, capsys):
     trainer = build_trainer(tiny_model, tokenizer, rehearse=True)
-    lengths = sorted(len(ids) for ids in trainer.train_dataset["input_ids"])
+    lengths = sorted(lengths_of(trainer.train_dataset))
     assert f"最大的一步（{sum(lengths[-4:])} 个 token）" in capsys.readouterr().out
     assert all(p.grad is None for p in trainer.model.parameters()) and trainer.last_hidden is None
     assert trainer.window_start is None and trainer.optimizer is None
 
 
-def test_the_time_is_that_of_all_steps_and_evaluations(workspace, tiny_model, tokenizer):
-    found = rehearsal.Rehearsed(0, 100, 50.0, 200.0)
-    trainer = build_trainer(tiny_model, tokenizer, max_steps=54, eval_steps=27)
-    train_tokens, eval_tokens = (
-        sum(map(len, data["input_ids"])) for data in (trainer.train_dataset, trainer.eval_dataset)
-    )
-    expected = 2 * train_tokens / 50 + 2 * eval_tokens / 200  # 27 steps of 4 are all 108 rows
-    assert rehearsal.seconds_of_run(found, trainer) == pytest.approx(expected)
-    trainer = build_trainer(tiny_model, tokenizer, max_steps=-1, num_train_epochs=2, eval_steps=27)
-    assert rehearsal.seconds_of_run(found, trainer) == pytest.approx(expected)
+@pytest.mark.parametrize("length", [{"max_steps": 54}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_the_time_is_that_of_all_steps_and_evaluations(workspace, tiny_model, tokenizer, length):
+    trainer = build_trainer(tiny_model, tokenizer, eval_steps=27, **length)
+    tokens = [sum(lengths_of(rows)) for rows in (trainer.train_dataset, trainer.eval_dataset)]
+    expected = 2 * tokens[0] / 50 + 2 * tokens[1] / 200  # 27 steps of 4 are all 108 rows
+    assert rehearsal.seconds_of_run(rehearsal.Rehearsed(0, 100, 50.0, 200.0), trainer) == pytest.approx(expected)
 
 
 class Card(TorchDispatchMode):
     """A card for the CPU: counts the bytes of all tensors that are made while it is on, and has no more than `size`."""
 
-    def __init__(self, size: float = float("inf")):
+    def __init__(self, size: float = math.inf):
         super().__init__()
-        self.size, self.held, self.peak, self.seen = size, 0, 0, set()
+        self.size, self.held, self.peak, self.known = size, 0, 0, set()
 
     def free(self, key: int, size: int) -> None:
         self.held -= size
-        self.seen.discard(key)
+        self.known.discard(key)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.seen:
-                self.seen.add(id(storage))
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(id(storage))
                 self.held += storage.nbytes()
                 weakref.finalize(storage, self.free, id(storage), storage.nbytes())
         self.peak = max(self.peak, self.held)
@@ -84,28 +63,22 @@ class Card(TorchDispatchMode):
         return result
 
 
-def plans_of(trainer, *rungs) -> list[memory_plan.Plan]:
-    """One plan a rung (batch_tokens, checkpoint_every), each smaller than the one before as the formula has it."""
-    parts = {"权重": 0.0, "优化器": 0.0}
-    return [
-        memory_plan.Plan(*rung, False, "adamw", parts | {"一步之内": 1e9 - place}, 2e9)
-        for place, rung in enumerate(rungs)
-    ]
-
-
 def test_on_a_card_that_is_too_small_a_smaller_plan_is_found_by_itself(workspace, tiny_model, tokenizer, capsys):
     trainer = build_trainer(tiny_model, tokenizer, rehearse=True)
-    plans, peaks = plans_of(trainer, (600, 0), (130, 0), (130, 1)), []
-    for plan in plans:
+    plans, peaks = [], []
+    for place, (tokens, every) in enumerate([(600, 0), (130, 0), (130, 1)]):
+        parts = {"优化器": 0.0, "一步之内": 1e9 - place}  # each is smaller than the one before, as the formula has it
+        plans.append(plan.Plan(tokens, every, False, "adamw", parts, 2e9))
         with Card() as card:
-            rehearsal.settle(trainer, [plan])
+            rehearsal.settle(trainer, plans[-1:])
         peaks.append(card.peak)
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * peaks[2]
     capsys.readouterr()
     with Card((peaks[1] + peaks[2]) / 2):
-        found = rehearsal.settle(trainer, plans)
-    assert trainer.plan == plans[2] and found.tokens > 400
-    assert capsys.readouterr().out.count("预演：显存不足，这个方案在这里放不下；换一个小一些的。") == 2
+        rehearsal.settle(trainer, plans)
+    printed = capsys.readouterr().out
+    assert printed.count("预演：显存不足，这个方案在这里放不下；换一个小一些的。") == 2 and "都放得下" in printed
+    assert trainer.plan == plans[2]
     assert all(layer.gradient_checkpointing for layer in trainer.model.get_decoder().layers)
 
 
@@ -113,7 +86,6 @@ def test_what_the_failed_step_held_is_free_before_the_next_is_tried(workspace, t
     trainer = build_trainer(tiny_model, tokenizer, rehearse=True)
     held = []
     with Card(2_000_000) as card:
-        trainer.follow(trainer.plan)
         for _ in range(2):
             assert rehearsal.rehearse(trainer) is None
             held.append(card.held)
@@ -121,7 +93,7 @@ def test_what_the_failed_step_held_is_free_before_the_next_is_tried(workspace, t
 
 
 def test_a_card_too_small_for_every_plan_ends_in_one_sentence_and_writes_nothing(workspace, tiny_model, monkeypatch):
-    def fail(*_):
+    def fail(_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(rehearsal, "measure", fail)
@@ -130,7 +102,7 @@ def test_a_card_too_small_for_every_plan_ends_in_one_sentence_and_writes_nothing
 
 
 def test_other_errors_of_the_step_are_not_taken_for_memory(workspace, tiny_model, monkeypatch):
-    def fail(*_):
+    def fail(_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(rehearsal, "measure", fail)
@@ -152,33 +124,17 @@ def test_a_run_that_continues_changes_only_what_leaves_the_weights(workspace, ti
 
     monkeypatch.setattr(rehearsal, "measure", small)
     trainer = run_steps(tiny_model, rehearse=True)
-    assert len(tried) > 1 and len({(plan.batch_tokens, plan.optimizer) for plan in tried}) == 1
+    assert len(tried) > 1 and len({(one.batch_tokens, one.optimizer) for one in tried}) == 1
     assert trainer.plan.checkpoint_every and same(weights("output/qwen3-medical"), straight())
 
 
 def test_plans_whose_optimizer_does_not_run_here_are_left_out(workspace, tiny_model, tokenizer, monkeypatch, capsys):
     """As where torchao is installed, but no compiler."""
     trainer = build_trainer(tiny_model, tokenizer)
-    monkeypatch.setattr(proof, "try_step", lambda name, device: fused.Verdict(False, fused.COMPILER))
-    kahan = trainer.plan._replace(optimizer="kahan")
-    eight = [trainer.plan._replace(optimizer=name) for name in ("8bit", "8bit_in_backward")]
+    monkeypatch.setattr(kernels, "try_step", lambda name, device: fused.Verdict(False, fused.COMPILER))
+    kahan, *eight = (trainer.plan._replace(optimizer=name) for name in ("kahan", "8bit", "8bit_in_backward"))
     rehearsal.settle(trainer, [*eight, kahan])
     assert trainer.plan == kahan
     assert capsys.readouterr().out.count(f"不用 8 位优化器：{fused.COMPILER}。") == 1
     message = f"放得下的方案都要 8 位优化器（8bit），它在这里用不了：{fused.COMPILER}。"
     refused(message, rehearsal.settle, trainer, eight)
-
-
-@pytest.mark.parametrize(("batches", "timed"), [([[0], [1], []], [1]), ([[]], []), ([], None)])
-def test_an_evaluation_of_which_a_process_has_no_row_gives_no_speed(batches, timed):
-    """Of a sharded model each takes one pass nevertheless."""
-    passes, rows = [], [{"input_ids": [1, 2]}] * 2
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(device=torch.device("cpu")),
-        eval_dataset=rows,
-        model=torch.nn.Identity(),
-        evaluation_batches=lambda data: batches,
-        evaluate_rows=lambda data, rows: passes.append(rows),
-    )
-    assert (rehearsal.measure_evaluation(trainer) == math.inf) == (not timed)
-    assert passes == ([timed] if batches else [])

@@ -1,5 +1,5 @@
-"""Each family of models that is taken is trained rightly: packed, and without logits, it gives the losses and gradients
-of each example alone. All others are refused by their config.json."""
+"""Each family of models that is taken is trained rightly: packed, and without logits, it gives the losses and
+gradients of each example alone. All others are refused by their config.json."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ import data
 from parts.model.fused import difference
 from parts.model.weights import FAMILIES, check_family
 from parts.training import packing
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 TOKENS = 4096  # in the vocabulary
 LENGTHS = (9, 5, 12)  # tokens of the examples

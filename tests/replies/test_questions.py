@@ -264,7 +264,8 @@ def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
         ("q.docx", b"x", "--questions q.docx 应是 .txt~"),
         ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),
         ("q.txt", "头痛？".encode("gbk"), "q.txt 第 1 行不是 UTF-8~"),
-        ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：没有问题~"),
+        ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：缺少字段 question；~"),
+        ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行：question 不是文本；~"),
         ("q.scores.json", b"[]", "--questions q.scores.json 应是 .txt~"),
     ):
         if content is not None:

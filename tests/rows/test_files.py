@@ -10,7 +10,7 @@ import pytest
 from helpers import as_jsonl, as_parquet, make_row, make_rows, published, refused, run_script, save, written
 
 import data
-from parts.rows import files as row_files
+from parts.rows import files
 from parts.rows.row import FIELDS
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -24,8 +24,8 @@ ROWS = [{"question": f"{i}", "think": text, "answer": text * 2} for i, text in e
 
 @pytest.mark.parametrize("ending", [*ENDINGS, ".JSONL", ".CSV"])
 def test_every_format_gives_the_same_rows_of_the_same_texts(ending):
-    assert row_files.read(save(ROWS, "plain" + ending)) == list(enumerate(ROWS, 1))
-    assert row_files.read(save(ROWS, "marked" + ending, codecs.BOM_UTF8)) == list(enumerate(ROWS, 1))
+    assert files.read(save(ROWS, "plain" + ending)) == list(enumerate(ROWS, 1))
+    assert files.read(save(ROWS, "marked" + ending, codecs.BOM_UTF8)) == list(enumerate(ROWS, 1))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -40,12 +40,12 @@ def test_script_reads_each_format_and_writes_only_the_three_fields(folder, endin
 
 GOOD = as_jsonl(make_rows(20))
 HEAD = "question,think,answer\n"
-MISSING, EMPTY, FOLDER = "找不到数据文件 {}；~", "{} 是空文件；~", "{} 是一个文件夹，里面没有数据文件；~"
-JSON, CODING = "{} 第 %s 行不是合法的 JSON（~）；~", "{} 第 %s 行不是 UTF-8 编码（~）；~iconv -f %s ~"
+MISSING, EMPTY, FOLDER = "找不到数据文件 {}；~", "{} 是空文件；~", "{} 是一个文件夹（里面的数据文件：没有）；~"
+JSON, CODING = "{} 第 %s 行不是合法的 JSON（~）；~", "{} 第 %s 行不是 UTF-8 编码；~iconv -f %s ~"
 NUL, DEEP = "{} 第 %s 行含 NUL 字节~", "{} 第 %s 行的 JSON 嵌套过深；~"
 CSV, PARQUET = "{} 不是合法的 CSV（~）；~", "{} 不是完整的 Parquet 文件（~）；~"
 COLUMNS, NO_ROWS = "{} 里认不出问题和回答（有这些列：%s；~\n~", "{} 里没有一行数据；~"
-TOO_FEW = "%s 行中可用的有 %s 行，划分后%s为空；~"
+TOO_FEW = "划分后%s为空，可用的只有 %s 行；~"
 ERRORS = {  # name: (content, message with {} for the name); None: nothing, ...: a folder, Path: a link
     "missing.jsonl": (None, MISSING),
     "folder": (..., FOLDER),
@@ -58,7 +58,7 @@ ERRORS = {  # name: (content, message with {} for the name); None: nothing, ...:
     "50-MB-line-cut.jsonl": (f'{GOOD}{{"think": "' + "思" * 17_000_000, JSON % 21),
     "deep.jsonl": (GOOD + "[" * 100000, DEEP % 21),
     "deep.json": ("[" * 100000, DEEP % 1),
-    "twice.csv": ("question,think,answer,answer\nq,t,a,b\n", "{} 的表头里有重复的列名；~"),
+    "twice.csv": ("question,think,answer,answer\nq,t,a,b\n", CSV),
     "quote.csv": (f'{HEAD}q,"t,a\nq,t,a\n', CSV),
     "comma.csv": (f"{HEAD}q,t,a\nq,t,a,b\n", CSV),
     "cut.parquet": (as_parquet(dict.fromkeys(FIELDS, ["q"]))[:-9], PARQUET),
@@ -67,12 +67,12 @@ ERRORS = {  # name: (content, message with {} for the name); None: nothing, ...:
     "none.csv": (HEAD, NO_ROWS),
     "columns.csv": ("question,label\n问,答\n", COLUMNS % "“question”、“label”"),
     "object.json": ("{}", COLUMNS % "无"),
-    "one.jsonl": (as_jsonl(make_rows(1)), TOO_FEW % (1, 1, "训练集")),
-    "number.json": ("5", TOO_FEW % (1, 0, "训练集") + "\n  不是对象：1 行（第 1 行）"),
-    "equal.jsonl": (as_jsonl([make_row(1)] * 10), TOO_FEW % (10, 1, "验证集") + "\n  与前面的行重复：9 行（~）"),
+    "one.jsonl": (as_jsonl(make_rows(1)), TOO_FEW % ("训练集", 1)),
+    "number.json": ("5", TOO_FEW % ("训练集", 0) + "\n  不是对象：1 行（第 1 行）"),
+    "equal.jsonl": (as_jsonl([make_row(1)] * 10), TOO_FEW % ("验证集", 1) + "\n  与前面的行重复：9 行（~）"),
     "numbers.parquet": (
         as_parquet({"question": ["q"], "think": ["t"]} | {"answer": [None]}),
-        TOO_FEW % (1, 0, "训练集") + "\n  answer 为 null：1 行（第 1 行）",
+        TOO_FEW % ("训练集", 0) + "\n  answer 为 null：1 行（第 1 行）",
     ),
     "link-to-itself.jsonl": (Path("link-to-itself.jsonl"), MISSING),
     "unreadable.jsonl": (Path("/proc/self/mem"), "无法读取 {}（~）；请检查文件权限。"),
@@ -120,7 +120,7 @@ def test_odd_file_gives_the_same_rows():
 def test_header_of_a_joined_table_is_no_row():
     save(make_rows(9), "rows.csv", codecs.BOM_UTF8)
     Path("twice.csv").write_bytes(Path("rows.csv").read_bytes() * 2)
-    assert [row for _, row in row_files.read("twice.csv")] == make_rows(9) * 2
+    assert [row for _, row in files.read("twice.csv")] == make_rows(9) * 2
 
 
 @pytest.mark.parametrize("name, separator", [("semicolons.csv", ";"), ("tabs.csv", "\t"), ("tabs.tsv", "\t")])
@@ -132,13 +132,13 @@ def test_separator_is_read_from_the_header_whatever_the_line_ends(name, separato
             open(name, "w", encoding="utf-8", newline="") as out,
         ):
             csv.writer(out, delimiter=separator, lineterminator=end).writerows([[], *csv.reader(file)])
-        assert row_files.read(name) == row_files.read("rows.csv") and len(row_files.read(name)) == 20
+        assert files.read(name) == files.read("rows.csv") and len(files.read(name)) == 20
 
 
 def test_folder_is_named_with_the_files_in_it():
     Path("here").mkdir()
     save(make_rows(20), "here/rows.jsonl")
-    refused("here 是一个文件夹，~rows.jsonl~python data.py --dataset here/rows.jsonl", data.prepare, "here")
+    refused("here 是一个文件夹（里面的数据文件：rows.jsonl）；~", data.prepare, "here")
 
 
 def test_odd_text_is_kept_as_it_is():

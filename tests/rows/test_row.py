@@ -64,7 +64,7 @@ def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"数据来源  rows.csv：共 10 行\nSHA-256   {checksum}\n清理      0/3 行的思考改过，")
     assert "\n已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n" in out
-    assert "\n未采用    think 为空：7 行（第 4、5、6、7、8 等 行）\n" in out
+    assert "\n未采用    think 为空：7 行（第 4 行、第 5 行、第 6 行、第 7 行、第 8 行 等）\n" in out
     assert "\n未采用    没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学\n" in out
     assert "\n字符数    think：平均 52，中位数 4，最长 150\n" in out
     first = data.read_examples("new/a.jsonl")[0]

@@ -114,7 +114,9 @@ ODD = {  # a row, and what is wrong with it
 @pytest.mark.parametrize("problem, row", ODD.items())
 def test_odd_row_is_named(problem, row):
     [(_, found)], _ = shapes.to_fields([(1, row)], "x.jsonl")
-    assert check(found) == (None, problem)
+    with pytest.raises(ValueError) as raised:
+        check(found)
+    assert str(raised.value) == problem
 
 
 def test_two_columns_for_one_field_are_refused():

@@ -153,7 +153,7 @@ def test_both_files_are_cleaned_unless_raw(folder, capsys):
 
 def test_nothing_left_to_train_on_names_the_reason_and_the_way_out(folder):
     rows = [make_row(i, think="根据用户提供的答案，答案里已经提到了。要点都要符合答案。") for i in range(1, 21)]
-    message = "20 行中可用的有 0 行~加 --raw 照原文写。\n  去掉痕迹后剩下的思考不到 60%：20 行（~）"
+    message = "划分后训练集为空，可用的只有 0 行；~加 --raw 照原文写。\n  去掉痕迹后剩下的思考不到 60%：20 行（~）"
     refused(message, data.prepare, save(rows, "rows.jsonl"))
 
 

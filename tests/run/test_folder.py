@@ -25,18 +25,18 @@ from helpers import (
 import data
 import train
 from parts.run import checkpoints
-from parts.run import folder as output_folder
+from parts.run import folder as run_folder
 
 
 def test_second_run_in_the_same_folder_is_refused_and_named_the_first(workspace, tiny_model):
-    with output_folder.hold(arguments(tiny_model)):
+    with run_folder.opened(data.OUTPUT_DIR, False, str(tiny_model)):
         before = sorted(Path(data.OUTPUT_DIR).iterdir())
         result = run_script("train.py", "--model_name", tiny_model, "--report_to", "none", cwd=workspace)
         assert sorted(Path(data.OUTPUT_DIR).iterdir()) == before
     last = result.stdout.strip().splitlines()[-1]
     assert result.returncode == 1 and f"进程 {os.getpid()}，开始于 20" in last, result.stdout
     assert "--output_dir" in last
-    with output_folder.hold(arguments(tiny_model)):  # free again
+    with run_folder.opened(data.OUTPUT_DIR, False, str(tiny_model)):  # free again
         pass
     assert list(Path(data.OUTPUT_DIR).iterdir()) == []
 
@@ -150,7 +150,7 @@ def test_a_folder_with_anything_but_a_run_is_not_written_into(finished, tiny_mod
     for folder in ("base", "."):
         first = min(path.name for path in Path(folder).iterdir())
         message = f"{folder} 里有别的文件（{first} 等）；请用 --output_dir 指定一个新文件夹。"
-        refused(message, output_folder.check, arguments(tiny_model, output_dir=folder))
+        refused(message, run_folder.refuse_folder, Path(folder), False, str(tiny_model))
     assert contents(finished) == before
 
 
@@ -168,7 +168,7 @@ def test_checkpoint_that_is_not_whole(finished, tiny_model):
     message = "--resume_from_checkpoint full/checkpoint-2 不是完整的检查点（没有写完（缺少 manifest.json））；"
     message += "不写这个参数，就会从最近的完整检查点继续。"
     args = arguments(tiny_model, output_dir="new", resume_from_checkpoint="full/checkpoint-2")
-    refused(message, output_folder.choose_checkpoint, args)
+    refused(message, run_folder.choose_checkpoint, Path(args.output_dir), args.resume_from_checkpoint)
 
 
 @pytest.mark.parametrize(

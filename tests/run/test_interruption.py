@@ -6,23 +6,19 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from parts.run.interruption import Interruption
-
-ARGS = SimpleNamespace(world_size=1, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_noted_and_ends_with_its_status(number, status, capfd):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, Interruption() as interruption:
-        assert not interruption.requested(ARGS)
+        assert not interruption.requested()
         signal.raise_signal(number)
-        assert interruption.requested(ARGS)
+        assert interruption.requested()
         interruption.acted = True
     assert end.value.code == status and signal.getsignal(number) is before
     assert "做完这一步就保存检查点并退出" in capfd.readouterr().err
@@ -47,7 +43,7 @@ def test_a_signal_that_the_shell_ignores_is_ignored():
         try:
             with Interruption() as interruption:
                 signal.raise_signal(number)
-                assert not interruption.requested(ARGS)
+                assert not interruption.requested()
         finally:
             signal.signal(number, before)
 
@@ -72,7 +68,7 @@ def train_on(terminal: str, piped: bool, *before: int) -> None:
             signal.raise_signal(number)
         os.write(0, b"begun")
         time.sleep(0.2)  # in which the terminal closes
-        while not interruption.requested(ARGS):
+        while not interruption.requested():
             time.sleep(0.01)
         interruption.acted = True
         signal.raise_signal(signal.SIGHUP)  # the shell's own, after the system's

@@ -20,7 +20,7 @@ from parts.run import checkpoints
 KILLS = int(os.environ.get("KILLS", "8"))  # each of full and LoRA
 WRITING = ("w", "wb", "rb+")
 RUN = {"max_steps": 36, "eval_steps": 4, "logging_steps": 6, "sample_tokens": 2, "learning_rate": 1e-3}  # 27 an epoch
-RUN |= {"report_to": "none", "model_name": "base", "disable_tqdm": True}
+RUN |= {"report_to": "none", "model_name": "base"}
 
 
 def kill_while_saving(number: int, delay: float) -> None:

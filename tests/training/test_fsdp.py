@@ -1,4 +1,5 @@
-"""A model that is cut among processes (--fsdp): the gradients, the curve and the checkpoints of one process."""
+"""A model that is cut among processes (--fsdp): the gradients, the curve and the checkpoints of one
+process."""
 
 import json
 import os
@@ -17,14 +18,13 @@ from torch.distributed.tensor import DTensor
 
 import train
 import train_lora
-from parts.machine import memory
-from parts.machine import plan as memory_plan
+from parts.machine import plan
 from parts.model.encoding import IGNORE_INDEX
 from parts.model.weights import load_weights
 from parts.run import checkpoints
 from parts.training import flags as flags_of
 from parts.training import optimizers, sharding
-from parts.training.loss import LinearCrossEntropy
+from parts.training.packing import LinearCrossEntropy
 
 HERE = "tests/training/test_fsdp.py"
 LORA = "train_lora.py"
@@ -42,7 +42,7 @@ def flags(script: str, model, output_dir: str, **changes) -> list[str]:
     return as_flags({"model_name": model, "output_dir": output_dir} | STEPS | adapter | changes)
 
 
-# ---- what the forked processes do ---------------------------------------------------------------------------------
+# ---- what the forked processes do ------------------------------------------------------------------------
 
 
 def make_trainer(model_path, **changes):
@@ -63,7 +63,7 @@ def measure(model_path: str, file: str) -> None:
     trainer.take_passes(trainer.model, batch, torch.tensor(total))
     measured = {}
     for name, p in trainer.model.named_parameters():
-        assert sharding.own_rows(p).numel() == p.numel() / args.world_size
+        assert not args.fsdp or p.to_local().numel() == p.numel() / 2
         measured[name] = p.grad.full_tensor() if args.fsdp else p.grad
     for rows in (1, 2, 3):  # fewer than processes, as many, and more
         metrics = trainer.evaluate(trainer.train_dataset.select(range(rows)))
@@ -76,7 +76,7 @@ def ruin(model_path: str) -> None:
     """A weight of the second process's part is no number."""
     trainer = make_trainer(model_path)
     if trainer.args.process_index:
-        sharding.own_rows(next(trainer.model.parameters()))[0] = float("nan")
+        next(trainer.model.parameters()).detach().to_local()[0] = float("nan")
     trainer.create_optimizer_and_scheduler(4)
     trainer.check_weights()
 
@@ -92,17 +92,20 @@ def stop(script: str, *flags) -> None:
 
 
 def step(name: str, file: str) -> None:
-    """Into `file`: weights in bfloat16 after four steps of this optimizer, whose states were saved and read between."""
+    """Into `file`: weights in bfloat16 after four steps of this optimizer, whose states were saved and read
+    between."""
     torch.distributed.init_process_group("gloo")
     first = not torch.distributed.get_rank()
     model = build_halves()
     sharding.shard(model, CPU, 2)
     for states in (None, "states.pt"):
         optimizer = take_steps(model, name, states)
-        if gathered := sharding.gather_states(optimizer, first):
+        gathered = sharding.gather_states(optimizer, first)
+        if first:
             torch.save(gathered, "states.pt")
         torch.distributed.barrier()
-    if gathered := sharding.gather(model, first):
+    gathered = sharding.collect(sharding.trained_of(model), first)
+    if first:
         save_file(gathered, file)
 
 
@@ -121,14 +124,14 @@ def take_steps(model, name: str, states: str | None):
     for _ in range(2):
         for p in model.parameters():
             grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            p.grad = sharding.distribute(p, sharding.cut(p, grad)) if isinstance(p, DTensor) else grad
+            p.grad = sharding.cut(p, grad) if isinstance(p, DTensor) else grad
         optimizer.step()
     return optimizer
 
 
 def account(layers: int, tokens: int, every: int, tied: str) -> None:
-    """Prints the estimate for one of four cards, and the peak by torch's own account of the real operations, on tensors
-    without storage."""
+    """Prints the estimate for one of four cards, and the peak by torch's own account of the real operations,
+    on tensors without storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -140,13 +143,13 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
     args = card_arguments()
     args.fsdp, args.world_size = True, 4
     model = on_meta(layers=layers, shape=shape)
-    estimate = memory.estimate(model, args, False, tokens, every, False, "kahan", tokens)
+    estimate = plan.estimate(model, args, False, tokens, every, False, "kahan", tokens)
     torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     mesh, kept = sharding.init_device_mesh("cpu", (4,)), []
     with FakeTensorMode(), mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh):
         model = build_model(layers=layers, shape=shape)
         sharding.shard(model, CPU, 4)
-        memory_plan.apply(memory_plan.Plan(tokens, every, False, "kahan", {}, 0), model)
+        plan.apply(plan.Plan(tokens, every, False, "kahan", {}, 0), model)
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         model.get_decoder().register_forward_hook(lambda _, args, output: kept.append(output.last_hidden_state[0]))
         (tracker := MemTracker()).track_external(model)
@@ -155,10 +158,10 @@ def account(layers: int, tokens: int, every: int, tied: str) -> None:
             model(input_ids=ids, position_ids=positions, **asked)
             LinearCrossEntropy.apply(kept.pop(), model.lm_head.weight, ids[0])[0].backward()
             [snapshot] = tracker.get_tracker_snapshot("peak").values()
-    print(json.dumps([sum(estimate.values()) - memory.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
+    print(json.dumps([sum(estimate.values()) - plan.RESERVE_BYTES, snapshot["Total"] + estimate["优化器"]]))
 
 
-# ---- tests --------------------------------------------------------------------------------------------------------
+# ---- tests -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -193,8 +196,8 @@ def follows(folder: str, other: str) -> None:
 
 @pytest.mark.parametrize("script", ["train.py", LORA])
 def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, tiny_model, script):
-    """Stopped, it goes on to the same weights, and so do one process from the checkpoints of two, and two from one's,
-    to nearly the same."""
+    """Stopped, it goes on to the same weights, and so do one process from the checkpoints of two, and two
+    from one's, to nearly the same."""
 
     def one(name: str, *script, status: int = 0, **more) -> str:
         ended = run_script(*script, *flags(script[-1], tiny_model, name), cwd=workspace, **more)
@@ -250,18 +253,13 @@ def test_a_weight_that_is_no_number_in_one_part_stops_all(folder, tiny_model):
 
 
 def test_what_does_not_go_with_a_cut_model_is_refused(monkeypatch):
-    def refused(message: str, **changes) -> None:
-        with pytest.raises(SystemExit, match=message):
-            flags_of.check({"fsdp": True} | changes)
-
-    refused("--fsdp：.*torchrun --nproc_per_node 2 train.py --fsdp true")
+    helpers.refused("--fsdp：模型分给几张卡，要用 torchrun 启动~", flags_of.check, {"fsdp": True})
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    refused("--load_in_4bit 不能和 --fsdp 一起用", load_in_4bit=True)
-    refused("--full_logits 不能和 --fsdp 一起用", full_logits=True)
-    refused("--optimizer 8bit_in_backward 不能和 --fsdp 一起用", optimizer="8bit_in_backward")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refused("去掉 accelerate launch 的 .*--use_deepspeed")
+    for name, value in {"load_in_4bit": True, "optimizer": "8bit"}.items():
+        helpers.refused(f"--{name}~ 不能和 --fsdp 一起用。", flags_of.check, {"fsdp": True, name: value})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    helpers.refused("请去掉 accelerate launch 的 --use_fsdp~", flags_of.check, {"fsdp": True})
 
 
 def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model):

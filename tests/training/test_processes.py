@@ -1,5 +1,5 @@
-"""Several processes, as torchrun and accelerate start them, also on two machines: the curve of one, one voice, one step
-at which all stop, and one sentence where they disagree or one is gone."""
+"""Several processes, as torchrun and accelerate start them, also on two machines: the curve of one, one
+voice, one step at which all stop, and one sentence where they disagree or one is gone."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, as_flags, free_port, history, refused, run_script, same, together, weights
+from helpers import ROOT, as_flags, free_port, history, run_script, same, together, weights
 
 import train
 from parts import terminal
-from parts.run import checkpoints, processes, run_settings
+from parts.run import checkpoints, processes
 
 HERE = "tests/training/test_processes.py"
 STEPS = {"max_steps": 12, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
@@ -54,8 +54,8 @@ def strike(launched: subprocess.Popen, number: int) -> str:
 
 
 def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspace, tiny_model):
-    """On two machines. On one, a signal reaches the second one only, or it is killed; the same command continues, to
-    the same weights, whoever launches it."""
+    """On two machines. On one, a signal reaches the second one only, or it is killed; the same command
+    continues, to the same weights, whoever launches it."""
     one = run_script("train.py", *flags(tiny_model, "one"), cwd=workspace)
     assert one.returncode == 0, one.stdout
     rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
@@ -115,13 +115,6 @@ def test_a_launcher_that_does_not_number_its_processes_is_refused(folder):
     ended = run_script("train.py", cwd=folder, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
     assert ended.returncode == 1 and "WORLD_SIZE=2，却没有 LOCAL_RANK；请用 torchrun 启动" in ended.stdout
     assert not os.listdir()
-
-
-def test_other_numbers_of_processes_hear_how_a_step_stays_the_same(tmp_path):
-    message = f"{tmp_path} 里未完成的训练用的是别的设置：examples_per_step 4 -> 8；请用 --per_device_train_batch_size "
-    message += "让所有进程每步仍是 4 条，或用 --output_dir 换一个文件夹重新训练。"
-    old, new = {"examples_per_step": 4}, {"examples_per_step": 8}
-    refused(message, run_settings.refuse_changes, tmp_path, old, new)
 
 
 def test_what_says_that_a_process_is_gone():

@@ -4,20 +4,17 @@ import importlib
 
 import pytest
 import torch
-from helpers import history, losses, run, run_script, same, weights
+from helpers import history, run_script
 
 from parts.model.weights import load_weights
-from parts.training import samples
 
 FLAGS = ("--max_steps", "6", "--eval_steps", "3", "--logging_steps", "1", "--sample_tokens", "4")
 FLAGS += ("--report_to", "none", "--model_name")
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is optional and not installed; .ci/run has a run with it",
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is optional; .ci/run has a run with it"
 )
 
 
-@needs_bitsandbytes
 def test_qlora_trains_an_adapter_that_the_plain_model_can_use(workspace, tiny_model):
     result = run_script("train_lora.py", *FLAGS, tiny_model, "--load_in_4bit", "true", cwd=workspace)
     assert result.returncode == 0, result.stdout
@@ -27,19 +24,6 @@ def test_qlora_trains_an_adapter_that_the_plain_model_can_use(workspace, tiny_mo
     assert asked.returncode == 0, asked.stdout
 
 
-@needs_bitsandbytes
-def test_samples_leave_the_training_as_it_is(workspace, tiny_model, monkeypatch):
-    logged = []
-    monkeypatch.setattr(samples.tracking, "log_texts", lambda args, name, *_: logged.append(name))
-    changes = {"load_in_4bit": True, "learning_rate": 1e-3}
-    plain, sampled = (
-        run(tiny_model, True, output_dir=f"run{count}", eval_samples=count, **changes) for count in (0, 2)
-    )
-    assert logged.count("Samples") == 2
-    assert losses(plain) == losses(sampled) and same(weights("run0"), weights("run2"))
-
-
-@needs_bitsandbytes
 def test_qlora_weights_take_a_third_of_the_memory(tiny_model):
     plain, small = (load_weights(str(tiny_model), torch.device("cpu"), bits) for bits in (False, True))
     weights = [model.model.layers[0].mlp.up_proj.weight for model in (plain, small)]

@@ -1,11 +1,9 @@
-"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is whole."""
+"""Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is
+whole."""
 
-import os
-import re
 import resource
 import shutil
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import transformers
 from helpers import At, build_trainer, crash, run_steps, same, terminate, weights
 
 import data
+from parts.model import weights as loading
 from parts.run import checkpoints
 
 
@@ -109,10 +108,11 @@ def test_killed_between_the_last_checkpoint_and_the_end_of_saving(workspace, tin
 
 
 def test_early_stopping_is_not_forgotten(workspace, tiny_model):
-    changes = {"max_steps": 60, "eval_steps": 2, "learning_rate": 1.0}
+    """It counts on, with the patience of the command that continues."""
+    changes = {"max_steps": 60, "eval_steps": 2, "learning_rate": 1.0, "early_stopping_patience": 5}
     stopped = run_steps(tiny_model, output_dir="straight", **changes).state.global_step
     with pytest.raises(EOFError):
-        run_steps(tiny_model, callbacks=[At(None, crash)], **changes)
+        run_steps(tiny_model, callbacks=[At(None, crash)], **changes | {"early_stopping_patience": 3})
     trainer = run_steps(tiny_model, **changes)
     assert trainer.state.global_step == stopped < 60
     assert same(weights(data.OUTPUT_DIR), weights("straight"))
@@ -120,7 +120,7 @@ def test_early_stopping_is_not_forgotten(workspace, tiny_model):
 
 def test_bfloat16_adapters_continue_as_bfloat16(workspace, tiny_model, monkeypatch):
     """As on a GPU: peft would load them as float32."""
-    monkeypatch.setattr("parts.model.weights.best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(loading, "best_dtype", lambda device: torch.bfloat16)
     steps = {"max_steps": 8, "eval_steps": 2}
     run_steps(tiny_model, True, output_dir="straight", **steps)
     with pytest.raises(SystemExit):
@@ -130,44 +130,24 @@ def test_bfloat16_adapters_continue_as_bfloat16(workspace, tiny_model, monkeypat
     assert same(weights("resumed"), weights("straight"))
 
 
-@pytest.fixture(params=["tmpfs", "limit"])
-def fill(request, workspace):
-    """fill() lets no more be written to the folder `disk`, free() does again: a real disk that is full; and where
-    nothing can be mounted, the system's limit on the size of a file."""
-    disk = workspace / "disk"
-    disk.mkdir()
+@pytest.fixture
+def limit():
+    """limit(size) lets no file grow beyond it, which ends a write as a full disk does."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    if request.param == "limit":
-        yield (
-            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard)),
-            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)),
-        )
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        return
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk]).returncode:
-        pytest.skip("nothing can be mounted here")
-
-    def fill_up():
-        free = shutil.disk_usage(disk).free
-        (disk / "filler").write_bytes(bytes(free - 1_000_000))  # the next checkpoint begins, and breaks off
-
-    yield fill_up, (disk / "filler").unlink
-    subprocess.run(["umount", disk], check=True)
+    yield lambda size=hard: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-@pytest.mark.parametrize("moment", ["checkpoint", "results"])
-def test_full_disk_keeps_the_checkpoints_and_the_command_continues(workspace, tiny_model, straight, fill, moment):
+@pytest.mark.parametrize(("step", "kept"), [(13, [5, 10]), (None, [15, 20])], ids=["checkpoint", "results"])
+def test_full_disk_keeps_the_checkpoints_and_the_command_continues(workspace, tiny_model, straight, limit, step, kept):
     expected = straight()
-    fill_up, free = fill
-    with pytest.raises(SystemExit, match="^错误：写 disk/out.* 失败.*磁盘剩余.*同一命令继续"):
-        step = {"checkpoint": 13, "results": None}[moment]
-        run_steps(tiny_model, callbacks=[At(step, fill_up)], output_dir="disk/out")
-    free()
-    whole = checkpoints.folders("disk/out")
-    last = {"checkpoint": ["checkpoint-5", "checkpoint-10"], "results": ["checkpoint-15", "checkpoint-20"]}[moment]
-    assert [path.name for path in whole] == last and whole == checkpoints.find_whole("disk/out")
-    run_steps(tiny_model, output_dir="disk/out")
-    assert same(weights("disk/out"), expected)
+    with pytest.raises(SystemExit, match="^错误：写 out.* 失败.*磁盘剩余.*同一命令继续"):
+        run_steps(tiny_model, callbacks=[At(step, lambda: limit(200_000))], output_dir="out")
+    limit()
+    assert [checkpoints.step_of(path) for path in checkpoints.find_whole("out")] == kept
+    assert checkpoints.folders("out") == checkpoints.find_whole("out")
+    run_steps(tiny_model, output_dir="out")
+    assert same(weights("out"), expected)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 3), (2, 3), (100, 4)])
@@ -209,11 +189,9 @@ class Ruin(transformers.TrainerCallback):
     ],
 )
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_of_it(workspace, tiny_model, changes, what):
-    with pytest.raises(SystemExit) as end:
+    said = rf"到第 (8|9) 步 {what} 成了 (nan|inf)（学习率 .*好检查点：{data.OUTPUT_DIR}/checkpoint-6。"
+    with pytest.raises(SystemExit, match=said):
         run_steps(tiny_model, callbacks=[Ruin()], **{"eval_steps": 3} | changes)
-    assert re.search(
-        rf"到第 (8|9) 步 {what} 成了 (nan|inf)（学习率 .*好检查点：{data.OUTPUT_DIR}/checkpoint-6。", end.value.code
-    )
     whole = checkpoints.folders(data.OUTPUT_DIR)
     assert whole[-1].name == "checkpoint-6" and whole == checkpoints.find_whole(data.OUTPUT_DIR)
     assert all(value.isfinite().all() for value in weights(whole[-1]).values())
