@@ -41,16 +41,16 @@ def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
         raise SystemExit(f"错误：{host} 的端口 {port} 用不了（{reason}）；请用 --port 换一个端口。") from None
 
 
-def say(text: str, title: str | None = None, **state: str) -> dict:
-    """Return a message as gradio keeps it. Under a title it folds: a thinking, or a hint that is not the model's."""
-    return {"role": "assistant", "content": text, "metadata": {"title": title, **state}}
+def say(text: str, **metadata: str) -> dict:
+    """Return a message as gradio keeps it. With a title it folds: a thinking, or a hint that is not the model's."""
+    return {"role": "assistant", "content": text, "metadata": metadata}
 
 
 def show(reply) -> list[dict]:
     """Return the messages of a reply as far as it is written: its thinking is open until the answer begins."""
     thinking, answer = reply.thinking.rstrip("\ufffd"), reply.answer.rstrip("\ufffd")  # half a character
     state = {"status": "done"} if answer else {}
-    messages = [say(thinking, "思考", **state), say(answer)]
+    messages = [say(thinking, title="思考", **state), say(answer)]
     return [message for message in messages if message["content"]]
 
 
@@ -81,11 +81,11 @@ def open_page(conversation, host: str, port: int, auth, title: str, notice: str,
                 for reply in conversation.stream(asked):
                     yield show(reply)
         except (SystemExit, ArgumentTypeError) as refused:
-            yield [say(str(refused), "提示")]
+            yield [say(str(refused), title="提示")]
             return
         if not reply.complete:
             most = conversation.max_new_tokens
-            yield [*show(reply), say(f"到 {most} 个 token 为止，回复未完；可加大 --max_new_tokens。", "提示")]
+            yield [*show(reply), say(f"到 {most} 个 token 为止，回复未完；可加大 --max_new_tokens。", title="提示")]
 
     look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
     chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)

@@ -152,7 +152,7 @@ def hold_chat() -> str:
     chat.expect(pexpect.EOF)
     seen += chat.before
     seen = re.sub(r"\x1b\[\?\d+[hl]", "", seen).replace("\r", "")
-    return f"$ {CHAT}\n{seen[seen.index('提醒：') - 5 :].rstrip()}\n"
+    return f"$ {CHAT}\n{seen[seen.index('提醒：') :].rstrip()}\n"
 
 
 def chat_page() -> str:

@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,9 @@ def test_a_stream_that_is_left_stops_the_model_and_the_next_begins(model, tokeni
     stream = conversation.stream(asked)
     next(stream)
     stream.close()
+    began = time.monotonic()
     assert list(conversation.stream(asked))[-1].answer == "答" and len(prompts) == 2
+    assert time.monotonic() - began < 20  # the first one would have taken 30 seconds
     stream = conversation.stream(asked)
     next(stream)
     conversation.closed.set()  # as Ctrl-C does on the page
