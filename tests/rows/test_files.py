@@ -63,7 +63,6 @@ ERRORS = {  # name: (content, message with {} for the name); None: nothing, Path
     "comma.csv": (f"{HEAD}q,t,a\nq,t,a,b\n", CSV),
     "cut.parquet": (as_parquet(dict.fromkeys(FIELDS, ["q"]))[:-9], "{} 不是完整的 Parquet 文件（~）；~"),
     "none.json": ("[]", NO_ROWS),
-    "none.csv": (HEAD, NO_ROWS),
     "columns.csv": ("question,label\n问,答\n", COLUMNS % "“question”、“label”"),
     "one.jsonl": (as_jsonl(make_rows(1)), TOO_FEW % ("训练集", 1)),
     "number.json": ("5", TOO_FEW % ("训练集", 0) + "\n  不是对象：1 行（第 1 行）"),
@@ -86,13 +85,11 @@ def test_unusable_source_ends_with_its_remedy_and_writes_nothing(name):
 
 ODD = {  # what looks wrong and is fine: how the 20 good rows are written
     "crlf.jsonl": GOOD.replace("\n", "\r\n"),
-    "empty lines.jsonl": GOOD.replace("\n", "\n\n \n"),
     "other fields, nested.jsonl": GOOD.replace("{", '{"metrics": {"f1": [1e400, {}]}, '),
     "an array of lines.jsonl": json.dumps(make_rows(20), indent=1),
     "a mark in the middle.jsonl": GOOD.replace(as_jsonl([make_row(9)]), "\ufeff" + as_jsonl([make_row(9)])),
     "names in capitals, with blanks.jsonl": GOOD.replace('"think"', '" Think\u200b "'),
     "tags around the thinking.jsonl": re.sub("(思考.*?。)", r"<think>\\n\1</think>", GOOD),
-    "lines.json": GOOD,
     "list.json": json.dumps({"n": 1, "data": make_rows(20)}),
 }
 

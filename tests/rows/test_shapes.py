@@ -22,7 +22,6 @@ FORMS = {
     "plain": lambda r: r,
     "o1": lambda r: {"Question": r["question"], "Complex_CoT": r["think"], "Response": r["answer"]},
     "chinese r1": lambda r: {"input": r["question"], "reasoning_content": r["think"], "content": r["answer"]},
-    "chinese": lambda r: {"问题": r["question"], "思考": r["think"], "回答": r["answer"]},
     "alpaca": lambda r: {"instruction": r["question"], "input": "", "output": block(r)},
     "prompt": lambda r: {"prompt": r["question"], "response": block(r).removeprefix("<think>")},
     "trl": lambda r: dict(zip(("prompt", "completion"), ([turn] for turn in turns(r, "role", "content", CHAT)))),
