@@ -40,11 +40,8 @@ def test_script_reads_each_format_and_writes_only_the_three_fields(folder, endin
 
 GOOD = as_jsonl(make_rows(20))
 HEAD = "question,think,answer\n"
-MISSING, JSON, CODING = (
-    "无法读取数据文件 {}（~）；~",
-    "{} 第 %s 行不是合法的 JSON（~）；~",
-    "{} 第 %s 行不是 UTF-8 编码；~iconv -f GB18030~",
-)
+MISSING, JSON = "无法读取数据文件 {}（~）；~", "{} 第 %s 行不是合法的 JSON（~）；~"
+CODING = "{} 第 %s 行不是 UTF-8 编码；~iconv -f GB18030~"
 NUL, CSV, NO_ROWS = "{} 第 %s 行含 NUL 字节~", "{} 不是合法的 CSV（~）；~", "{} 里没有一行数据；~"
 COLUMNS, TOO_FEW = "{} 里认不出问题和回答（有这些列：%s；~\n~python -c ~", "划分后%s为空，可用的只有 %s 行；~"
 ERRORS = {  # name: (content, message with {} for the name); None: nothing, Path: a link
@@ -64,7 +61,6 @@ ERRORS = {  # name: (content, message with {} for the name); None: nothing, Path
     "cut.parquet": (as_parquet(dict.fromkeys(FIELDS, ["q"]))[:-9], "{} 不是完整的 Parquet 文件（~）；~"),
     "none.json": ("[]", NO_ROWS),
     "columns.csv": ("question,label\n问,答\n", COLUMNS % "“question”、“label”"),
-    "one.jsonl": (as_jsonl(make_rows(1)), TOO_FEW % ("训练集", 1)),
     "number.json": ("5", TOO_FEW % ("训练集", 0) + "\n  不是对象：1 行（第 1 行）"),
     "equal.jsonl": (as_jsonl([make_row(1)] * 10), TOO_FEW % ("验证集", 1) + "\n  与前面的行重复：9 行（~）"),
     "nonsense": (None, "--dataset {} 既不是已有的文件，也不是 hub 上的数据集名~"),

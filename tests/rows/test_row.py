@@ -68,7 +68,6 @@ def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
 
 CLEANED = {
     "如下：\\n1. 休息": "如下：\n1. 休息",
-    "\\n一\\n\\n二": "一\n\n二",
     "一\r\n二\n三\r四_x000D_\n五": "一\n二\n三\n四\n五",  # Excel's line ends too
     r"频率 $\nu$ 与 C:\new": r"频率 $\nu$ 与 C:\new",
     "里面  的 空格\t不动": "里面  的 空格\t不动",

@@ -96,7 +96,6 @@ ODD = {  # a row, and what is wrong with it
     "answer 开头的思考没有结束": {"question": "问", "answer": "<think>想"},
     "answer 含 <think> 或 </think> 标签": {"question": "问", "think": "想", "answer": "<thinking>想</thinking>答"},
     "question 不是文本": {"instruction": "算剂量", "input": ["50kg"], "output": "<think>想</think>答"},
-    "history 不是 [[问题, 回答], …]": {"question": "问", "think": "想", "answer": "答", "history": [3]},
 }
 
 

@@ -164,7 +164,6 @@ def test_short_answers_and_what_all_say_are_no_duplicates():
     closing = "以上内容不能代替医生的诊断，如有不适请及时到正规医院就诊，并按照医生的建议用药和复查"
     answers = ["，".join(PHRASES[i * 4 : i * 4 + 4]) + closing for i in range(60)]
     assert sources.near_duplicates(answers) == []
-    assert sources.near_duplicates(answers[:5]) != []  # of so few, each passage counts
 
 
 def test_a_validation_row_whose_answer_stands_in_the_training_part_is_marked(capsys):

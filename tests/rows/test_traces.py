@@ -17,7 +17,6 @@ ANSWER = "建议低盐饮食，规律运动，按时服药，定期监测血压�
 INSTRUCTION = "说明高血压患者的注意事项"
 FOUND = {  # in this order; what may be one's own answer counts where another was shown
     "答案里已经提到低盐饮食，所以没问题。": ["answer"],
-    "用户已经给出了答案，我只需要补充。": ["answer"],
     "回答里已经提到了运动。": ["answer"],
     "检查答案是否覆盖了这些点。": ["answer"],
     "看来答案是正确的。这与答案里提到的相同。": ["answer", "answer"],
@@ -37,7 +36,6 @@ PLANNED = [  # of the reply, by somebody who may have been shown another
 ]
 NONE = [
     "看来答案是正确的。",
-    "不同国家的答案不一样，没有标准答案。",
     "患者的思考过程受影响，思维过程障碍明显。",
     "用户可能是医学生，建议用户咨询医生。",
     "患儿一周内出现了两次高热惊厥，这和癫痫不是同一回事。",
