@@ -117,7 +117,7 @@ def test_split_of_the_published_set_is_fixed_row_for_row(hub):
 
 
 def test_rows_without_thinking_are_kept_where_that_is_asked_for(capsys):
-    rows, thinkings = make_rows(20), [None, "", " \u200b", "<think>\n\n</think>"]
+    rows, thinkings = make_rows(40), [None, "", " \u200b", "<think>\n\n</think>"]
     raw = [row | {"think": thinkings[i]} if i < 4 else row for i, row in enumerate(rows)]
     kept = [row | {"think": ""} if i < 4 else row for i, row in enumerate(rows)]
     data.prepare(save(raw, "rows.jsonl"), without_thinking="keep")
