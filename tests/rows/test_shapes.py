@@ -20,18 +20,14 @@ def block(row: dict) -> str:
 CHAT = ("user", "assistant")
 FORMS = {
     "plain": lambda r: r,
-    "wrapped": lambda r: r | {"think": f"<think>{r['think']}</think>"},
     "o1": lambda r: {"Question": r["question"], "Complex_CoT": r["think"], "Response": r["answer"]},
     "chinese r1": lambda r: {"input": r["question"], "reasoning_content": r["think"], "content": r["answer"]},
-    "chinese": lambda r: {"问题": r["question"], "思考": r["think"], "回答": r["answer"]},
     "alpaca": lambda r: {"instruction": r["question"], "input": "", "output": block(r)},
     "prompt": lambda r: {"prompt": r["question"], "response": block(r).removeprefix("<think>")},
     "trl": lambda r: dict(zip(("prompt", "completion"), ([turn] for turn in turns(r, "role", "content", CHAT)))),
     "messages": lambda r: {"messages": [{"role": "system", "content": "你是"}, *turns(r, "role", "content", CHAT)]},
-    "capitals": lambda r: {"Question": r["question"], "Answer": r["answer"], "THINK ": r["think"], "Response": "x"},
     "both": lambda r: {"question": r["question"], "reasoning": r["think"], "answer": block(r)},
     "empty block": lambda r: r | {"answer": f"<think>\n\n</think>\n\n{r['answer']}"},
-    "closed only": lambda r: r | {"think": f"{r['think']}\n</think>"},
     "turns as text": lambda r: {"messages": json.dumps(turns(r, "role", "content", CHAT))},
     "turns as columns": lambda r: {"conversations": {"from": ["human", "gpt"], "value": [r["question"], block(r)]}},
     "trl, thinking beside": lambda r: {
@@ -100,7 +96,6 @@ ODD = {  # a row, and what is wrong with it
     "answer 开头的思考没有结束": {"question": "问", "answer": "<think>想"},
     "answer 含 <think> 或 </think> 标签": {"question": "问", "think": "想", "answer": "<thinking>想</thinking>答"},
     "question 不是文本": {"instruction": "算剂量", "input": ["50kg"], "output": "<think>想</think>答"},
-    "history 不是 [[问题, 回答], …]": {"question": "问", "think": "想", "answer": "答", "history": [3]},
 }
 
 

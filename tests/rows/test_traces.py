@@ -17,48 +17,36 @@ ANSWER = "建议低盐饮食，规律运动，按时服药，定期监测血压�
 INSTRUCTION = "说明高血压患者的注意事项"
 FOUND = {  # in this order; what may be one's own answer counts where another was shown
     "答案里已经提到低盐饮食，所以没问题。": ["answer"],
-    "根据用户提供的答案，应该先说饮食。": ["answer"],
-    "参考答案中说，低盐饮食可以降低血压。": ["answer"],
-    "用户已经给出了答案，我只需要补充。": ["answer"],
     "回答里已经提到了运动。": ["answer"],
     "检查答案是否覆盖了这些点。": ["answer"],
     "看来答案是正确的。这与答案里提到的相同。": ["answer", "answer"],
     "我需要解释思考过程。": ["process"],
-    "推理步骤需要清晰。": ["process"],
     "用户是医生，可能需要专业的解释。": ["doctor"],
-    "用户作为一名医生，更关心机制。": ["doctor"],
     "用户用了两个几乎相同的问题。": ["two"],
     "用户的问题有两个部分，一个是定义，另一个是要求。": ["two"],
-    "用户提到按时服药，说明已经在用药。": ["covert"],
     "用户提到的低盐饮食可能是指每天不超过五克，这里要解释清楚。": ["covert"],
     "首先，根据提供的答案整理思考过程，用户是医生。\n答案里提到低盐饮食。": ["answer", "process", "doctor", "answer"],
 }
 PLANNED = [  # of the reply, by somebody who may have been shown another
-    "所以答案需要涵盖这两个方面。",
     "先给出答案，然后分点解释。",
     "需要确保答案正确，并且覆盖了这些点。",
     "所以答案应该是核苷酸切除修复？",
     "答案里应该提到需要医生调整。",
-    "那么答案就很明确了。",
     "再选择答案B。",
 ]
 NONE = [
     "看来答案是正确的。",
-    "不同国家的答案不一样，没有标准答案。",
     "患者的思考过程受影响，思维过程障碍明显。",
     "用户可能是医学生，建议用户咨询医生。",
     "患儿一周内出现了两次高热惊厥，这和癫痫不是同一回事。",
-    "这个问题可以从两个方面来讲，一是药物，二是生活方式。",
     "用户提到了高血压患者的日常生活，也提到自己头晕。",
     "用户提到的症状是头晕，可能与按时服药、监测血压有关。",
 ]
 LEFT_OUT = {
     "需要说明治疗，但答案里已经提到了，所以没问题。": "需要说明治疗。",
     "答案里提到低盐饮食可以降低血压。这说明重点是盐。因此，要解释钠的作用。": "要解释钠的作用。",
-    "另外，病因方面，答案已经给出。需要举例。": "需要举例。",
     "如果血压很高，答案里建议及时就医。需要提醒随访。": "需要提醒随访。",
     "总结思考过程：先定义，再举例。": "先定义，再举例。",
-    "但根据提供的答案，重点在饮食和运动。": "重点在饮食和运动。",
     "首先，应该分点回答，可能和答案中的分类类似，但需要详细展开。": "首先，应该分点回答，但需要详细展开。",
     "用户是医生，可能在学习，所以要解释得清晰。要准确。": "要准确。",
     "血压怎么分级？是不是按指南，而答案用的是旧标准？": "血压怎么分级？",
@@ -149,12 +137,9 @@ def test_both_files_are_cleaned_unless_raw(folder, capsys):
     data.prepare("rows.jsonl", raw=True)
     assert {row["think"] for row in sum(written(), [])} == {row["think"] for row in rows}
     assert "清理      没有（--raw）" in capsys.readouterr().out and data.read_origin("train.jsonl")["raw"] is True
-
-
-def test_nothing_left_to_train_on_names_the_reason_and_the_way_out(folder):
-    rows = [make_row(i, think="根据用户提供的答案，答案里已经提到了。要点都要符合答案。") for i in range(1, 21)]
-    message = "划分后训练集为空，可用的只有 0 行；~加 --raw 照原文写。\n  去掉痕迹后剩下的思考不到 60%：20 行（~）"
-    refused(message, data.prepare, save(rows, "rows.jsonl"))
+    save([row | {"think": "根据用户提供的答案，答案里已经提到了。"} for row in rows], "rows.jsonl")
+    message = "划分后训练集为空，可用的只有 0 行；~加 --raw 照原文写。\n  去掉痕迹后剩下的思考不到 60%：40 行（~）"
+    refused(message, data.prepare, "rows.jsonl")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published rows are not part of the project")
