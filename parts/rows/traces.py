@@ -36,7 +36,7 @@ ANSWER = re.compile(
 )
 SHOWN = re.compile(
     rf"{GIVEN}|(?:用户|题目)[^，。]{{0,6}}(?:给出|提供)了答案|{USED}答案(?!选)|[与和跟]答案[^，]{{0,8}}(?:一致|相符|吻合)"
-    rf"|(?:答案|回答)[里中](?:还|也|已经?|没有?)*(?:{SAYS}|说|的)|答案(?:部分)?(?:还|也|已经?|主要|没有?)*{SAYS}|看答案"
+    rf"|(?:答案|回答)[里中](?:还|也|已经?|没有?)*(?:{SAYS}|说|的)|答案(?:部分)?(?:还|也|已经?|主要|没有?)*{SAYS}|看答案|答案已经?(?![很呼])"
 )
 # 答案 as the reply that is planned, or as the conclusion that is being reached: by what stands before it, or behind.
 BEFORE_PLANNED = re.compile(
@@ -53,7 +53,9 @@ AFTER_PLANNED = re.compile(
 # Somebody's 答案 all the same: it is compared, or it is found good; unless that is what the reply is to be.
 JUDGED = re.compile(
     rf"{GIVEN}|(?<!确保)(?<!保证)答案[里中]?(?:可能|应该|确实|[是都]|已经?)*(?:正确|合理|没问题|足够|有误|错误|对的|(?:覆盖|涵盖)了)"
-    rf"|答案[里中]?的(?!结构|准确|完整|语言|逻辑|重点|开头|每)|(?:{USED}|因为|符合|对应|参考|基于|分析|已?知道?)[^，]{{0,8}}答案"
+    r"|(?<!确保)(?<!保证)答案[里中]?的(?!结构|准确|完整|语言|逻辑|重点|开头|每)"
+    "|(?:确保|保证)答案[里中]?的(?:要点|关键|信息|内容|建议|例子|数据|描述)"
+    rf"|(?:{USED}|因为|符合|对应|参考|基于|分析|已?知道?)[^，]{{0,8}}答案"
 )
 # 思考过程 is what the writer had been told to write; that of others, 诊断的思考过程, is medicine.
 PROCESS = re.compile(
@@ -125,7 +127,7 @@ def find(think: str, question: str, answer: str = "", instruction: str = "") -> 
             if not is_planned(think, match):
                 found.append(Trace("answer", *match.span()))
     for match in MENTIONED.finditer(think):
-        if is_covert(match, question, (answer, instruction)):
+        if not match[1].startswith("答案") and is_covert(match, question, (answer, instruction)):
             found.append(Trace("covert", match.start(), match.start(1)))
     apart = []
     for trace in sorted(found, key=lambda trace: trace.start):
