@@ -27,8 +27,7 @@ def address(text: str) -> str:
 
 
 class Endpoint:
-    """The model `model` at `url`, or the only one there. Raises SystemExit where the client is not
-    installed."""
+    """The model `model` at `url`, or the only one there. Making one raises SystemExit without the client."""
 
     def __init__(self, url: str, model: str | None = None):
         self.url, self.model, self.key = url, model, os.environ.get(KEY, "").strip()
@@ -36,12 +35,11 @@ class Endpoint:
             raise SystemExit(f"错误：问 {url} 的模型要用 openai；请先运行 pip install openai")
 
     def ask(self, request):
-        """What the coroutine `request(client)` returns. Raises Failed."""
+        """Return what the coroutine `request(client)` returns. Raises Failed."""
         import openai
 
         async def answer():
-            # A redirect would take key and texts elsewhere; a proxy would look for 127.0.0.1 on its own
-            # machine.
+            # A redirect would take key and texts elsewhere; a proxy would look for 127.0.0.1 on its machine.
             elsewhere = urlsplit(self.url).hostname not in THIS_MACHINE
             http = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=elsewhere)
             options = {"api_key": self.key or "none", "max_retries": RETRIES, "http_client": http}
@@ -75,8 +73,7 @@ class Endpoint:
         [self.model] = names
 
     def reply(self, messages: list[dict[str, str]]) -> str:
-        """The model's text, with a thinking that stands in it. Raises Failed where there is none, or it was
-        cut off."""
+        """Return the model's text, with its thinking. Raises Failed where there is none, or it was cut off."""
 
         async def complete(client):
             # No temperature and no limit: each is refused by some models, and greedy thinking would loop.

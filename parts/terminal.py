@@ -80,7 +80,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(message: str):
-    """Turn any device's out-of-memory error into `message`."""
+    """Turn any device's out-of-memory error into SystemExit(message)."""
     try:
         yield
     except RuntimeError as error:

@@ -44,10 +44,10 @@ def test_files_that_are_cut_off_or_missing(finished):
     refused(ADAPTER.format(base, "缺少 adapter_model.safetensors"), load_trained, "lora")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"base_model_name_or_path": null}', '{"base_model_name_or_path": "/no"}'])
-def test_adapter_configuration_that_is_broken_or_names_no_base(finished, text):
-    Path("lora/adapter_config.json").write_text(text, encoding="utf-8")
-    refused("lora/adapter_config.json 用不了（~）；~python train_lora.py", load_trained, "lora")
+def test_adapter_configuration_that_is_broken_or_names_no_base(finished):
+    for text in ("", "[]", '{"base_model_name_or_path": null}', '{"base_model_name_or_path": "/no"}'):
+        Path("lora/adapter_config.json").write_text(text, encoding="utf-8")
+        refused("lora/adapter_config.json 用不了（~）；~python train_lora.py", load_trained, "lora")
 
 
 @pytest.mark.parametrize("path", ["lora", "lora/checkpoint-2"])
@@ -73,14 +73,12 @@ def test_adapter_without_a_record_of_its_base(finished, capsys):
     assert "lora/run.json 无法读取" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", ["a_file", "full", "/proc/merged", ""])
-def test_merging_is_refused_into_anything_but_a_new_folder(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", ["a_file", "full", "/proc/merged", ""])
+def test_merging_is_refused_into_anything_but_a_new_folder(folder, name):
     Path("a_file").write_text("x")
     Path("full").mkdir()
     Path("full", "model.safetensors").touch()
-    message = f"{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。"
-    refused(message, inference_lora.refuse_unless_empty, folder)
+    refused(f"{name} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。", inference_lora.refuse_unless_empty, name)
 
 
 def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finished, tiny_model, monkeypatch):
@@ -107,9 +105,9 @@ def test_a_checkpoint_is_merged_too_and_a_whole_model_is_not(finished):
     refused("full 里是完整的模型，不是 LoRA 适配器，不用合并；~", inference_lora.merge_to, "again", "full")
 
 
-@pytest.mark.parametrize("flags", [["感冒了？"], ["--chat"], ["--no_thinking"], ["--max_new_tokens", "9"]])
-def test_merging_asks_nothing(monkeypatch, capsys, flags):
-    monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--merge_to", "merged", *flags])
-    with pytest.raises(SystemExit) as end:
-        inference_lora.main()
-    assert end.value.code == 2 and "--merge_to 只合并，不提问；请去掉 " in capsys.readouterr().err
+def test_merging_asks_nothing(monkeypatch, capsys):
+    for flags in (["感冒了？"], ["--chat"], ["--no_thinking"], ["--max_new_tokens", "9"]):
+        monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--merge_to", "merged", *flags])
+        with pytest.raises(SystemExit) as end:
+            inference_lora.main()
+        assert end.value.code == 2 and "--merge_to 只合并，不提问；请去掉 " in capsys.readouterr().err

@@ -2,7 +2,7 @@
 llama.cpp. The project has no server of its own: what is tested is that its folders are read as they were trained.
 
 LLAMA_CPP names a folder of llama.cpp with its convert_hf_to_gguf.py, as in the source package of llama-cpp-python, that
-two tests want installed too."""
+one test wants installed too."""
 
 import json
 import os
@@ -24,7 +24,6 @@ from parts.model.weights import load_tokenizer, load_weights
 
 ROWS = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()][:4:2]  # two topics
 LLAMA_CPP = os.environ.get("LLAMA_CPP")
-llama_cpp = pytest.mark.skipif(not LLAMA_CPP, reason="LLAMA_CPP names no llama.cpp")
 QUESTIONS = ["感冒 and 0456 怎么办？", "  两边的空格\n\n\n换行\t", "It's 3,000 ml／天 😀 naïve"]
 
 
@@ -93,13 +92,9 @@ def test_request_without_a_system_prompt_is_asked_as_trained(client):
     assert reply()[1] == len(expected) and encoding.default_system(tokenizer) == data.SYSTEM_PROMPT
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """One layer of random weights, saved as a training does it, and converted to exact.gguf. Heads of 128 as Qwen3's;
-    weights so large that the logits hang on all tokens before."""
-    if not REAL.is_dir():
-        pytest.skip("the real tokenizer is not part of the project")
-    folder = tmp_path_factory.mktemp("gguf")
+def save_and_convert(folder: Path) -> str:
+    """Save one layer of random weights as a training does it, and convert it; return the name of the file in GGUF.
+    Heads of 128 as Qwen3's; weights so large that the logits hang on all tokens before."""
     settings = json.loads((REAL / "qwen3-1.7b" / "config.json").read_text(encoding="utf-8"))
     del settings["torch_dtype"], settings["architectures"]
     settings |= {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -113,40 +108,20 @@ def saved(tmp_path_factory) -> Path:
     tokenizer = load_tokenizer(str(REAL / "qwen3-1.7b"))
     encoding.with_system(tokenizer, data.SYSTEM_PROMPT).save_pretrained(folder)
     export.translate(folder)
-    converter = str(Path(LLAMA_CPP, "convert_hf_to_gguf.py"))
-    command = [sys.executable, converter, str(folder), "--outfile", str(folder / "exact.gguf"), "--outtype", "f32"]
+    converter, converted = str(Path(LLAMA_CPP, "convert_hf_to_gguf.py")), str(folder / "exact.gguf")
+    command = [sys.executable, converter, str(folder), "--outfile", converted, "--outtype", "f32"]
     subprocess.run(command, check=True)
-    return folder
+    return converted
 
 
-@pytest.fixture
-def llama(saved):
-    """llama.cpp with the converted weights, keys and values in float32 too: by itself it rounds them to float16."""
+@pytest.mark.skipif(not LLAMA_CPP, reason="LLAMA_CPP names no llama.cpp")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real tokenizer is not part of the project")
+def test_llama_cpp_reads_a_prompt_as_we_do_and_computes_the_same_logits(folder):
+    """Keys and values are in float32 too: by itself it rounds them to float16."""
     cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     exact = {"type_k": cpp.GGML_TYPE_F32, "type_v": cpp.GGML_TYPE_F32, "logits_all": True}
-    return cpp.Llama(str(saved / "exact.gguf"), n_ctx=1024, n_threads=1, verbose=False, **exact)
-
-
-@llama_cpp
-def test_the_converter_carries_all_of_the_model(saved, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(LLAMA_CPP, "gguf-py")))
-    import gguf
-
-    read = gguf.GGUFReader(saved / "exact.gguf")
-    values = {name: field.contents() for name, field in read.fields.items()}
-    tokenizer = load_tokenizer(str(saved))
-    assert values["general.architecture"] == "qwen3" and values["qwen3.rope.freq_base"] == 1e6
-    assert values["tokenizer.chat_template"] == tokenizer.chat_template  # with the system prompt that was trained
-    assert values["tokenizer.ggml.pre"] == "qwen2" and values["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
-    weights = {tensor.name: torch.tensor(tensor.data) for tensor in read.tensors}
-    state = load_weights(str(saved), torch.device("cpu")).state_dict()
-    assert weights["token_embd.weight"].equal(state["model.embed_tokens.weight"].float())
-    assert len(weights) == len(state.keys() - {"lm_head.weight"})
-
-
-@llama_cpp
-def test_llama_cpp_reads_a_prompt_as_we_do_and_computes_the_same_logits(saved, llama):
-    model, tokenizer = load_weights(str(saved), torch.device("cpu")), load_tokenizer(str(saved))
+    llama = cpp.Llama(save_and_convert(folder), n_ctx=1024, n_threads=1, verbose=False, **exact)
+    model, tokenizer = load_weights(str(folder), torch.device("cpu")), load_tokenizer(str(folder))
     turns = [data.to_messages(question) for question in QUESTIONS]
     turns.append(data.to_messages("那吃什么药？", history=[["感冒了", "多休息。"]]))
     for messages in turns:

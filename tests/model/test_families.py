@@ -1,5 +1,5 @@
-"""Each family of models that is taken is trained rightly: packed, and without logits, it gives the losses and gradients
-of each example alone. All others are refused by their config.json."""
+"""Each family of models that is taken is trained rightly: packed, and without logits, it gives the losses and
+gradients of each example alone. All others are refused by their config.json."""
 
 import json
 import shutil

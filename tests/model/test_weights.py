@@ -15,18 +15,14 @@ import train
 from parts.model import encoding
 from parts.model.weights import best_dtype, load_tokenizer, load_trained, load_weights
 
-MODEL = "{} 里的模型无法读取（{}）；请重新下载或重新训练。"
-TOKENIZER = "{} 里的分词器无法读取（{}）；请重新下载或换一个模型。"
-ANOTHER = (
-    "{} 的分词器没有{}；如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，"
-    "否则请换一个用 Qwen3 模板的模型。"
-)
-NO_TEMPLATE, NO_END = (ANOTHER.format("{}", what) for what in ("对话模板", "<|im_end|>"))
-NO_TOKENIZER = "{} 里没有分词器（tokenizer.json、vocab.json、tokenizer.model 都没有）；~"
+MODEL = "bad 里的模型无法读取（~）；请重新下载或重新训练。"
+TOKENIZER = "~bad 里的分词器无法读取（~）；请重新下载或换一个模型。"
+NO_TEMPLATE = "bad 的分词器没有对话模板；如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐~"
+NO_TOKENIZER = "bad 里没有分词器（tokenizer.json、vocab.json、tokenizer.model 都没有）；~"
 UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py~"
 NO_MODEL = "找不到模型 {}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
 BAD_MODELS = {  # a file of the model, its content (None: not there), the message
-    "configuration missing": ("config.json", None, UNTRAINED),
+    "configuration missing": ("config.json", None, UNTRAINED.format("bad")),
     "configuration cut": ("config.json", b"{", MODEL),
     "configuration an array": ("config.json", b"[]", MODEL),
     "configuration in GBK": ("config.json", '{"a": "我"}'.encode("gbk"), MODEL),
@@ -34,7 +30,7 @@ BAD_MODELS = {  # a file of the model, its content (None: not there), the messag
     "another architecture": (
         "config.json",
         b'{"model_type": "bert"}',
-        MODEL.format("{}", "缺少 ~ 个权重，例如 bert.~"),
+        MODEL.replace("~", "缺少 ~ 个权重，例如 bert.~"),
     ),
     "generation settings cut": ("generation_config.json", b"{", MODEL),
     "tokenizer missing": ("tokenizer.json", None, NO_TOKENIZER),
@@ -43,82 +39,54 @@ BAD_MODELS = {  # a file of the model, its content (None: not there), the messag
     "tokenizer settings cut": ("tokenizer_config.json", b"[", TOKENIZER),
     "template missing": ("chat_template.jinja", None, NO_TEMPLATE),
     "template broken": ("chat_template.jinja", b"{% if %}", TOKENIZER),
-    "template fails": ("chat_template.jinja", b"{{ 1 / 0 }}", TOKENIZER.format("{}", "division by zero")),
+    "template fails": ("chat_template.jinja", b"{{ 1 / 0 }}", TOKENIZER),
     "weights empty": ("model.safetensors", b"", MODEL),
     "weights a page": ("model.safetensors", b"<html>" * 99, MODEL),
 }
 
 
 @pytest.mark.parametrize(("file", "content", "message"), BAD_MODELS.values(), ids=BAD_MODELS)
-def test_model_that_cannot_be_asked(tiny_model, tmp_path, monkeypatch, file, content, message):
-    monkeypatch.chdir(tmp_path)
+def test_model_that_cannot_be_asked(tiny_model, folder, file, content, message):
     shutil.copytree(tiny_model, "bad")
     Path("bad", file).unlink()
     if content is not None:
         Path("bad", file).write_bytes(content)
-    refused(message.format("bad", "~"), load_trained, "bad")
+    refused(message, load_trained, "bad")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("no model", NO_MODEL),
-        ("a/b/c", NO_MODEL),
-        ("a_file", NO_MODEL),
-        ("n" * 300, NO_MODEL),
-        ("output/qwen3-medical", UNTRAINED),
-        ("a_folder", UNTRAINED),
-    ],
-    ids=["spaces", "two slashes", "a file", "too long", "not trained yet", "an empty folder"],
-)
-def test_model_that_is_not_there(tmp_path, monkeypatch, name, message):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", ["no model", "a/b/c", "a_file", "n" * 300, "output/qwen3-medical", "a_folder"])
+def test_model_that_is_not_there(folder, name):
     Path("a_file").touch()
     Path("a_folder").mkdir()
+    message = UNTRAINED if name in ("output/qwen3-medical", "a_folder") else NO_MODEL
     refused(message.format(name), load_trained, name)
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
-def test_model_that_cannot_be_trained(workspace, tiny_model, file):
+@pytest.mark.parametrize(("file", "message"), [("tokenizer.json", TOKENIZER), ("config.json", "~bad~无法读取（~）；~")])
+def test_model_that_cannot_be_trained(workspace, tiny_model, file, message):
     shutil.copytree(tiny_model, "bad")
     Path("bad", file).write_bytes(b"[]")
-    refused(TOKENIZER.format(Path("bad").resolve(), "~"), train.train, arguments(Path("bad")))
+    refused(message, train.train, arguments("bad"))
 
 
-def test_folder_that_holds_no_tokenizer_cannot_be_trained(folder, tiny_model):
-    Path("bad").mkdir()
-    shutil.copy(tiny_model / "config.json", "bad")
-    refused(NO_TOKENIZER.format("bad"), load_tokenizer, "bad")
-
-
-def change_tokens(folder: Path, old: str, new: str | None, **settings) -> Path:
-    """`folder` with another name for a token, and these settings of its tokenizer."""
+def change_tokens(folder: Path, old: str, new: str, **settings) -> str:
+    """Give a token of the model in `folder` another name, and its tokenizer these settings."""
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     file.write_text(file.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     known = json.loads(config.read_text(encoding="utf-8")) | settings
     config.write_text(json.dumps({name: value for name, value in known.items() if value}), encoding="utf-8")
-    return folder
+    return str(folder)
 
 
-def test_turns_that_end_otherwise(tiny_model, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "base")
-    path = change_tokens(tmp_path / "base", "<|im_end|>", "<|eot|>", eos_token="<|eot|>")
-    refused(NO_END.format(path), load_tokenizer, str(path))
-
-
-@pytest.mark.parametrize(("there", "padding"), [("<|endoftext|>", "<|endoftext|>"), ("<|other|>", "<|im_end|>")])
-def test_tokenizer_that_names_no_padding(tiny_model, tmp_path, there, padding):
-    shutil.copytree(tiny_model, tmp_path / "base")
-    path = change_tokens(tmp_path / "base", "<|endoftext|>", there, pad_token=None)
-    assert load_tokenizer(str(path)).pad_token == padding
-
-
-def test_model_that_ends_its_turn_with_another_token(tiny_model, tmp_path):
+def test_tokens_that_end_turns_and_fill_batches(tiny_model, tmp_path):
     """A base model's tokenizer names <|endoftext|> as the end; its replies have to end with the turn all the same."""
-    shutil.copytree(tiny_model, tmp_path / "base")
-    config = tmp_path / "base" / "tokenizer_config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace('"<|im_end|>"', '"<|endoftext|>"'), encoding="utf-8")
-    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    copies = (shutil.copytree(tiny_model, tmp_path / str(i)) for i in range(4))
+    path = change_tokens(next(copies), "<|im_end|>", "<|eot|>", eos_token="<|eot|>")
+    refused("~ 的分词器没有<|im_end|>；~", load_tokenizer, path)
+    for there, padding in (("<|endoftext|>", "<|endoftext|>"), ("<|other|>", "<|im_end|>")):
+        path = change_tokens(next(copies), "<|endoftext|>", there, pad_token=None)
+        assert load_tokenizer(path).pad_token == padding
+    tokenizer = load_tokenizer(change_tokens(next(copies), "", "", eos_token="<|endoftext|>"))
     example = encoding.encode_example(tokenizer, data.to_messages("问", "想", "答"))
     assert tokenizer.decode(example["labels"][-1]) == "<|im_end|>" == tokenizer.eos_token
 
@@ -127,11 +95,9 @@ def test_template_that_writes_no_thinking(workspace, tiny_model):
     shutil.copytree(tiny_model, "silent")
     template = Path("silent/chat_template.jinja")
     text = template.read_text(encoding="utf-8")
-    template.write_text(
-        text.replace("message.role == 'assistant' and loop.index0", "loop.index0 < 0 and 0"), encoding="utf-8"
-    )
-    message = f"{Path('silent')} 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
-    refused(message, train.train, arguments(Path("silent")))
+    changed = text.replace("message.role == 'assistant' and loop.index0", "loop.index0 < 0 and 0")
+    template.write_text(changed, encoding="utf-8")
+    refused("silent 的对话模板不写思考；请换一个会思考的模型~", train.train, arguments("silent"))
 
 
 class Bomb:
@@ -140,14 +106,12 @@ class Bomb:
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", None])
-def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, tmp_path, monkeypatch, weights):
-    monkeypatch.chdir(tmp_path)
+def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, folder, weights):
     shutil.copytree(tiny_model, "bin")
     Path("bin/model.safetensors").unlink()
     if weights:
         Path("bin", weights).write_bytes(pickle.dumps(Bomb()))
-    message = "bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
-    refused(message, load_trained, "bin")
+    refused("bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；~", load_trained, "bin")
     assert not Path("exploded").exists()
 
 
