@@ -80,8 +80,7 @@ def test_data_speed():
 
 def test_defaults(folder, monkeypatch, capsys):
     """The two texts are learnt apart, and every arm has its line."""
-    think = "答案里已经提到了休息。思考{}的要点是多喝水，按时睡觉，饮食清淡，注意保暖，每天散步半个小时。"
-    rows = [make_row(i, think=think.format(i)) for i in range(20)]
+    rows = [make_row(i, think=f"答案里已经提到了休息。思考{i}的要点是多喝水，也要按时睡觉。" * 2) for i in range(20)]
     monkeypatch.setattr(sys, "argv", ["defaults", "--small", "--data", save(rows, "rows.jsonl"), "--json", "out.json"])
     defaults.main()
     rows = {name: row for name, *row in cells(capsys.readouterr().out)}

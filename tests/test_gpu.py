@@ -1,5 +1,5 @@
-"""What only a GPU shows: the kernels chosen there agree with the plain ones, and graphs with decoding step by step.
-CI has none; where there is one, `pytest tests/test_gpu.py` comes before the benchmarks."""
+"""What only a GPU shows: the kernels chosen there agree with the plain ones, and graphs with decoding step by
+step. CI has none; where there is one, `pytest tests/test_gpu.py` comes before the benchmarks."""
 
 import importlib.util
 
@@ -19,8 +19,8 @@ PLAIN_ROTARY = modeling_qwen3.apply_rotary_pos_emb
 
 @pytest.fixture
 def build(workspace, tiny_model, tokenizer):
-    """A trainer of the tiny model in bfloat16, with these flags; a plain one has the plain rotary embedding, which an
-    earlier trainer may have exchanged for all."""
+    """A trainer of the tiny model in bfloat16, with these flags; a plain one has the plain rotary embedding,
+    which an earlier trainer may have exchanged for all."""
 
     def build(fast_kernels=True, **changes):
         if not fast_kernels:

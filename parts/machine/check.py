@@ -92,10 +92,10 @@ def find_model(args):
 def shape_of(name: str, **changes) -> transformers.Qwen3Config:
     """Return the configuration, as far as its size goes, of a model that is not here. Raises SystemExit for
     one not known."""
-    if (short := name.rpartition("/")[2].removesuffix("-Base")) not in SHAPES:
-        raise SystemExit(
-            f"错误：还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）；请用 --model_name 指定本地文件夹。"
-        )
+    short = name.rpartition("/")[2].removesuffix("-Base")
+    if short not in SHAPES:
+        why = f"还没有下载 {name}，也不知道它的形状（知道 {'、'.join(SHAPES)}）"
+        raise SystemExit(f"错误：{why}；请用 --model_name 指定本地文件夹。")
     shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
     return transformers.Qwen3Config(**shape | changes)
 

@@ -1,6 +1,6 @@
-"""Which fast paths of a training run on this device and agree with their plain forms: torch's attention for packed
-batches, Liger's layers, the optimizer's step, the loss, 4-bit layers. None is used that was not seen to agree here.
-Knows no plan and no flag."""
+"""Which fast paths of a training run on this device and agree with their plain forms: torch's attention for
+packed batches, Liger's layers, the optimizer's step, the loss, 4-bit layers. None is used that was not seen
+to agree here. Knows no plan and no flag."""
 
 import functools
 import importlib.util

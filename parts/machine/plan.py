@@ -1,6 +1,7 @@
-"""Which way of training fits into the memory that is free: a ladder of plans, fastest first, and the bytes that each
-takes at its peak. Obeys what the command line says; does not train. The arithmetic is that of a layer of Qwen3 or
-Qwen2; its sums stood 0 to 15 % above what torch's own account of the same operations says."""
+"""Which way of training fits into the memory that is free: a ladder of plans, fastest first, and the bytes
+that each takes at its peak. Obeys what the command line says; does not train. The arithmetic is that of a
+layer of Qwen3 or Qwen2; its sums stood 0 to 15 % above what torch's own account of the same operations
+says."""
 
 import contextlib
 import importlib.util
@@ -21,9 +22,9 @@ from parts.training.packing import LOSS_BYTES, repeats_heads
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
 
-# Tokens in one pass (all of a step's, half of them, the longest example's), recompute every n-th layer (0: none), keep
-# the recomputed layers' inputs in the CPU's memory, optimizer. Recomputing every layer is a forward pass more, 27 % of
-# the FLOPs; more passes cost less, and 8-bit states hardly any time.
+# Tokens in one pass (all of a step's, half of them, the longest example's), recompute every n-th layer (0:
+# none), keep the recomputed layers' inputs in the CPU's memory, optimizer. Recomputing every layer is a
+# forward pass more, 27 % of the FLOPs; more passes cost less, and 8-bit states hardly any time.
 LADDER = [
     ("all", 0, False, "kahan"),
     ("half", 0, False, "kahan"),
@@ -64,12 +65,12 @@ class Plan(NamedTuple):
 
 
 def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=None, batch_tokens=None) -> list[Plan]:
-    """Return the rungs of the ladder that fit into `free` bytes, fastest first, the same for all processes; the
-    smallest one alone when none does.
+    """Return the rungs of the ladder that fit into `free` bytes, fastest first, the same for all processes;
+    the smallest one alone when none does.
 
-    lengths: tokens of each training example; the worst step holds the longest ones. `optimizer` and `batch_tokens` are
-    an interrupted run's, kept where the command line says nothing. What asks for torchao comes last where it is not
-    installed. Raises SystemExit when no rung applies.
+    lengths: tokens of each training example; the worst step holds the longest ones. `optimizer` and
+    `batch_tokens` are an interrupted run's, kept where the command line says nothing. What asks for torchao
+    comes last where it is not installed. Raises SystemExit when no rung applies.
     """
     optimizer, batch_tokens = args.optimizer or optimizer, args.batch_tokens or batch_tokens
     worst = sum(sorted(lengths)[-args.per_device_train_batch_size :])  # tokens of a step on this device
@@ -88,9 +89,9 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
 
 
 def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_tokens: int | None) -> list[tuple]:
-    """Return (tokens in one pass, recompute every n-th layer, offload, optimizer) of the ladder's rungs that apply to
-    this training, with what was asked for in place of what they say. Tokens of the `worst` step and `longest` example.
-    """
+    """Return (tokens in one pass, recompute every n-th layer, offload, optimizer) of the ladder's rungs that
+    apply to this training, with what was asked for in place of what they say. Tokens of the `worst` step and
+    `longest` example."""
     sizes = {"all": worst, "half": max(longest, worst // 2), "longest": longest}
     cuda = args.device.type == "cuda"
     rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
@@ -142,8 +143,8 @@ def describe(plan: Plan, kind: str) -> str:
 
 
 def apply(plan: Plan, model) -> None:
-    """Switch the recomputing of layers on or off, and hold the process to the memory that was planned with: beyond it
-    Windows' driver would not refuse but go on in the CPU's memory, many times slower."""
+    """Switch the recomputing of layers on or off, and hold the process to the memory that was planned with:
+    beyond it Windows' driver would not refuse but go on in the CPU's memory, many times slower."""
     # Their names from transformers 5.23 on, and before.
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
     if plan.checkpoint_every:
@@ -156,7 +157,8 @@ def apply(plan: Plan, model) -> None:
 
 @contextlib.contextmanager
 def limited(device: torch.device):
-    """Around a training: the limit that `apply` sets does not outlive it, however it ends; a notebook goes on."""
+    """Around a training: the limit that `apply` sets does not outlive it, however it ends; a notebook goes
+    on."""
     try:
         yield
     finally:
@@ -168,8 +170,8 @@ def limited(device: torch.device):
 
 
 def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int) -> dict:
-    """Return {part: bytes} at the peak of training on each card. `tokens` in one pass, of the `worst` ones of a step;
-    every n-th layer is recomputed."""
+    """Return {part: bytes} at the peak of training on each card. `tokens` in one pass, of the `worst` ones of
+    a step; every n-th layer is recomputed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     cards = args.world_size if args.fsdp else 1  # that share weights, states and gradients
     gradients = 0 if optimizer.endswith("in_backward") else sum(p.nbytes for p in trained) / cards
@@ -191,13 +193,14 @@ def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, o
     # Gradients on their way down through an MLP, while its activations, kept or recomputed, are still there.
     flowing = tokens * size * (4 * config.intermediate_size + 2 * config.hidden_size)
 
-    # The peak is either at the top, where the loss is made or the last layer computed once more while all others are
-    # still kept, or at the bottom, where all gradients are there.
+    # The peak is either at the top, where the loss is made or the last layer computed once more while all
+    # others are still kept, or at the bottom, where all gradients are there.
     last_recomputed = every > 0 and (config.num_hidden_layers - 1) % every == 0
     top = kept + max(loss + tail, flowing + layer * last_recomputed)
     top += output_gradient + complete_gradients + (0 if whole_step else gradients)
-    # Where the output layer is the embedding too, the second gradient of it is added to the first one in place, unless
-    # that had to be added to the sum of earlier passes; else the embedding's own is new beside that sum alone.
+    # Where the output layer is the embedding too, the second gradient of it is added to the first one in
+    # place, unless that had to be added to the sum of earlier passes; else the embedding's own is new beside
+    # that sum alone.
     tied = output is model.get_input_embeddings().weight
     second = output_gradient * (tied + (not whole_step))
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
@@ -213,12 +216,12 @@ def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, o
 
 
 def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
-    """Return the bytes a token that one decoder layer keeps for its backward pass: 117 kB plain and 72 kB fused for
-    Qwen3-1.7B.
+    """Return the bytes a token that one decoder layer keeps for its backward pass: 117 kB plain and 72 kB
+    fused for Qwen3-1.7B.
 
-    Counted from what the operations of a Qwen3 layer keep: norms their input (plain ones in float32, and before the
-    weight), matrix products their input, SiLU and the product of the MLP theirs, attention its four tensors. Qwen2's
-    has no norms of queries and keys.
+    Counted from what the operations of a Qwen3 layer keep: norms their input (plain ones in float32, and
+    before the weight), matrix products their input, SiLU and the product of the MLP theirs, attention its
+    four tensors. Qwen2's has no norms of queries and keys.
     """
     config, size = model.config, model.dtype.itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -236,9 +239,9 @@ def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
 
 
 def complete_bytes(model) -> tuple[float, float]:
-    """Return (weights, gradients) of a sharded model that are complete at once on one card: the output layer, and of
-    the layers one as it is computed and one on its way in two buffers; the gradients of one, and as much again to be
-    sent."""
+    """Return (weights, gradients) of a sharded model that are complete at once on one card: the output layer,
+    and of the layers one as it is computed and one on its way in two buffers; the gradients of one, and as
+    much again to be sent."""
     output, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     inner = [p for p in model.parameters() if p is not output and p is not embedding]  # nearly all are the layers'
     layers = model.config.num_hidden_layers
@@ -255,8 +258,8 @@ def is_own(device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device, model, memory_gb: float | None) -> float:
-    """Return the bytes that training may take, its weights included: what is free now in the process that has least,
-    and at most `memory_gb` less the driver's own."""
+    """Return the bytes that training may take, its weights included: what is free now in the process that has
+    least, and at most `memory_gb` less the driver's own."""
     most = memory_gb * 1e9 - DRIVER_BYTES if memory_gb else math.inf
     if is_own(device):
         backend = getattr(torch, device.type)  # torch.cuda, torch.npu

@@ -1,5 +1,6 @@
-"""The worst step of a training and its largest evaluation, tried before anything is written: does the plan fit here,
-and how fast is it. No optimizer steps: weights, random states and the trainer are afterwards what they were."""
+"""The worst step of a training and its largest evaluation, tried before anything is written: does the plan
+fit here, and how fast is it. No optimizer steps: weights, random states and the trainer are afterwards what
+they were."""
 
 import math
 import time
@@ -27,9 +28,9 @@ class Rehearsed(NamedTuple):
 
 
 def settle(trainer, plans: list[Plan]) -> None:
-    """Let `trainer` follow the first of `plans` whose optimizer and whose memory are seen to be right here, the same in
-    all processes, and print it; without a rehearsal the memory is believed. Raises SystemExit where an optimizer is the
-    reason that no plan is left, else torch.OutOfMemoryError."""
+    """Let `trainer` follow the first of `plans` whose optimizer and whose memory are seen to be right here,
+    the same in all processes, and print it; without a rehearsal the memory is believed. Raises SystemExit
+    where an optimizer is the reason that no plan is left, else torch.OutOfMemoryError."""
     args = trainer.args
     while plans:
         first = plans[0]
@@ -57,8 +58,8 @@ def settle(trainer, plans: list[Plan]) -> None:
 
 
 def rehearse(trainer) -> Rehearsed | None:
-    """Return what the plan that `trainer` follows took here, or None: it does not fit. Of a sharded model that raises
-    the error and ends the training, in all processes."""
+    """Return what the plan that `trainer` follows took here, or None: it does not fit. Of a sharded model
+    that raises the error and ends the training, in all processes."""
     device, rehearsed = trainer.args.device, None
     try:
         with same_random_states(device):
@@ -76,7 +77,8 @@ def rehearse(trainer) -> Rehearsed | None:
 
 
 def measure(trainer) -> Rehearsed:
-    """Take the worst step, twice, and the largest evaluation batch, beside a block of the optimizer's size."""
+    """Take the worst step, twice, and the largest evaluation batch, beside a block of the optimizer's
+    size."""
     args, data = trainer.args, trainer.train_dataset
     by_length = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     batch = trainer.data_collator([data[i] for i in by_length[-args.per_device_train_batch_size :]])

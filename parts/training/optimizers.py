@@ -14,7 +14,9 @@ OPTIMIZERS = {  # of bfloat16 weights: bytes of state for each trained one, and 
 def state_bytes(trained: list, optimizer: str) -> float:
     """Return the bytes of the optimizer's states for the trained weights."""
     bytes_each, _ = OPTIMIZERS[optimizer]
-    return sum(2 * p.nbytes if bytes_each is None else bytes_each * p.numel() for p in trained)
+    if bytes_each is None:
+        return sum(2 * p.nbytes for p in trained)
+    return bytes_each * sum(p.numel() for p in trained)
 
 
 def pick(name: str, triton: bool, **common):

@@ -1,5 +1,5 @@
-"""The plan: its arithmetic against what autograd really keeps, and the first rung of the ladder that fits, what the
-command line says obeyed."""
+"""The plan: its arithmetic against what autograd really keeps, and the first rung of the ladder that fits,
+what the command line says obeyed."""
 
 import importlib
 import weakref
@@ -47,15 +47,15 @@ def bytes_kept(model) -> float:
     return sum(storage.nbytes() for storage in stores.values()) / 256
 
 
-# The account below adds the two gradients of a tied embedding out of place, which autograd does to such tensors alone:
-# with a small vocabulary that matters little.
+# The account below adds the two gradients of a tied embedding out of place, which autograd does to such
+# tensors alone: with a small vocabulary that matters little.
 FEW_WORDS = QWEN | {"vocab_size": 32768}
 UNTIED = QWEN | {"tie_word_embeddings": False}
 
 
 def peak(layers: int, tokens: int, every: int, optimizer: str, shape: dict) -> float:
-    """Bytes that weights, gradients and activations of Qwen3-1.7B's layers take at most in a forward and backward pass:
-    torch's own account of the real operations, on tensors without storage."""
+    """Bytes that weights, gradients and activations of Qwen3-1.7B's layers take at most in a forward and
+    backward pass: torch's own account of the real operations, on tensors without storage."""
     with FakeTensorMode():
         model = build_model(layers=layers, shape=shape)
         for weight in model.parameters():
@@ -206,7 +206,8 @@ def test_other_devices_are_planned_without_what_wants_cuda(kind):
 
 
 def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
-    """The CPU's memory stands for a GPU's here, and copies of tensors for those that would be moved out of it."""
+    """The CPU's memory stands for a GPU's here, and copies of tensors for those that would be moved out of
+    it."""
     moved, inputs = [], []
 
     def move(tensor):

@@ -1,4 +1,5 @@
-"""The worst step is tried before anything is written; it leaves no trace, and a plan that is too large gives way."""
+"""The worst step is tried before anything is written; it leaves no trace, and a plan that is too large gives
+way."""
 
 import math
 import weakref
@@ -40,7 +41,8 @@ def test_the_time_is_that_of_all_steps_and_evaluations(workspace, tiny_model, to
 
 
 class Card(TorchDispatchMode):
-    """A card for the CPU: counts the bytes of all tensors that are made while it is on, and has no more than `size`."""
+    """A card for the CPU: counts the bytes of all tensors that are made while it is on, and has no more than
+    `size`."""
 
     def __init__(self, size: float = math.inf):
         super().__init__()

@@ -69,9 +69,7 @@ def test_states_of_few_bits_and_steps_in_the_backward_pass_follow_the_kahan_curv
         trainer = build_trainer(tiny_model, tokenizer, dtype=torch.bfloat16, learning_rate=1e-3, **changes)
         trainer.train()
         curves[optimizer] = losses(trainer)
-        in_backward = optimizer.endswith("in_backward")
-        assert (trainer.args.max_grad_norm == 0) == in_backward
-        assert ("grad_norm" in trainer.state.log_history[0]) == (not in_backward)
+        assert ("grad_norm" in trainer.state.log_history[0]) != optimizer.endswith("in_backward")
     assert curves["kahan"][-1] < curves["kahan"][0] - 0.2
     for name in FEW_BITS:
         assert curves[name] == pytest.approx(curves["kahan"], rel=0.003), name
