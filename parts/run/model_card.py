@@ -36,7 +36,7 @@ pipeline_tag: text-generation
 
 
 def write(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> None:
-    """Write them into the trainer's output folder. `settings`: output_folder.Run's; `origin`: of the training file;
+    """Write them into the trainer's output folder. `settings`: a Run's; `origin`: of the training file;
     `versions`: of the libraries."""
     folder = Path(trainer.args.output_dir)
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
@@ -63,15 +63,6 @@ def describe_saved(state) -> str:
     loss = f"eval_loss {losses['eval_loss']:.4f}" if losses else "未评估"
     why = "按 eval_loss 选出" if state.best_model_checkpoint else "最后一步"
     return f"{loss}（第 {saved_step(state)} 步），{why}"
-
-
-def describe_parts(state) -> str:
-    """The losses of the saved weights, thinking and answer apart; empty where they were not evaluated."""
-    losses, parts = saved_losses(state), []
-    for name, key in (("按行平均", "eval_loss"), ("思考", "eval_think_loss"), ("回答", "eval_answer_loss")):
-        if key in losses:
-            parts.append(f"{name} {losses[key]:.4f}")
-    return "，".join(parts)
 
 
 def against_published(args, state, origin: dict, published: dict, changed: list[str]) -> str:
@@ -124,6 +115,7 @@ def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None
 def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> str:
     """The card's text."""
     args, state = trainer.args, trainer.state
+    losses, parts = saved_losses(state), {"eval_loss": "按行平均", "eval_think_loss": "思考", "eval_answer_loss": "回答"}
     local = Path(args.model_name).is_dir()
     base = Path(args.model_name).name if local else args.model_name.rpartition("://")[2]
     rows = {
@@ -137,7 +129,7 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
         "保存的权重": describe_saved(state),
-        "验证损失": describe_parts(state),
+        "验证损失": "，".join(f"{name} {losses[key]:.4f}" for key, name in parts.items() if key in losses),
         "优化器": trainer.plan.optimizer,
         "梯度裁剪": args.max_grad_norm or "没有",
         "精度": str(trainer.model.dtype).removeprefix("torch."),
