@@ -8,8 +8,7 @@
     torchrun --nproc_per_node 8 train.py --model_name Qwen/Qwen3-8B --fsdp true       # a model that fits no card
 
 The best weights end up in the output folder itself; `python inference.py` finds them there. This file is the recipe;
-what makes it fast, small and safe is in parts/, one noun a file. Those that need the heavy libraries are imported once
-the flags are read.
+what makes it fast, small and safe is in parts/. What needs the heavy libraries is imported once the flags are read.
 """
 
 import dataclasses
@@ -57,8 +56,8 @@ LOST = "错误：另一个进程已经结束或没有回应，训练停止；写
 
 
 def arguments(**changes):
-    """The recipe with these changes, as parts/arguments.Arguments. It is here that torch is imported. Raises SystemExit
-    for what cannot be meant, or cannot be done here."""
+    """The recipe with these changes, as parts/training/arguments.py's Arguments. It is here that torch is imported.
+    Raises SystemExit for what cannot be meant, or cannot be done here."""
     environment.prepare()
     from parts.training.arguments import Arguments
 
@@ -75,10 +74,8 @@ def prepare_files(args) -> str:
     if len(missing) == 2 and files == (TRAIN_FILE, VAL_FILE):
         data.prepare()
     elif missing:
-        raise SystemExit(
-            f"错误：找不到 {'、'.join(missing)}；请先运行 python data.py --dataset <数据> "
-            f"--train_file {args.train_file} --val_file {args.val_file}"
-        )
+        command = f"python data.py --dataset <数据> --train_file {args.train_file} --val_file {args.val_file}"
+        raise SystemExit(f"错误：找不到 {'、'.join(missing)}；请先运行 {command}")
     remedy = "用 --model_name 指定本地模型文件夹"
     return weights.find_model(args.model_name, remedy, args.model_revision, to_train=True)
 

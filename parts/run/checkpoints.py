@@ -76,10 +76,8 @@ def find_trained(folder: str | Path) -> Path:
     if holds_model(folder) and ((folder / FINISHED_MARK).is_file() or not unfinished):
         return folder
     if not checkpoints:
-        raise SystemExit(
-            f"错误：{folder} 里没有训练好的模型；请先运行 python train.py（LoRA：python train_lora.py），"
-            "或用 --model_path 指定模型的文件夹。"
-        )
+        remedy = "请先运行 python train.py（LoRA：python train_lora.py），或用 --model_path 指定模型的文件夹"
+        raise SystemExit(f"错误：{folder} 里没有训练好的模型；{remedy}。")
     try:
         state = json.loads((checkpoints[-1] / FINISHED_MARK).read_text(encoding="utf-8"))
         best = Path(folder, Path(state["best_model_checkpoint"]).name)
@@ -109,10 +107,8 @@ def check_space(folder: str | Path, count: int, size: float, weights: float) -> 
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     need, free = count * size + weights - there, shutil.disk_usage(folder).free
     if need > free:
-        raise SystemExit(
-            f"错误：{folder} 所在的磁盘剩余 {free / 1e9:.2f} GB，{count} 个检查点和最后的权重还需要约 "
-            f"{need / 1e9:.2f} GB；请腾出空间，或用 --output_dir 换到别的磁盘。"
-        )
+        space = f"剩余 {free / 1e9:.2f} GB，{count} 个检查点和最后的权重还需要约 {need / 1e9:.2f} GB"
+        raise SystemExit(f"错误：{folder} 所在的磁盘{space}；请腾出空间，或用 --output_dir 换到别的磁盘。")
 
 
 class Sealer(threading.Thread):

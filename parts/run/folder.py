@@ -55,10 +55,9 @@ class Run:
                 self.compare(Path(self.checkpoint).parent, asked)
             optimizer = self.kept.get("optimizer")
             if optimizer not in (None, *optimizers):
-                raise SystemExit(
-                    f"错误：{self.checkpoint} 是用 --optimizer {optimizer} 训练的，它已不再支持；请用 --output_dir "
-                    "换一个文件夹重新训练（模型一张卡放不下就加 --fsdp true，或用 train_lora.py）。"
-                )
+                begun = f"{self.checkpoint} 是用 --optimizer {optimizer} 训练的，它已不再支持"
+                remedy = "换一个文件夹重新训练（模型一张卡放不下就加 --fsdp true，或用 train_lora.py）"
+                raise SystemExit(f"错误：{begun}；请用 --output_dir {remedy}。")
         [found] = accelerate.utils.broadcast_object_list([vars(self)])
         vars(self).update(found)
 
@@ -135,10 +134,8 @@ def refuse_folder(folder: Path, overwrite: bool, model_name: str) -> None:
     """Raise SystemExit for a finished run, for a folder that holds anything else, such as a model, also the one that
     is to be trained, and for one without permission."""
     if Path(model_name).is_dir() and Path(model_name).resolve().is_relative_to(folder.resolve()):
-        raise SystemExit(
-            f"错误：--model_name {model_name} 在 --output_dir {folder} 里，训练会写掉它；"
-            "请用 --output_dir 换一个文件夹。"
-        )
+        where = f"--model_name {model_name} 在 --output_dir {folder} 里"
+        raise SystemExit(f"错误：{where}，训练会写掉它；请用 --output_dir 换一个文件夹。")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test_{os.getpid()}"
@@ -154,10 +151,8 @@ def refuse_folder(folder: Path, overwrite: bool, model_name: str) -> None:
     # Where torchrun starts the command again, it may be this command's own.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if finished and (again or not overwrite):
-        raise SystemExit(
-            f"错误：{folder} 里已有训练完的模型。"
-            "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir。"
-        )
+        remedy = "另存请用 --output_dir 换一个文件夹；删掉它重新训练请加 --overwrite_output_dir"
+        raise SystemExit(f"错误：{folder} 里已有训练完的模型。{remedy}。")
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
@@ -230,10 +225,8 @@ def choose_checkpoint(folder: Path, wanted: str | None) -> str | None:
         if not fault:
             return str(checkpoint)
         if wanted:
-            raise SystemExit(
-                f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；"
-                "不写这个参数，就会从最近的完整检查点继续。"
-            )
+            remedy = "不写这个参数，就会从最近的完整检查点继续"
+            raise SystemExit(f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；{remedy}。")
         print(f"跳过 {checkpoint}：{fault}。")
     if own:
         print("没有可用的检查点，从头开始训练。")

@@ -115,7 +115,8 @@ def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None
 def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> str:
     """The card's text."""
     args, state = trainer.args, trainer.state
-    losses, parts = saved_losses(state), {"eval_loss": "按行平均", "eval_think_loss": "思考", "eval_answer_loss": "回答"}
+    losses = saved_losses(state)
+    parts = {"eval_loss": "按行平均", "eval_think_loss": "思考", "eval_answer_loss": "回答"}
     local = Path(args.model_name).is_dir()
     base = Path(args.model_name).name if local else args.model_name.rpartition("://")[2]
     rows = {
