@@ -100,10 +100,8 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
         if not known and not re.search("inline_container|os error", str(error)):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
-        raise SystemExit(
-            f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
-            f"{kept}都还在；请腾出空间，再用同一命令继续。"
-        ) from None
+        failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
+        raise SystemExit(f"{failure}。{kept}都还在；请腾出空间，再用同一命令继续。") from None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 from parts.model.fused import Verdict, compare, missing
-from parts.model.weights import head_dim, stop_tokens
+from parts.model.weights import head_dim
 from parts.terminal import first_line
 
 # What Qwen advises for replies without thinking. While thinking the model's own generation settings hold.
@@ -38,10 +38,8 @@ def generate(
     prompts = [encode_messages(tokenizer, messages, True, thinking) for messages in conversations]
     input_ids = pad_left(prompts, tokenizer.pad_token_id)
     attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], 0)
-    stops, criteria = stop_tokens(model, tokenizer), []
-    if stop:
-        criteria.append(lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool))
-    sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
+    criteria = [lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool)] if stop else []
+    sampling = {} if thinking else NO_THINKING_SAMPLING
     began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -52,13 +50,11 @@ def generate(
             streamer=streamer,
             custom_generate=fast_loop(model, max_new_tokens, streamer) if fast_kernels else None,
             stopping_criteria=criteria,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stops,
             **sampling,
         )
     generated = output[:, input_ids.shape[1] :].tolist()  # which waits for the GPU
     seconds = (time.perf_counter() - began) / len(prompts)
-    replies = []
+    replies, stops = [], model.generation_config.eos_token_id
     for prompt, ids in zip(prompts, generated):
         length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         complete = length < len(ids)
@@ -144,9 +140,8 @@ class Decoder:
     def capture(self) -> None:
         """Record one step without running it, and run the last one again by it, which has to give the same.
         Where either fails, say why and go on step by step."""
-        stream = None
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             with torch.cuda.graph(graph):
                 logits = self.forward(self.token, self.position, self.mask)
             for layer in self.cache.layers:
@@ -158,8 +153,7 @@ class Decoder:
             self.graph, self.logits = graph, logits
         except RuntimeError as error:
             self.capturable, self.verdict = False, Verdict(False, first_line(error))
-            if stream:
-                torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
             print(f"（CUDA graph 用不了，改为逐步计算，会慢一些：{first_line(error)}）", file=sys.stderr)
 
 

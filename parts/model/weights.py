@@ -111,19 +111,18 @@ def quiet_libraries() -> None:
 def load_tokenizer(path: str):
     """Return the tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is
     not there, or writes no such turns."""
-    if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):  # transformers would make an empty one
-        files = "、".join(TOKENIZER_FILES)
-        raise SystemExit(f"错误：{path} 里没有分词器（{files} 都没有）；请把文件补齐，或把它改名后重新下载。")
     try:
+        if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):
+            raise ValueError(f"缺少 {'、'.join(TOKENIZER_FILES)} 之一")  # transformers would make an empty one
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if tokenizer.chat_template:
-            encode_messages(tokenizer, PROBE, prompt_only=True)
-    except Exception as error:  # which tokenizers and jinja raise themselves
-        raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
-    if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
-        missing = END_OF_TURN if tokenizer.chat_template else "对话模板"
-        remedy = "如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，否则请换一个用 Qwen3 模板的模型。"
-        raise SystemExit(f"错误：{path} 的分词器没有{missing}；{remedy}")
+        if not tokenizer.chat_template:
+            raise ValueError("没有对话模板，缺少 chat_template.jinja 或 tokenizer_config.json")
+        if END_OF_TURN not in tokenizer.get_vocab():
+            raise ValueError(f"没有 {END_OF_TURN}")
+        encode_messages(tokenizer, PROBE, prompt_only=True)
+    except Exception as error:  # tokenizers and jinja raise what they like
+        remedy = "请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
+        raise SystemExit(f"错误：{path} 里的分词器不能用（{first_line(error)}）；{remedy}") from None
     tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TURN
@@ -140,16 +139,15 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
         raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
-    options = {"dtype": best_dtype(device)}
+    options = {"dtype": best_dtype(device), "use_safetensors": True, "trust_remote_code": False}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
         options["device_map"] = {"": device}
+    loader = transformers.AutoModelForCausalLM
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+        model, report = loader.from_pretrained(path, output_loading_info=True, **options)
         if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():
@@ -184,26 +182,19 @@ def merge(model, trained: Trained):
             raise FileNotFoundError("缺少 adapter_model.safetensors")
         return peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(
-            f"错误：{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）；"
-            "请重新运行 python train_lora.py"
-        ) from None
-
-
-def stop_tokens(model, tokenizer) -> list[int]:
-    """Return the end of turn, and what the model's own settings name besides."""
-    stops = model.generation_config.eos_token_id
-    others = stops if isinstance(stops, list) else [stops]
-    end = tokenizer.eos_token_id
-    return [end, *(token for token in others if token not in (None, end))]
+        refusal = f"{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）"
+        raise SystemExit(f"错误：{refusal}；请重新运行 python train_lora.py") from None
 
 
 def settle_generation(model, tokenizer) -> None:
     """Make the settings that are saved with `model` those with which it is asked here: a base model's would
-    not stop at the end of turn, and would think greedily, which loops."""
-    settings = model.generation_config
-    settings.eos_token_id, settings.pad_token_id = stop_tokens(model, tokenizer), tokenizer.pad_token_id
-    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    not stop at the end of turn, and would think greedily, which loops. Generation stops at the end of turn,
+    and at what the model's own settings name besides."""
+    settings, end = model.generation_config, tokenizer.eos_token_id
+    named = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = [end, *(token for token in named if token not in (None, end))]
+    settings.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = end
     greedy = not (settings.do_sample and settings.temperature)
     settings.do_sample = True
     for name, value in THINKING_SAMPLING.items():
@@ -241,10 +232,8 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
         return str(Path(name).resolve())
     on_hub = hub.split(name)
     if not on_hub or on_hub.inside or name.startswith(OUTPUTS):
-        raise SystemExit(
-            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
-            f"{hub.forms(name)}"
-        )
+        kinds = "既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）"
+        raise SystemExit(f"错误：找不到模型 {name}：{kinds}。{hub.forms(name)}")
 
     def choose(names: list[str]) -> list[str]:
         return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
@@ -265,15 +254,11 @@ def check_folder(name: str, revision: str | None) -> None:
     if revision:
         raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
     if Path(name, ADAPTER_CONFIG).is_file():
-        raise SystemExit(
-            f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
-            f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-        )
+        command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+        raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
     if hub.split(name) and not any(Path(name).glob("*.safetensors")):
-        raise SystemExit(
-            f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
-            "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
-        )
+        remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
+        raise SystemExit(f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}")
 
 
 def find_local(name: str) -> Path | None:
@@ -317,9 +302,8 @@ def read_base(path: str) -> tuple[str, str | None]:
             raise ValueError(f"找不到基础模型 {base}")
         return base, None if Path(base).is_dir() else settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"错误：{config} 用不了（{first_line(error)}）；请放回基础模型，或重新运行 python train_lora.py"
-        ) from None
+        remedy = "请放回基础模型，或重新运行 python train_lora.py"
+        raise SystemExit(f"错误：{config} 用不了（{first_line(error)}）；{remedy}") from None
 
 
 def run_folder(path: str) -> Path:
@@ -335,7 +319,5 @@ def check_base(path: str, base: str, base_path: str) -> None:
     expected = folder.read_settings(run_folder(path)).get("model_sha256")
     actual = checkpoints.weights_sha256(base_path) if expected else None
     if actual != expected:
-        raise SystemExit(
-            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（权重的 SHA-256 应为 {expected}，现在是 {actual}）；"
-            "请放回原来的基础模型。"
-        )
+        sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
+        raise SystemExit(f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。")
