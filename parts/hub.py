@@ -77,9 +77,8 @@ class ModelScope:
         """Return the folder of a model in the cache, whole or not."""
         from modelscope_hub.errors import CacheNotFound
 
-        options = {"revision": revision or "master", "local_files_only": True}
         try:
-            folder = self.api.download_repo(repository, "model", **options)
+            folder = self.api.download_repo(repository, "model", revision=revision or "master", local_files_only=True)
         except CacheNotFound:
             return None
         # The folders of older clients do not tell the revision.

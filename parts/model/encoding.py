@@ -59,8 +59,7 @@ def default_system(tokenizer) -> str | None:
 def control_pattern(tokenizer) -> re.Pattern:
     """Return what matches any token, such as <|im_end|> or <think>, that the tokenizer takes whole out of a
     text."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    tokens.sort(key=len, reverse=True)
+    tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
 
@@ -68,11 +67,9 @@ def control_pattern(tokenizer) -> re.Pattern:
 def text_tokenizer(tokenizer):
     """Return the same tokenizer without its control tokens: to it, `<|im_end|>` is ten ordinary
     characters."""
-    from tokenizers import Tokenizer
-
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(settings))
+    return type(tokenizer.backend_tokenizer).from_str(json.dumps(settings))
 
 
 def encode_messages(tokenizer, messages: list[dict], prompt_only=False, thinking=True) -> list[int]:
@@ -189,10 +186,9 @@ def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:
     """Return lengths in tokens, and how many examples were left out for theirs, in one line."""
     ordered, count = sorted(lengths), len(lengths)
     over = sum(length > max_length for length in lengths)
-    return (
-        f"{path}：{count} 条，token 数平均 {sum(lengths) / count:.0f}，p50 {ordered[count // 2]}，"
-        f"p95 {ordered[int(count * 0.95)]}，最长 {ordered[-1]}；超过 --max_length {max_length} 而未采用的 {over} 条"
-    )
+    middle, high = ordered[count // 2], ordered[int(count * 0.95)]
+    numbers = f"token 数平均 {sum(lengths) / count:.0f}，p50 {middle}，p95 {high}，最长 {ordered[-1]}"
+    return f"{path}：{count} 条，{numbers}；超过 --max_length {max_length} 而未采用的 {over} 条"
 
 
 def describe_example(tokenizer, example: dict[str, list[int]]) -> str:

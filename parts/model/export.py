@@ -22,7 +22,6 @@ TEMPLATE = Path(__file__).with_name("ollama.gotmpl").read_text(encoding="utf-8")
 CONVERSATION = [*encoding.PROBE, {"role": "assistant", "content": "答"}, {"role": "user", "content": "再问"}]
 PROMPT = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CONVERSATION)
 PROMPT += "<|im_start|>assistant\n"
-NO_THINKING = "<think>\n\n</think>\n\n"
 
 MODELFILE = '''\
 # 对话模板、系统提示词和采样参数与训练时相同。命令见 README“GGUF 与 Ollama”。
@@ -43,8 +42,7 @@ def translate(folder: str | Path) -> None:
         path = Path(folder, name)
         if path.is_file():
             settings = translated(json.loads(path.read_text(encoding="utf-8")), path.parent)
-            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-            path.write_text(f"{text}\n", encoding="utf-8")
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def older_config(config: dict, folder: Path) -> dict:
@@ -94,7 +92,7 @@ def write_modelfile(folder: str | Path, tokenizer, generation_config) -> None:
 
 def objection(tokenizer) -> str | None:
     """Return why a Modelfile would ask this model otherwise than it was trained, or None."""
-    for thinking, ending in ((True, ""), (False, NO_THINKING)):
+    for thinking, ending in ((True, ""), (False, "<think>\n\n</think>\n\n")):
         ids = encoding.encode_messages(tokenizer, CONVERSATION, prompt_only=True, thinking=thinking)
         if tokenizer.decode(ids) != PROMPT + ending:
             return "它的对话模板与 Qwen3 的不同"

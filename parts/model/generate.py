@@ -8,7 +8,6 @@ from functools import partial
 import torch
 import transformers
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 from parts.model.fused import Verdict, compare, missing
@@ -36,23 +35,20 @@ def generate(
     the loop is transformers' too.
     """
     prompts = [encode_messages(tokenizer, messages, True, thinking) for messages in conversations]
-    input_ids = pad_left(prompts, tokenizer.pad_token_id)
-    attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], 0)
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     criteria = [lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool)] if stop else []
-    sampling = {} if thinking else NO_THINKING_SAMPLING
     began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
+            **inputs.to(model.device),
             max_new_tokens=max_new_tokens,
             use_cache=True,
             streamer=streamer,
             custom_generate=fast_loop(model, max_new_tokens, streamer) if fast_kernels else None,
             stopping_criteria=criteria,
-            **sampling,
+            **({} if thinking else NO_THINKING_SAMPLING),
         )
-    generated = output[:, input_ids.shape[1] :].tolist()  # which waits for the GPU
+    generated = output[:, inputs.input_ids.shape[1] :].tolist()  # which waits for the GPU
     seconds = (time.perf_counter() - began) / len(prompts)
     replies, stops = [], model.generation_config.eos_token_id
     for prompt, ids in zip(prompts, generated):
@@ -61,11 +57,6 @@ def generate(
         reply = split_reply(tokenizer, ids[:length], complete, opens_thinking(tokenizer, prompt))
         replies.append(reply._replace(tokens=length + complete, seconds=seconds))
     return replies
-
-
-def pad_left(rows: list[list[int]], padding: int) -> torch.Tensor:
-    """Return [rows, longest], of rows that end together."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, padding, padding_side="left")
 
 
 def room_in_memory(model) -> int:
@@ -97,7 +88,6 @@ class Decoder:
         self.used = input_ids.shape[1]  # tokens in the cache
         self.room = (self.used // CACHE_STEP + 1) * CACHE_STEP
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=self.room)
-        self.options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         self.logits = self.forward(input_ids, position_ids, attention_mask)  # [rows, vocabulary]
         self.token = torch.zeros_like(input_ids[:, -1:])
         self.position = position_ids[:, -1:].clone()
@@ -110,7 +100,7 @@ class Decoder:
         """Return the logits [rows, vocabulary] after the last token of `input_ids`, whose keys and values
         join the cache."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        return self.model(**inputs, **self.options).logits[:, -1]
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def advance(self, token: torch.Tensor) -> None:
         """Put the logits after `token` [rows] into `self.logits`."""
@@ -169,9 +159,7 @@ def try_graph(model) -> Verdict:
     return decoder.verdict
 
 
-def decode(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs
-) -> torch.Tensor:
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs):
     """The loop of `model.generate`, which prepares these arguments (`custom_generate`) and returns what this
     returns: prompts and replies as [rows, prompt + new], padded on the right; the last tokens may all be
     padding."""

@@ -21,6 +21,7 @@ from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, weight_files
+from parts.run.folder import read_settings
 from parts.terminal import first_line
 
 # Dense decoders of text, by the model_type of their config.json, that tests/model/test_families.py proves to
@@ -143,11 +144,10 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
-        options["device_map"] = {"": device}
-    loader = transformers.AutoModelForCausalLM
+        quantization = transformers.BitsAndBytesConfig(**four_bits)
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
-        model, report = loader.from_pretrained(path, output_loading_info=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():
@@ -162,7 +162,15 @@ def load(trained: Trained, device: torch.device | None = None):
     its base's weights."""
     model = load_weights(trained.base_path or trained.path, device)
     if trained.base_path:
-        model = merge(model, trained)
+        import peft
+
+        try:
+            if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
+                raise FileNotFoundError("缺少 adapter_model.safetensors")
+            model = peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            refusal = f"{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）"
+            raise SystemExit(f"错误：{refusal}；请重新运行 python train_lora.py") from None
     tokenizer = load_tokenizer(trained.path)
     settle_generation(model, tokenizer)
     return model, tokenizer
@@ -171,19 +179,6 @@ def load(trained: Trained, device: torch.device | None = None):
 def load_trained(name: str, revision: str | None = None, thinking: bool = True):
     """Return (model, tokenizer) of what `find_trained` finds."""
     return load(find_trained(name, revision, thinking))
-
-
-def merge(model, trained: Trained):
-    """Return the base model with the adapter merged into its weights."""
-    import peft
-
-    try:
-        if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
-            raise FileNotFoundError("缺少 adapter_model.safetensors")
-        return peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        refusal = f"{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）"
-        raise SystemExit(f"错误：{refusal}；请重新运行 python train_lora.py") from None
 
 
 def settle_generation(model, tokenizer) -> None:
@@ -228,7 +223,14 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
     where that fails. A model that is `to_train` is refused before its weights come if `check_family` refuses
     it."""
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
-        check_folder(name, revision)
+        if revision:
+            raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
+        if Path(name, ADAPTER_CONFIG).is_file():
+            command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+            raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
+        if hub.split(name) and not any(Path(name).glob("*.safetensors")):
+            remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
+            raise SystemExit(f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}")
         return str(Path(name).resolve())
     on_hub = hub.split(name)
     if not on_hub or on_hub.inside or name.startswith(OUTPUTS):
@@ -249,24 +251,11 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
     return str(folder)
 
 
-def check_folder(name: str, revision: str | None) -> None:
-    """Raise SystemExit when a folder cannot be the model that is asked for."""
-    if revision:
-        raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
-    if Path(name, ADAPTER_CONFIG).is_file():
-        command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-        raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
-    if hub.split(name) and not any(Path(name).glob("*.safetensors")):
-        remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
-        raise SystemExit(f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}")
-
-
 def find_local(name: str) -> Path | None:
     """Return the folder with the best weights below `name`, a training's folder or any model's; None where
     `name` is a hub's."""
-    if os.path.isdir(name) or name.startswith(OUTPUTS):
-        return checkpoints.find_trained(name)
-    return None
+    is_local = os.path.isdir(name) or name.startswith(OUTPUTS)
+    return checkpoints.find_trained(name) if is_local else None
 
 
 def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> Trained:
@@ -288,7 +277,10 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = find_model(base, remedy, revision if local and revision else trained_revision)
-    check_base(path, base, base_path)
+    expected = read_settings(run_folder(path)).get("model_sha256")  # if its run has a record of the weights
+    if expected and (actual := checkpoints.weights_sha256(base_path)) != expected:
+        sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
+        raise SystemExit(f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。")
     return Trained(path, base, base_path)
 
 
@@ -309,15 +301,3 @@ def read_base(path: str) -> tuple[str, str | None]:
 def run_folder(path: str) -> Path:
     """Return the output folder to which an adapter belongs: its own, or that of its checkpoint."""
     return Path(path).parent if Path(path).name.startswith("checkpoint-") else Path(path)
-
-
-def check_base(path: str, base: str, base_path: str) -> None:
-    """Raise SystemExit when the weights in `base_path` are not those on which the adapter in `path` was
-    trained, if its run has a record of them."""
-    from parts.run import folder
-
-    expected = folder.read_settings(run_folder(path)).get("model_sha256")
-    actual = checkpoints.weights_sha256(base_path) if expected else None
-    if actual != expected:
-        sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
-        raise SystemExit(f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。")
