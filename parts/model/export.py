@@ -84,10 +84,9 @@ def write_modelfile(folder: str | Path, tokenizer, generation_config) -> None:
     # What Ollama would fill in differently, such as repeat_penalty, is there too.
     sampling = {name: getattr(generation_config, name) for name in ("temperature", "top_p", "top_k")}
     sampling |= {"repeat_penalty": generation_config.repetition_penalty or 1.0, "num_ctx": NUM_CTX}
-    lines = [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines += [f"PARAMETER {name} {value}" for name, value in sampling.items()]
-    content = MODELFILE.format(template=TEMPLATE, system=system, parameters="\n".join(lines))
-    path.write_text(content, encoding="utf-8")
+    parameters = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
+    parameters += "\n".join(f"PARAMETER {name} {value}" for name, value in sampling.items())
+    path.write_text(MODELFILE.format(template=TEMPLATE, system=system, parameters=parameters), encoding="utf-8")
 
 
 def objection(tokenizer) -> str | None:

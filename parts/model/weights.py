@@ -140,14 +140,16 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
         raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
-    options = {"dtype": best_dtype(device), "use_safetensors": True, "output_loading_info": True}
+    options = {"dtype": best_dtype(device), "output_loading_info": True}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
         quantization = transformers.BitsAndBytesConfig(**four_bits)
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, **options
+        )
         if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():
@@ -202,8 +204,7 @@ def is_whole(folder: Path) -> bool:
     index names, each as long as its own header says, and no download that was cut off."""
     try:
         for name in weight_files(folder):
-            with safe_open(folder / name, "pt"):
-                pass
+            safe_open(folder / name, "pt")  # which compares the header with the file's length
         beside = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
         return beside and not any(folder.rglob("*.incomplete"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
