@@ -40,13 +40,6 @@ class HubName(NamedTuple):
     inside: str  # a file or a folder of it, or ""
 
 
-class Cause(NamedTuple):
-    """Why a client did not do what it was asked for."""
-
-    kind: str  # in the user's words
-    error: Exception  # which says so in the client's words
-
-
 class Unreachable(SystemExit):
     """The hub gave no list of files, and nothing was written: an earlier command's download is as it was."""
 
@@ -84,9 +77,8 @@ class ModelScope:
         """Return the folder of a model in the cache, whole or not."""
         from modelscope_hub.errors import CacheNotFound
 
-        options = {"revision": revision or "master", "local_files_only": True}
         try:
-            folder = self.api.download_repo(repository, "model", **options)
+            folder = self.api.download_repo(repository, "model", revision=revision or "master", local_files_only=True)
         except CacheNotFound:
             return None
         # The folders of older clients do not tell the revision.
@@ -138,9 +130,9 @@ def forms(text: str) -> str:
     return "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。" if ":/" in text else ""
 
 
-def find_cause(error: Exception) -> Cause:
-    """Return what an error of a client means, going by it and by what caused it: an answer's status tells
-    most, and the library that it comes from tells whether the network failed."""
+def find_cause(error: Exception) -> tuple[str, Exception]:
+    """Return what an error of a client means in the user's words, and the one among its causes that tells it:
+    an answer's status tells most, and the library that it comes from whether the network failed."""
     link = error
     while link:
         # ModelScope's client has the status on its own errors, Hugging Face's on the answer that it keeps.
@@ -148,14 +140,14 @@ def find_cause(error: Exception) -> Cause:
         status = getattr(link, "status_code", None) or getattr(answer, "status_code", 0)
         library = type(link).__module__.partition(".")[0]
         if status in OF_STATUS:
-            return Cause(OF_STATUS[status], link)
+            return OF_STATUS[status], link
         # ModelScope's code for it, and how Hugging Face's sentence begins.
         if getattr(link, "error_code", "") == "E2020" or str(link).startswith("Consistency check failed"):
-            return Cause("内容与文件列表不符", link)
+            return "内容与文件列表不符", link
         if status >= 500 or library in NETWORK_LIBRARIES or isinstance(link, ConnectionError | TimeoutError):
-            return Cause(NOT_REACHED, link)
+            return NOT_REACHED, link
         link = link.__cause__
-    return Cause("出错", error)
+    return "出错", error
 
 
 def refuse_outside(name: str, paths) -> None:
@@ -193,12 +185,10 @@ def download(name: str, kind: str, remedy: str, choose, folder=None, revision: s
         # ModelScope's client tells of each file that failed: the first is enough.
         failures = getattr(error, "failed_files", None) or {"": error}
         path, error = next(iter(failures.items()))
-        cause = find_cause(error)
-        reason = f"{path} {first_line(cause.error).rpartition('Caused by ')[2]}"
-        ending = Unreachable if files is None and cause.kind == NOT_REACHED else SystemExit
+        meaning, cause = find_cause(error)
+        ending = Unreachable if files is None and meaning == NOT_REACHED else SystemExit
         what = "数据集" if kind == "dataset" else "模型"
-        raise ending(
-            f"错误：无法从 {hub.endpoint} 下载{what} {name}（{cause.kind}）；"
-            f"请检查名称和网络后重试同一命令，或用环境变量 {hub.variable} 换一个镜像，或{remedy}。"
-            f"{hub.title} 的客户端说：{shorten(reason, 160)}"
-        ) from None
+        remedies = f"请检查名称和网络后重试同一命令，或用环境变量 {hub.variable} 换一个镜像，或{remedy}"
+        said = shorten(f"{path} {first_line(cause).rpartition('Caused by ')[2]}", 160)
+        refusal = f"错误：无法从 {hub.endpoint} 下载{what} {name}（{meaning}）；{remedies}。"
+        raise ending(f"{refusal}{hub.title} 的客户端说：{said}") from None

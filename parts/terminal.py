@@ -96,14 +96,11 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
         yield
     except Exception as error:
         # safetensors, torch.save and tokenizers have errors of their own for it.
-        known = isinstance(error, OSError | SafetensorError)
-        if not known and not re.search("inline_container|os error", str(error)):
+        if not isinstance(error, OSError | SafetensorError) and not re.search("inline_container|os error", str(error)):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
-        raise SystemExit(
-            f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB。"
-            f"{kept}都还在；请腾出空间，再用同一命令继续。"
-        ) from None
+        failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
+        raise SystemExit(f"{failure}。{kept}都还在；请腾出空间，再用同一命令继续。") from None
 
 
 @contextlib.contextmanager
@@ -170,16 +167,11 @@ def true_or_false(text: str) -> bool:
     return words[text.lower()]
 
 
-def one_of(words: tuple[str, ...]):
-    """Return a function that reads one of these words, for argparse: its own `choices` would be told in
-    English."""
-
-    def read(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)}，不是 {text!r}")
-        return text
-
-    return read
+def one_of(words: tuple[str, ...], text: str) -> str:
+    """Read one of these words, for argparse: its own `choices` would be told in English."""
+    if text not in words:
+        raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)}，不是 {text!r}")
+    return text
 
 
 def whole_number(least: int, text: str) -> int:

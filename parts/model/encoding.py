@@ -13,12 +13,6 @@ from parts.terminal import first_line, shorten
 
 IGNORE_INDEX = -100  # a label that the loss skips
 THINKING_MODEL = "Qwen/Qwen3-1.7B"  # named where a template cannot do what is asked of it
-DIFFERS = "错误：这个模型的对话模板在训练和提问时写得不一样，不能用于{}；"
-DIFFERS += f"请去掉这些行，或换一个模型，例如 {THINKING_MODEL}。"
-# How thinking and answer are arranged in a reply, read from its tokens. one: one thinking, closed, and after
-# it the answer, which may be empty. none: no thinking at all. unclosed: it ends inside a thinking. broken:
-# anything else, two thinkings, a text before the thinking, or a tag that closes nothing.
-FORMS = ("one", "none", "unclosed", "broken")
 # In front of a chat template: the system message of a conversation that brings none. The text is a JSON
 # string, which is one of Jinja's too, so quotes, line breaks and braces in it are text.
 DEFAULT_SYSTEM = """\
@@ -31,12 +25,17 @@ PROBE = [{"role": "system", "content": "系统"}, {"role": "user", "content": "�
 
 
 class Reply(NamedTuple):
-    """What a model wrote, in its two parts, and how."""
+    """What a model wrote, in its two parts, and how: its form says how they are arranged, read from its tokens.
+
+    one: one thinking, closed, and after it the answer, which may be empty. none: no thinking at all.
+    unclosed: it ends inside a thinking. broken: anything else, two thinkings, a text before the thinking, or
+    a tag that closes nothing.
+    """
 
     thinking: str
     answer: str
     complete: bool  # False when max_new_tokens cut it off
-    form: str  # of FORMS
+    form: str  # one, none, unclosed or broken
     tokens: int = 0  # generated, the one that ended the reply included
     seconds: float = 0.0  # its batch's, divided by the batch's replies: they add up to the time of all
 
@@ -60,8 +59,7 @@ def default_system(tokenizer) -> str | None:
 def control_pattern(tokenizer) -> re.Pattern:
     """Return what matches any token, such as <|im_end|> or <think>, that the tokenizer takes whole out of a
     text."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    tokens.sort(key=len, reverse=True)
+    tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
 
@@ -69,11 +67,9 @@ def control_pattern(tokenizer) -> re.Pattern:
 def text_tokenizer(tokenizer):
     """Return the same tokenizer without its control tokens: to it, `<|im_end|>` is ten ordinary
     characters."""
-    from tokenizers import Tokenizer
-
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(settings))
+    return type(tokenizer.backend_tokenizer).from_str(json.dumps(settings))
 
 
 def encode_messages(tokenizer, messages: list[dict], prompt_only=False, thinking=True) -> list[int]:
@@ -94,9 +90,8 @@ def encode_messages(tokenizer, messages: list[dict], prompt_only=False, thinking
                 # A terminal may hand over half a character.
                 texts.append(text.encode("utf-8", "replace").decode())
         shells.append(shell)
-    rendered = tokenizer.apply_chat_template(
-        shells, tokenize=False, add_generation_prompt=prompt_only, enable_thinking=thinking
-    )
+    options = {"tokenize": False, "add_generation_prompt": prompt_only, "enable_thinking": thinking}
+    rendered = tokenizer.apply_chat_template(shells, **options)
     # Text between two control tokens is tokenized as one piece, as the tokenizer itself does it.
     ids, piece = [], ""
     for part in re.split(r"(\ue000\d+\ue001)", rendered):
@@ -133,22 +128,21 @@ def encode_example(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         thinking = not last or bool(messages[turn].get("reasoning_content"))
         prompt = encode_messages(tokenizer, messages[:turn], prompt_only=True, thinking=thinking)
         if not thinking and not set(marks) <= set(prompt):
-            raise SystemExit(
-                "错误：数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；"
-                f"请去掉这些行，或换一个能关闭思考的模型，例如 {THINKING_MODEL}。"
-            )
+            why = "数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考"
+            raise SystemExit(f"错误：{why}；请去掉这些行，或换一个能关闭思考的模型，例如 {THINKING_MODEL}。")
         if not last and opens_thinking(tokenizer, prompt):  # what the prompt opens is not in the history
             prompt = prompt[: prompt.index(marks[0])]
         # When the model is asked, it is <think> that follows an earlier turn's header, here it is the answer,
         # whose thinking was dropped. To supervise that first token would teach not to think; the rest follows
         # from it.
         start = len(prompt) + (not last)
-        if ids[: len(prompt)] != prompt or tokenizer.eos_token_id not in ids[start:]:
+        ends = tokenizer.eos_token_id in ids[start:]
+        end = ids.index(tokenizer.eos_token_id, start) + 1 if ends else len(ids)
+        thinks = not last and set(marks) & set(ids[start - 1 : end])
+        if ids[: len(prompt)] != prompt or not ends or thinks:
             kind = "有思考的行" if thinking else "没有思考的行"
-            raise SystemExit(DIFFERS.format("多轮对话" if turns[1:] else kind))
-        end = ids.index(tokenizer.eos_token_id, start) + 1
-        if not last and set(marks) & set(ids[start - 1 : end]):
-            raise SystemExit(DIFFERS.format("多轮对话"))
+            why = f"这个模型的对话模板在训练和提问时写得不一样，不能用于{'多轮对话' if turns[1:] else kind}"
+            raise SystemExit(f"错误：{why}；请去掉这些行，或换一个模型，例如 {THINKING_MODEL}。")
         labels[start:end] = ids[start:end]
     return {"input_ids": ids[:end], "labels": labels[:end]}  # without the line break after <|im_end|>
 
@@ -169,18 +163,18 @@ def require_thinking(tokenizer, name: str) -> None:
     """Raise SystemExit unless the chat template of the model `name` writes thinking and answer as they are
     trained."""
     reply = {"role": "assistant", "reasoning_content": "想", "content": "答"}
+    why = "不写思考"
     try:
-        example = encode_example(tokenizer, [*PROBE, reply])
+        ids, labels = encode_example(tokenizer, [*PROBE, reply]).values()
+        once = all(ids.count(token) == 1 for token in think_tokens(tokenizer))
+        supervised = [label for label in labels if label != IGNORE_INDEX]
+        if once and split_reply(tokenizer, supervised, opened=True)[:4] == ("想", "答", True, "one"):
+            return
     except SystemExit:  # the prompt is no beginning of the example, or there is no end of turn
-        example = {"input_ids": [], "labels": []}
+        pass
     except Exception as error:  # templates raise what they like
-        raise SystemExit(
-            f"错误：{name} 的对话模板不能用来训练（{first_line(error)}）；请换一个会思考的模型，例如 {THINKING_MODEL}。"
-        ) from None
-    supervised = [label for label in example["labels"] if label != IGNORE_INDEX]
-    once = all(example["input_ids"].count(token) == 1 for token in think_tokens(tokenizer))
-    if not once or split_reply(tokenizer, supervised, opened=True)[:4] != ("想", "答", True, "one"):
-        raise SystemExit(f"错误：{name} 的对话模板不写思考；请换一个会思考的模型，例如 {THINKING_MODEL}。")
+        why = f"不能用来训练（{first_line(error)}）"
+    raise SystemExit(f"错误：{name} 的对话模板{why}；请换一个会思考的模型，例如 {THINKING_MODEL}。")
 
 
 def has_no_thinking_mode(tokenizer) -> bool:
@@ -192,10 +186,9 @@ def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:
     """Return lengths in tokens, and how many examples were left out for theirs, in one line."""
     ordered, count = sorted(lengths), len(lengths)
     over = sum(length > max_length for length in lengths)
-    return (
-        f"{path}：{count} 条，token 数平均 {sum(lengths) / count:.0f}，p50 {ordered[count // 2]}，"
-        f"p95 {ordered[int(count * 0.95)]}，最长 {ordered[-1]}；超过 --max_length {max_length} 而未采用的 {over} 条"
-    )
+    middle, high = ordered[count // 2], ordered[int(count * 0.95)]
+    numbers = f"token 数平均 {sum(lengths) / count:.0f}，p50 {middle}，p95 {high}，最长 {ordered[-1]}"
+    return f"{path}：{count} 条，{numbers}；超过 --max_length {max_length} 而未采用的 {over} 条"
 
 
 def describe_example(tokenizer, example: dict[str, list[int]]) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from parts.model import encoding
 
-TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 # Tokens: the longest example and reply, 2,048 each, and turns before. Of Qwen3-1.7B that is 0.9 GB of cache.
 NUM_CTX = 8192
 
@@ -23,7 +22,6 @@ TEMPLATE = Path(__file__).with_name("ollama.gotmpl").read_text(encoding="utf-8")
 CONVERSATION = [*encoding.PROBE, {"role": "assistant", "content": "答"}, {"role": "user", "content": "再问"}]
 PROMPT = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CONVERSATION)
 PROMPT += "<|im_start|>assistant\n"
-NO_THINKING = "<think>\n\n</think>\n\n"
 
 MODELFILE = '''\
 # 对话模板、系统提示词和采样参数与训练时相同。命令见 README“GGUF 与 Ollama”。
@@ -44,8 +42,7 @@ def translate(folder: str | Path) -> None:
         path = Path(folder, name)
         if path.is_file():
             settings = translated(json.loads(path.read_text(encoding="utf-8")), path.parent)
-            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-            path.write_text(f"{text}\n", encoding="utf-8")
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def older_config(config: dict, folder: Path) -> dict:
@@ -63,7 +60,7 @@ def older_tokenizer(settings: dict, folder: Path) -> dict:
     """Return `settings` with the special tokens and the class under their older names, which the newer
     libraries know too."""
     tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    decoder = {str(token["id"]): {name: token[name] for name in TOKEN_FIELDS} for token in tokens}
+    decoder = {str(token.pop("id")): token for token in tokens}
     settings = settings | {"added_tokens_decoder": decoder}
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
@@ -80,13 +77,21 @@ def write_modelfile(folder: str | Path, tokenizer, generation_config) -> None:
     if why := objection(tokenizer):
         path.unlink(missing_ok=True)  # of an earlier training
         print(f"提示：没有写 {path}（Ollama 用）：{why}。")
-    else:
-        path.write_text(modelfile(tokenizer, generation_config), encoding="utf-8")
+        return
+    text = encoding.default_system(tokenizer)
+    system = f'\nSYSTEM """{text}"""\n' if text else ""
+    stops = tokenizer.convert_ids_to_tokens(generation_config.eos_token_id)
+    # What Ollama would fill in differently, such as repeat_penalty, is there too.
+    sampling = {name: getattr(generation_config, name) for name in ("temperature", "top_p", "top_k")}
+    sampling |= {"repeat_penalty": generation_config.repetition_penalty or 1.0, "num_ctx": NUM_CTX}
+    parameters = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
+    parameters += "\n".join(f"PARAMETER {name} {value}" for name, value in sampling.items())
+    path.write_text(MODELFILE.format(template=TEMPLATE, system=system, parameters=parameters), encoding="utf-8")
 
 
 def objection(tokenizer) -> str | None:
     """Return why a Modelfile would ask this model otherwise than it was trained, or None."""
-    for thinking, ending in ((True, ""), (False, NO_THINKING)):
+    for thinking, ending in ((True, ""), (False, "<think>\n\n</think>\n\n")):
         ids = encoding.encode_messages(tokenizer, CONVERSATION, prompt_only=True, thinking=thinking)
         if tokenizer.decode(ids) != PROMPT + ending:
             return "它的对话模板与 Qwen3 的不同"
@@ -96,16 +101,3 @@ def objection(tokenizer) -> str | None:
     if '"""' in text or not text.replace("\n", "").replace("\t", "").isprintable():
         return "系统提示词里有 Modelfile 写不了的字符（连续三个双引号、全角空格或不可见字符）"
     return None
-
-
-def modelfile(tokenizer, generation_config) -> str:
-    """Return the Modelfile's text. What Ollama would fill in differently, such as repeat_penalty, is there
-    too."""
-    text = encoding.default_system(tokenizer)
-    system = f'\nSYSTEM """{text}"""\n' if text else ""
-    stops = tokenizer.convert_ids_to_tokens(generation_config.eos_token_id)
-    sampling = {name: getattr(generation_config, name) for name in ("temperature", "top_p", "top_k")}
-    sampling |= {"repeat_penalty": generation_config.repetition_penalty or 1.0, "num_ctx": NUM_CTX}
-    lines = [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines += [f"PARAMETER {name} {value}" for name, value in sampling.items()]
-    return MODELFILE.format(template=TEMPLATE, system=system, parameters="\n".join(lines))

@@ -4,7 +4,6 @@ norms as one kernel, and Liger's layers. Knows no plan, no flag and no prompt.""
 import copy
 import importlib.util
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ def missing(why: str) -> Verdict:
     return Verdict(False, why, expected=False)
 
 
-def attempt(run: Callable, *args, **kwargs):
+def attempt(run, *args, **kwargs):
     """Return what `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver
     raises."""
     try:
@@ -47,8 +46,8 @@ def compare(plain, fast, most: float = ROUNDING) -> Verdict:
     for outcome in (plain, fast):
         if isinstance(outcome, Exception):
             return Verdict(False, reason(outcome))
-    sizes = [difference(*pair) for pair in zip(plain, fast)]
-    worst = torch.tensor(sizes).max().item()  # NaN, if one of them is: it counts as too large
+    # NaN, if one of them is: it counts as too large.
+    worst = torch.tensor([difference(*pair) for pair in zip(plain, fast)]).max().item()
     return Verdict(worst < most, f"与普通算子相差 {worst:.1%}")
 
 

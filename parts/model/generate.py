@@ -8,11 +8,10 @@ from functools import partial
 import torch
 import transformers
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 from parts.model.fused import Verdict, compare, missing
-from parts.model.weights import head_dim, stop_tokens
+from parts.model.weights import head_dim
 from parts.terminal import first_line
 
 # What Qwen advises for replies without thinking. While thinking the model's own generation settings hold.
@@ -36,40 +35,28 @@ def generate(
     the loop is transformers' too.
     """
     prompts = [encode_messages(tokenizer, messages, True, thinking) for messages in conversations]
-    input_ids = pad_left(prompts, tokenizer.pad_token_id)
-    attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], 0)
-    stops, criteria = stop_tokens(model, tokenizer), []
-    if stop:
-        criteria.append(lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool))
-    sampling = {"do_sample": True} | ({} if thinking else NO_THINKING_SAMPLING)
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    criteria = [lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool)] if stop else []
     began = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
+            **inputs.to(model.device),
             max_new_tokens=max_new_tokens,
             use_cache=True,
             streamer=streamer,
             custom_generate=fast_loop(model, max_new_tokens, streamer) if fast_kernels else None,
             stopping_criteria=criteria,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stops,
-            **sampling,
+            **({} if thinking else NO_THINKING_SAMPLING),
         )
-    generated = output[:, input_ids.shape[1] :].tolist()  # which waits for the GPU
+    generated = output[:, inputs.input_ids.shape[1] :].tolist()  # which waits for the GPU
     seconds = (time.perf_counter() - began) / len(prompts)
-    replies = []
+    replies, stops = [], model.generation_config.eos_token_id
     for prompt, ids in zip(prompts, generated):
         length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         complete = length < len(ids)
         reply = split_reply(tokenizer, ids[:length], complete, opens_thinking(tokenizer, prompt))
         replies.append(reply._replace(tokens=length + complete, seconds=seconds))
     return replies
-
-
-def pad_left(rows: list[list[int]], padding: int) -> torch.Tensor:
-    """Return [rows, longest], of rows that end together."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, padding, padding_side="left")
 
 
 def room_in_memory(model) -> int:
@@ -101,7 +88,6 @@ class Decoder:
         self.used = input_ids.shape[1]  # tokens in the cache
         self.room = (self.used // CACHE_STEP + 1) * CACHE_STEP
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=self.room)
-        self.options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         self.logits = self.forward(input_ids, position_ids, attention_mask)  # [rows, vocabulary]
         self.token = torch.zeros_like(input_ids[:, -1:])
         self.position = position_ids[:, -1:].clone()
@@ -114,7 +100,7 @@ class Decoder:
         """Return the logits [rows, vocabulary] after the last token of `input_ids`, whose keys and values
         join the cache."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        return self.model(**inputs, **self.options).logits[:, -1]
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def advance(self, token: torch.Tensor) -> None:
         """Put the logits after `token` [rows] into `self.logits`."""
@@ -144,9 +130,8 @@ class Decoder:
     def capture(self) -> None:
         """Record one step without running it, and run the last one again by it, which has to give the same.
         Where either fails, say why and go on step by step."""
-        stream = None
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             with torch.cuda.graph(graph):
                 logits = self.forward(self.token, self.position, self.mask)
             for layer in self.cache.layers:
@@ -158,8 +143,7 @@ class Decoder:
             self.graph, self.logits = graph, logits
         except RuntimeError as error:
             self.capturable, self.verdict = False, Verdict(False, first_line(error))
-            if stream:
-                torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
             print(f"（CUDA graph 用不了，改为逐步计算，会慢一些：{first_line(error)}）", file=sys.stderr)
 
 
@@ -175,9 +159,7 @@ def try_graph(model) -> Verdict:
     return decoder.verdict
 
 
-def decode(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs
-) -> torch.Tensor:
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs):
     """The loop of `model.generate`, which prepares these arguments (`custom_generate`) and returns what this
     returns: prompts and replies as [rows, prompt + new], padded on the right; the last tokens may all be
     padding."""

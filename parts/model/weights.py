@@ -21,6 +21,7 @@ from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, weight_files
+from parts.run.folder import read_settings
 from parts.terminal import first_line
 
 # Dense decoders of text, by the model_type of their config.json, that tests/model/test_families.py proves to
@@ -111,19 +112,18 @@ def quiet_libraries() -> None:
 def load_tokenizer(path: str):
     """Return the tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is
     not there, or writes no such turns."""
-    if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):  # transformers would make an empty one
-        files = "、".join(TOKENIZER_FILES)
-        raise SystemExit(f"错误：{path} 里没有分词器（{files} 都没有）；请把文件补齐，或把它改名后重新下载。")
     try:
+        if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):
+            raise ValueError(f"缺少 {'、'.join(TOKENIZER_FILES)} 之一")  # transformers would make an empty one
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if tokenizer.chat_template:
-            encode_messages(tokenizer, PROBE, prompt_only=True)
-    except Exception as error:  # which tokenizers and jinja raise themselves
-        raise SystemExit(f"错误：{path} 里的分词器无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
-    if not tokenizer.chat_template or END_OF_TURN not in tokenizer.get_vocab():
-        missing = END_OF_TURN if tokenizer.chat_template else "对话模板"
-        remedy = "如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐，否则请换一个用 Qwen3 模板的模型。"
-        raise SystemExit(f"错误：{path} 的分词器没有{missing}；{remedy}")
+        if not tokenizer.chat_template:
+            raise ValueError("没有对话模板，缺少 chat_template.jinja 或 tokenizer_config.json")
+        if END_OF_TURN not in tokenizer.get_vocab():
+            raise ValueError(f"没有 {END_OF_TURN}")
+        encode_messages(tokenizer, PROBE, prompt_only=True)
+    except Exception as error:  # tokenizers and jinja raise what they like
+        remedy = "请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
+        raise SystemExit(f"错误：{path} 里的分词器不能用（{first_line(error)}）；{remedy}") from None
     tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TURN
@@ -140,15 +140,15 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
         raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
-    options = {"dtype": best_dtype(device)}
+    options = {"dtype": best_dtype(device), "output_loading_info": True}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
-        options["device_map"] = {"": device}
+        quantization = transformers.BitsAndBytesConfig(**four_bits)
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+            path, use_safetensors=True, trust_remote_code=False, **options
         )
         if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
@@ -164,7 +164,15 @@ def load(trained: Trained, device: torch.device | None = None):
     its base's weights."""
     model = load_weights(trained.base_path or trained.path, device)
     if trained.base_path:
-        model = merge(model, trained)
+        import peft
+
+        try:
+            if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
+                raise FileNotFoundError("缺少 adapter_model.safetensors")
+            model = peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            refusal = f"{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）"
+            raise SystemExit(f"错误：{refusal}；请重新运行 python train_lora.py") from None
     tokenizer = load_tokenizer(trained.path)
     settle_generation(model, tokenizer)
     return model, tokenizer
@@ -175,35 +183,15 @@ def load_trained(name: str, revision: str | None = None, thinking: bool = True):
     return load(find_trained(name, revision, thinking))
 
 
-def merge(model, trained: Trained):
-    """Return the base model with the adapter merged into its weights."""
-    import peft
-
-    try:
-        if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
-            raise FileNotFoundError("缺少 adapter_model.safetensors")
-        return peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(
-            f"错误：{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）；"
-            "请重新运行 python train_lora.py"
-        ) from None
-
-
-def stop_tokens(model, tokenizer) -> list[int]:
-    """Return the end of turn, and what the model's own settings name besides."""
-    stops = model.generation_config.eos_token_id
-    others = stops if isinstance(stops, list) else [stops]
-    end = tokenizer.eos_token_id
-    return [end, *(token for token in others if token not in (None, end))]
-
-
 def settle_generation(model, tokenizer) -> None:
     """Make the settings that are saved with `model` those with which it is asked here: a base model's would
-    not stop at the end of turn, and would think greedily, which loops."""
-    settings = model.generation_config
-    settings.eos_token_id, settings.pad_token_id = stop_tokens(model, tokenizer), tokenizer.pad_token_id
-    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    not stop at the end of turn, and would think greedily, which loops. Generation stops at the end of turn,
+    and at what the model's own settings name besides."""
+    settings, end = model.generation_config, tokenizer.eos_token_id
+    named = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = [end, *(token for token in named if token not in (None, end))]
+    settings.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = end
     greedy = not (settings.do_sample and settings.temperature)
     settings.do_sample = True
     for name, value in THINKING_SAMPLING.items():
@@ -216,8 +204,7 @@ def is_whole(folder: Path) -> bool:
     index names, each as long as its own header says, and no download that was cut off."""
     try:
         for name in weight_files(folder):
-            with safe_open(folder / name, "pt"):
-                pass
+            safe_open(folder / name, "pt")  # which compares the header with the file's length
         beside = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
         return beside and not any(folder.rglob("*.incomplete"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
@@ -237,14 +224,19 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
     where that fails. A model that is `to_train` is refused before its weights come if `check_family` refuses
     it."""
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
-        check_folder(name, revision)
+        if revision:
+            raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
+        if Path(name, ADAPTER_CONFIG).is_file():
+            command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+            raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
+        if hub.split(name) and not any(Path(name).glob("*.safetensors")):
+            remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
+            raise SystemExit(f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}")
         return str(Path(name).resolve())
     on_hub = hub.split(name)
     if not on_hub or on_hub.inside or name.startswith(OUTPUTS):
-        raise SystemExit(
-            f"错误：找不到模型 {name}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
-            f"{hub.forms(name)}"
-        )
+        kinds = "既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）"
+        raise SystemExit(f"错误：找不到模型 {name}：{kinds}。{hub.forms(name)}")
 
     def choose(names: list[str]) -> list[str]:
         return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
@@ -260,28 +252,11 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
     return str(folder)
 
 
-def check_folder(name: str, revision: str | None) -> None:
-    """Raise SystemExit when a folder cannot be the model that is asked for."""
-    if revision:
-        raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
-    if Path(name, ADAPTER_CONFIG).is_file():
-        raise SystemExit(
-            f"错误：{name} 是 LoRA 适配器，不是完整的模型；"
-            f"请先合并：python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-        )
-    if hub.split(name) and not any(Path(name).glob("*.safetensors")):
-        raise SystemExit(
-            f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；"
-            "要下载同名的模型，请先移走或改名；要用这个文件夹，请补全它。"
-        )
-
-
 def find_local(name: str) -> Path | None:
     """Return the folder with the best weights below `name`, a training's folder or any model's; None where
     `name` is a hub's."""
-    if os.path.isdir(name) or name.startswith(OUTPUTS):
-        return checkpoints.find_trained(name)
-    return None
+    is_local = os.path.isdir(name) or name.startswith(OUTPUTS)
+    return checkpoints.find_trained(name) if is_local else None
 
 
 def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> Trained:
@@ -303,7 +278,10 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = find_model(base, remedy, revision if local and revision else trained_revision)
-    check_base(path, base, base_path)
+    expected = read_settings(run_folder(path)).get("model_sha256")  # if its run has a record of the weights
+    if expected and (actual := checkpoints.weights_sha256(base_path)) != expected:
+        sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
+        raise SystemExit(f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。")
     return Trained(path, base, base_path)
 
 
@@ -317,25 +295,10 @@ def read_base(path: str) -> tuple[str, str | None]:
             raise ValueError(f"找不到基础模型 {base}")
         return base, None if Path(base).is_dir() else settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"错误：{config} 用不了（{first_line(error)}）；请放回基础模型，或重新运行 python train_lora.py"
-        ) from None
+        remedy = "请放回基础模型，或重新运行 python train_lora.py"
+        raise SystemExit(f"错误：{config} 用不了（{first_line(error)}）；{remedy}") from None
 
 
 def run_folder(path: str) -> Path:
     """Return the output folder to which an adapter belongs: its own, or that of its checkpoint."""
     return Path(path).parent if Path(path).name.startswith("checkpoint-") else Path(path)
-
-
-def check_base(path: str, base: str, base_path: str) -> None:
-    """Raise SystemExit when the weights in `base_path` are not those on which the adapter in `path` was
-    trained, if its run has a record of them."""
-    from parts.run import folder
-
-    expected = folder.read_settings(run_folder(path)).get("model_sha256")
-    actual = checkpoints.weights_sha256(base_path) if expected else None
-    if actual != expected:
-        raise SystemExit(
-            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（权重的 SHA-256 应为 {expected}，现在是 {actual}）；"
-            "请放回原来的基础模型。"
-        )

@@ -119,7 +119,7 @@ def add_flag(group, flag: Flag, default: object) -> None:
     words = flag.help if default is None else f"{flag.help}（默认 {default}）"
     options = {"help": words, "default": terminal.NOT_GIVEN, "metavar": ""}
     if isinstance(flag.kind, tuple):
-        options |= {"type": terminal.one_of(flag.kind), "help": f"{words}：{'、'.join(flag.kind)}"}
+        options |= {"type": lambda text: terminal.one_of(flag.kind, text), "help": f"{words}：{'、'.join(flag.kind)}"}
     elif flag.kind is bool:
         options |= {"type": terminal.true_or_false, "nargs": "?", "const": True, "metavar": "true"}
     elif flag.kind is list:

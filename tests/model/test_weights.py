@@ -16,9 +16,9 @@ from parts.model import encoding
 from parts.model.weights import best_dtype, load_tokenizer, load_trained, load_weights
 
 MODEL = "bad 里的模型无法读取（~）；请重新下载或重新训练。"
-TOKENIZER = "~bad 里的分词器无法读取（~）；请重新下载或换一个模型。"
-NO_TEMPLATE = "bad 的分词器没有对话模板；如果缺了文件（chat_template.jinja、tokenizer_config.json），请补齐~"
-NO_TOKENIZER = "bad 里没有分词器（tokenizer.json、vocab.json、tokenizer.model 都没有）；~"
+TOKENIZER = "~bad 里的分词器不能用（~）；请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
+NO_TEMPLATE = "bad 里的分词器不能用（没有对话模板，缺少 chat_template.jinja 或 tokenizer_config.json）；请补齐文件~"
+NO_TOKENIZER = "bad 里的分词器不能用（缺少 tokenizer.json、vocab.json、tokenizer.model 之一）；请补齐文件~"
 UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py~"
 NO_MODEL = "找不到模型 {}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
 BAD_MODELS = {  # a file of the model, its content (None: not there), the message
@@ -62,7 +62,7 @@ def test_model_that_is_not_there(folder, name):
     refused(message.format(name), load_trained, name)
 
 
-@pytest.mark.parametrize(("file", "message"), [("tokenizer.json", TOKENIZER), ("config.json", "~bad~无法读取（~）；~")])
+@pytest.mark.parametrize(("file", "message"), [("tokenizer.json", TOKENIZER), ("config.json", "~bad~（~）；~")])
 def test_model_that_cannot_be_trained(workspace, tiny_model, file, message):
     shutil.copytree(tiny_model, "bad")
     Path("bad", file).write_bytes(b"[]")
@@ -82,7 +82,7 @@ def test_tokens_that_end_turns_and_fill_batches(tiny_model, tmp_path):
     """A base model's tokenizer names <|endoftext|> as the end; its replies have to end with the turn all the same."""
     copies = (shutil.copytree(tiny_model, tmp_path / str(i)) for i in range(4))
     path = change_tokens(next(copies), "<|im_end|>", "<|eot|>", eos_token="<|eot|>")
-    refused("~ 的分词器没有<|im_end|>；~", load_tokenizer, path)
+    refused("~ 里的分词器不能用（没有 <|im_end|>）；~", load_tokenizer, path)
     for there, padding in (("<|endoftext|>", "<|endoftext|>"), ("<|other|>", "<|im_end|>")):
         path = change_tokens(next(copies), "<|endoftext|>", there, pad_token=None)
         assert load_tokenizer(path).pad_token == padding
