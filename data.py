@@ -27,7 +27,6 @@ from pathlib import Path
 from parts import terminal
 from parts.model import encoding
 from parts.rows import files, row, sources, traces
-from parts.rows.row import Placed, Row
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows
@@ -44,24 +43,18 @@ SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it wa
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
     """Raises SystemExit when one file would be written over another, or over the data."""
-    written = (train_file, val_file, train_file + SOURCE_SUFFIX)
-    paths = [os.path.realpath(file) for file in (*written, *datasets)]
-    if len(set(paths)) < len(paths):
-        named = "、".join([*written, *datasets])
+    paths = [train_file, val_file, train_file + SOURCE_SUFFIX, *datasets]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        named = "、".join(paths)
         raise SystemExit(f"错误：读和写的文件里有两个是同一个（{named}）；请用 --train_file、--val_file 换个文件名。")
 
 
 def prepare(
-    dataset: str | list[str] | None = None,
-    train_file: str = TRAIN_FILE,
-    val_file: str = VAL_FILE,
-    revision: str | None = None,
-    sha256: str | None = None,
-    without_thinking: str = "drop",
-    raw: bool = False,
+    dataset=None, train_file=TRAIN_FILE, val_file=VAL_FILE, revision=None, sha256=None, without_thinking=None, raw=False
 ) -> None:
     """Load, check, split and clean each data set, the published one where none is named; write the files, and print the
-    summary. `raw`: the thinking stays as it was."""
+    summary. `dataset`: a name, or a list of names. `without_thinking`: "keep" for rows without it too. `raw`: the
+    thinking stays as it was."""
     named = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
     counts = sources.read_names(named, revision, sha256)
     refuse_overwriting(train_file, val_file, list(counts))
@@ -87,13 +80,11 @@ def prepare(
     print(row.summary(lines, {train_file: train, val_file: val}, problems))
 
 
-def write(train_file: str, train: list[Placed], val_file: str, val: list[Placed], origin: dict[str, object]) -> None:
+def write(train_file: str, train: list[row.Placed], val_file: str, val: list[row.Placed], origin: dict) -> None:
     """Write both files, and beside the training file its `origin`."""
-    texts = {}
-    for file, part in ((train_file, train), (val_file, val)):
-        for _, example in part:
-            example.pop("instruction", None)  # the cleaning has seen it
-        texts[file] = files.to_jsonl([example for _, example in part])
+    for _, example in train + val:
+        example.pop("instruction", None)  # the cleaning has seen it
+    texts = {train_file: files.to_jsonl(line for _, line in train), val_file: files.to_jsonl(line for _, line in val)}
     origin = origin | {"train_sha256": hashlib.sha256(texts[train_file].encode()).hexdigest()}
     try:
         files.write(texts | {train_file + SOURCE_SUFFIX: files.to_jsonl([origin])})
@@ -113,22 +104,19 @@ def read_origin(train_file: str) -> dict[str, object]:
     return {"train_sha256": sha256}
 
 
-def read_examples(path: str) -> list[Row]:
+def read_examples(path: str) -> list[row.Row]:
     """The rows of a file that `prepare` wrote. Raises SystemExit when a row cannot be trained on."""
     examples = []
     for number, raw in files.read(path):
         try:
-            thinkless = isinstance(raw, dict) and raw.get("think") == ""
-            examples.append(row.check(raw, thinkless=thinkless))
+            examples.append(row.check(raw, thinkless=isinstance(raw, dict) and raw.get("think") == ""))
         except ValueError as problem:
             remedy = "请用 python data.py --dataset <原始数据> 重新生成"
             raise SystemExit(f"错误：{path} 第 {number} 行 {problem}；{remedy}。") from None
     return examples
 
 
-def to_messages(
-    question: str, think: str | None = None, answer: str | None = None, history=None, system: str = SYSTEM_PROMPT
-) -> list[dict[str, str]]:
+def to_messages(question: str, think=None, answer=None, history=None, system=SYSTEM_PROMPT) -> list[dict[str, str]]:
     """[system, earlier turns, user], and the assistant's message when there is an answer. `history`: [[question,
     answer], …]; their thinking is not fed back."""
     messages = [{"role": "system", "content": system}]
@@ -156,12 +144,9 @@ def load_dataset(path: str, tokenizer, max_length: int):
     )
     lengths = [len(ids) for ids in encoded["input_ids"]]
     print(encoding.describe_lengths(path, lengths, max_length))
-    fitting = encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
-    if not len(fitting):
-        raise SystemExit(
-            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {min(lengths)}）；请加大 --max_length。"
-        )
-    return fitting
+    if (shortest := min(lengths)) > max_length:
+        raise SystemExit(f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {shortest}）；请加大 --max_length。")
+    return encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
 
 
 def main() -> None:

@@ -83,8 +83,7 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         model, tokenizer = weights.load_trained(args.model_path, args.revision, not args.no_thinking)
         conversation = begin(args, model, tokenizer)
         if args.web:
-            texts = (TITLE, NOT_A_DOCTOR, QUESTION, OUT_OF_MEMORY)
-            web.serve(conversation, args.host, args.port, args.auth, *texts)
+            web.serve(conversation, args.host, args.port, args.auth, TITLE, NOT_A_DOCTOR, QUESTION, OUT_OF_MEMORY)
         elif args.chat:
             conversation.chat()
         else:

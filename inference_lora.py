@@ -18,20 +18,16 @@ from parts.model import export
 from parts.run import checkpoints
 
 
-def refuse_unless_empty(folder: str) -> None:
-    """Raise SystemExit unless `folder` is new or empty and can be written: merging never writes over a model."""
+def merge_to(folder: str, name: str, revision: str | None = None) -> None:
+    """Save the adapter `name`, merged into its base, in the dtype of the base, so that inference.py and any other tool
+    can load it, with what its training left; the mark of a finished run comes last. It raises SystemExit unless
+    `folder` is new or empty and can be written: merging never writes over a model."""
     try:
         if os.path.isdir(folder):
             os.rmdir(folder)  # which only removes what is empty
         os.makedirs(folder)
     except OSError:
         raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。") from None
-
-
-def merge_to(folder: str, name: str, revision: str | None = None) -> None:
-    """Save the adapter `name`, merged into its base, in the dtype of the base, so that inference.py and any other tool
-    can load it, with what its training left; the mark of a finished run comes last."""
-    refuse_unless_empty(folder)
     import torch
     from transformers import AutoConfig
 

@@ -78,7 +78,7 @@ def test_merging_is_refused_into_anything_but_a_new_folder(folder, name):
     Path("a_file").write_text("x")
     Path("full").mkdir()
     Path("full", "model.safetensors").touch()
-    refused(f"{name} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。", inference_lora.refuse_unless_empty, name)
+    refused(f"{name} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。", inference_lora.merge_to, name, "lora")
 
 
 def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finished, tiny_model, monkeypatch):

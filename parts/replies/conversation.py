@@ -13,7 +13,6 @@ from rich.console import Console
 
 from parts.model import fused, generate
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
-from parts.model.generate import Messages
 
 TOKEN_LENGTH = 16  # characters: on average no text has tokens as long, but for runs of spaces
 HEADINGS = {"thinking": "【思考】", "answer": "【回答】"}  # of the parts of a Reply
@@ -55,9 +54,7 @@ class Conversation:
     generate.generate, asking in this way. Whoever sets `closed` ends the replies that are being streamed.
     """
 
-    def __init__(
-        self, model, tokenizer, to_messages, thinking: bool, max_new_tokens: int, seed: int, fast_kernels=True
-    ):
+    def __init__(self, model, tokenizer, to_messages, thinking: bool, max_new_tokens: int, seed, fast_kernels=True):
         self.model, self.tokenizer, self.to_messages = model, tokenizer, to_messages
         self.thinking, self.max_new_tokens = thinking, max_new_tokens
         settings = {"max_new_tokens": max_new_tokens, "thinking": thinking, "fast_kernels": fast_kernels}
@@ -70,7 +67,7 @@ class Conversation:
         if fast_kernels and model.device.type == "cuda":
             fused.fuse_norms(model)
 
-    def stream(self, messages: Messages) -> Iterator[Reply]:
+    def stream(self, messages: generate.Messages) -> Iterator[Reply]:
         """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends early where
         the iterator is closed. One is written at a time: others wait."""
         tokens, left = TokenQueue(), Event()
@@ -95,7 +92,7 @@ class Conversation:
             left.set()
         yield writing.result()[0]
 
-    def check_lengths(self, conversations: list[Messages], names: list[str]) -> list[int]:
+    def check_lengths(self, conversations: list[generate.Messages], names: list[str]) -> list[int]:
         """Return the tokens of each prompt. It raises SystemExit, with the name of the conversation, for one that does
         not fit into the model's context together with its reply: what is beyond cannot be relied on."""
         most = self.model.config.max_position_embeddings
@@ -135,11 +132,10 @@ class Conversation:
                     reply = self.ask(question, history)
                 except KeyboardInterrupt:
                     self.warn("\n（已停止这次回复。）")
-                    continue
                 except SystemExit as refused:  # too long
                     self.warn(str(refused))
-                    continue
-                if reply.answer:
-                    history.append([question, reply.answer])
                 else:
-                    self.warn("（没有回答，这一问不算在对话里。）")
+                    if reply.answer:
+                        history.append([question, reply.answer])
+                    else:
+                        self.warn("（没有回答，这一问不算在对话里。）")

@@ -46,9 +46,8 @@ def parse(description: str | None, merging: bool = False, **defaults) -> argpars
     flag("--auth", metavar="USER:PASSWORD", type=web.user_and_password, help="打开页面要的用户名和密码")
 
     if merging:
-        parser.add_argument_group("合并").add_argument(
-            "--merge_to", metavar="DIR", help="把合并后的模型写到这里，不提问"
-        )
+        flag = parser.add_argument_group("合并").add_argument
+        flag("--merge_to", metavar="DIR", help="把合并后的模型写到这里，不提问")
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]

@@ -2,13 +2,11 @@
 The file is written anew, whole, after each batch, so that what was interrupted goes on where it stopped. Each line
 says what made it. Loses nothing that is there, mixes nothing, and imports heavy libraries only to answer."""
 
-import codecs
 import contextlib
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from parts.run import checkpoints
 
 BATCH_ROWS = 64  # questions that are answered together, at most
 SETTINGS = ("no_thinking", "max_new_tokens", "seed")  # flags that decide what is replied
+LABELS = {"weights": "权重", "model": "模型"} | {name: f"--{name}" for name in SETTINGS}  # of what makes a reply
 # Of a line: the fields of a Reply, in its order.
 FIELDS = ("think", "answer", "complete", "form", "tokens", "seconds")
 LINE_START = b'{"question": "'
@@ -84,8 +83,7 @@ class Candidate:
         self.settle({"model": name, "weights": checksum} | settings, f"{self.path} ")
         if self.missing():
             # What was found is what is loaded: a training that goes on may write a better checkpoint meanwhile.
-            name = str(folder or self.name)
-            self.trained = weights.find_trained(name, self.revision, not settings["no_thinking"])
+            self.trained = weights.find_trained(str(folder or self.name), self.revision, not settings["no_thinking"])
 
     def write(self, rows: list[Row]) -> None:
         """Write its file anew, with the replies that there are in the order of the questions."""
@@ -107,7 +105,7 @@ def read(path: str) -> list[Row]:
     except OSError as error:
         raise SystemExit(f"错误：无法读取 --questions {path}（{error.strerror}）；请检查路径。") from None
     if suffix == ".txt":
-        lines = files.decode_all(Path(path), content.removeprefix(codecs.BOM_UTF8)).split("\n")
+        lines = files.decode_all(Path(path), content).split("\n")
         loaded = [(number, {"question": line}) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         loaded = files.parse(Path(path), content)
@@ -116,26 +114,25 @@ def read(path: str) -> list[Row]:
     rows = []
     for (_, raw), (number, fields) in zip(loaded, shapes.to_fields(loaded, path, answered=False)[0]):
         try:
-            rows.append(read_row(fields) | {"seen": raw.get("seen") is True})
+            if isinstance(fields, dict):  # JSON can hold half a character, which no file of text can
+                fields = json.loads(json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace"))
+            row = {"history": []} | check(fields, ("question",)) | {"seen": raw.get("seen") is True}
         except ValueError as problem:
             raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。") from None
+        if isinstance(fields.get("answer"), str) and fields["answer"].strip():
+            row["answer"] = fields["answer"]
+        rows.append(row)
     return rows
 
 
-def read_row(fields: object) -> Row:
-    """Return a row without `seen`. It raises ValueError with what is wrong."""
-    if isinstance(fields, dict):  # JSON can hold half a character, which no file of text can
-        fields = json.loads(json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace"))
-    row = {"history": []} | check(fields, ("question",))
-    if isinstance(fields.get("answer"), str) and fields["answer"].strip():
-        row["answer"] = fields["answer"]
-    return row
-
-
 def list_candidates(name: str, revision: str | None, replies: str, others: list[str]) -> list[Candidate]:
-    """Return the model `name`, whose replies go into the file `replies`, and those that it is compared with."""
-    candidates = [Candidate(name, replies, revision)]
-    return candidates + [Candidate(other, path_beside(replies, other)) for other in others]
+    """Return the model `name`, whose replies go into the file `replies`, and those that it is compared with. It raises
+    SystemExit where a folder is in the place of what would be written in the end."""
+    for path in (replies, *result_paths(replies)):
+        if os.path.isdir(path):
+            raise SystemExit(f"错误：无法写入 {path}，它是一个文件夹；请移走它，或用 --replies 换一个文件名。")
+    others = [Candidate(other, path_beside(replies, other)) for other in others]
+    return [Candidate(name, replies, revision), *others]
 
 
 def path_beside(replies: str, name: str) -> str:
@@ -173,19 +170,16 @@ def identify(row: Row) -> str:
     return json.dumps([row["question"], row.get("history") or []])
 
 
-def describe_changes(before: dict, now: dict, names=("weights", "model", *SETTINGS)) -> str:
+def describe_changes(before: dict, now: dict, names=tuple(LABELS)) -> str:
     """Say in what two makers of replies are unlike. Where weights are known the model's name tells nothing: a folder
     may have been moved."""
     changed = [name for name in names if before.get(name) != now.get(name)]
     if before.get("weights") and "weights" not in changed:
         changed = [name for name in changed if name != "model"]
-    labels = {"weights": "权重", "model": "模型"}
-    return "；".join(
-        f"{labels.get(name, f'--{name}')} 是 {before.get(name)}，现在是 {now.get(name)}" for name in changed
-    )
+    return "；".join(f"{LABELS[name]} 是 {before.get(name)}，现在是 {now.get(name)}" for name in changed)
 
 
-def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin: Callable) -> None:
+def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin) -> None:
     """Give all candidates their replies, models asked with `settings` (of SETTINGS). Those of which replies are missing
     are loaded one after another, and gone when the next one is. `begin(model, tokenizer)` returns the Conversation in
     which one is asked.
@@ -201,9 +195,8 @@ def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin: 
         for candidate in candidates:
             candidate.read(rows)
             if candidate not in asked and (missing := len(candidate.missing())):
-                path, known = candidate.path, len(rows) - missing
-                remedy = f"而问题有 {len(rows)} 个；请检查路径，或先用写它的命令答完。"
-                raise SystemExit(f"错误：--compare_with {path} 里有 {known} 条回复，{remedy}")
+                counts = f"里有 {len(rows) - missing} 条回复，而问题有 {len(rows)} 个"
+                raise SystemExit(f"错误：--compare_with {candidate.path} {counts}；请检查路径，或先用写它的命令答完。")
         # Both import torch, which takes seconds.
         from accelerate.utils.memory import clear_device_cache
 
@@ -224,7 +217,7 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
 
     from parts.model.generate import CACHE_STEP, room_in_memory
 
-    missing, console = candidate.missing(), conversation.console
+    missing = candidate.missing()
     known = len(rows) - len(missing)
     prompts = [conversation.to_messages(row["question"], history=row.get("history")) for row in rows]
     lengths = conversation.check_lengths(prompts, [f"第 {i} 个问题" for i in range(1, len(rows) + 1)])
@@ -232,14 +225,12 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
     new_tokens, room = conversation.max_new_tokens + CACHE_STEP, room_in_memory(conversation.model)
     batches = make_batches({i: lengths[i] for i in missing}, new_tokens, room)
     if known:
-        text = f"{candidate.path} 里已有 {known} 条，接着答其余 {len(missing)} 条。"
-        console.print(text, markup=False, soft_wrap=True)
+        print(f"{candidate.path} 里已有 {known} 条，接着答其余 {len(missing)} 条。", flush=True)
     try:
-        with Progress(console=console) as bar:
+        with Progress(console=conversation.console) as bar:
             task = bar.add_task("已回答", total=len(rows), completed=known)
             for batch in batches:
-                replies = conversation.generate([prompts[i] for i in batch])
-                for i, reply in zip(batch, replies):
+                for i, reply in zip(batch, conversation.generate([prompts[i] for i in batch])):
                     candidate.replies[i] = reply
                 candidate.write(rows)
                 known += len(batch)

@@ -13,7 +13,6 @@ from rich.console import Console
 from parts import terminal
 from parts.model.encoding import Reply
 from parts.replies import judge, questions, scores
-from parts.replies.questions import Candidate
 from parts.rows import files, traces
 from parts.rows.row import Row
 
@@ -40,7 +39,7 @@ class Comparison:
     """The first candidate's replies to the questions of `rows`, and the others' beside them. `seed` is that of the
     intervals. A difference is the first one minus the other."""
 
-    def __init__(self, rows: list[Row], candidates: list[Candidate], seed: int):
+    def __init__(self, rows: list[Row], candidates: list[questions.Candidate], seed: int):
         self.rows, self.candidates = rows, candidates
         self.console = Console(highlight=False, emoji=False)
         self.verdicts: list[list[str]] = []  # on each candidate but the first: one a question, of VERDICTS

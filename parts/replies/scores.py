@@ -195,6 +195,6 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
     add("answer_length", "回答的字数", "字", [len(reply.answer) for reply in replies] * closed, closed)
     scores += overlap(rows, replies, seed)
     # The replies of a batch share one speed, so what is drawn varies less than batches do.
-    seconds = numpy.array([reply.seconds for reply in replies])
+    seconds = [reply.seconds for reply in replies]
     add("speed", "每秒 token", "token/秒", [reply.tokens for reply in replies], seconds)
     return scores

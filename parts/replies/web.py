@@ -7,10 +7,8 @@ import importlib.metadata
 import socket
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
 
-from parts import terminal
-from parts.endpoint import THIS_MACHINE
+from parts import endpoint, terminal
 
 GRADIO = "6.31.0"  # which was tried; others of its major version are taken
 # The browser asks nobody else, whatever a reply says: a picture that is named in one would tell of it.
@@ -32,7 +30,7 @@ def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
     installed = next(importlib.metadata.distributions(name="gradio"), None)
     if installed is None or installed.version.split(".")[0] != GRADIO.split(".")[0]:
         raise SystemExit(f"错误：--web 要用 gradio {GRADIO}；请先运行 pip install gradio=={GRADIO}")
-    if not auth and host not in THIS_MACHINE:
+    if not auth and host not in endpoint.THIS_MACHINE:
         raise SystemExit(f"错误：--host {host} 让别的机器也能提问；请同时用 --auth 用户名:密码 设一个密码。")
     try:
         socket.create_server((host, port)).close()
@@ -71,7 +69,7 @@ def open_page(conversation, host: str, port: int, auth, title: str, notice: str,
     """Show a page on which the conversation is asked what a person types; return what closes it, and its URL."""
     import gradio
 
-    def answer(question: str, messages: list[dict]) -> Iterator[list[dict]]:
+    def answer(question: str, messages: list[dict]):
         """Yield the messages of the reply, again and again as it is written. gradio closes the iterator where the
         person stops it or leaves."""
         try:

@@ -36,14 +36,12 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        remedy = "请检查路径和权限，不带 --dataset 则下载公开数据集"
-        raise SystemExit(f"错误：无法读取数据文件 {path}（{error.strerror}）；{remedy}。") from None
+        raise SystemExit(f"错误：无法读取数据文件 {path}（{error.strerror}）；请检查路径和权限。") from None
 
 
 def parse(path: Path, content: bytes) -> list[tuple[int, object]]:
     """The rows in a file's content; `path` tells the format, and the file in messages."""
-    content = content.removeprefix(codecs.BOM_UTF8)
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise SystemExit(f"错误：{path} 是空文件；请换一个有内容的文件。")
     rows = READERS[path.suffix.lower()](path, content)
     if not rows:
@@ -58,14 +56,12 @@ def decode_all(path: Path, content: bytes) -> str:
         line = content.count(b"\n", 0, nul) + 1
         raise SystemExit(f"错误：{path} 第 {line} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
     try:
-        # Files that were joined have a byte order mark in the middle, where nobody sees it.
-        return content.decode().replace("\n\ufeff", "\n")
+        # There may be a byte order mark, of files that were joined in the middle too, where nobody sees it.
+        return content.decode().removeprefix("\ufeff").replace("\n\ufeff", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise SystemExit(
-            f"错误：{path} 第 {line} 行不是 UTF-8 编码；"
-            f"请另存为 UTF-8，例如：iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}"
-        ) from None
+        remedy = f"请另存为 UTF-8，例如：iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}"
+        raise SystemExit(f"错误：{path} 第 {line} 行不是 UTF-8 编码；{remedy}") from None
 
 
 def load_json(text: str) -> object:
@@ -145,8 +141,8 @@ def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
 READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
 
 
-def to_jsonl(rows: list[dict]) -> str:
-    """One JSON object a line."""
+def to_jsonl(rows) -> str:
+    """One JSON object a line, of a list of them or of any other iterable."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -156,8 +152,7 @@ def write(texts: dict[str, str]) -> None:
     try:
         for path, draft in drafts.items():
             draft.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(texts[path])
+            draft.write_text(texts[path], encoding="utf-8", newline="\n")
         for path in texts:
             if os.path.isdir(path):
                 raise IsADirectoryError(0, "是一个文件夹", path)

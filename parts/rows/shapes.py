@@ -89,12 +89,10 @@ def quote(names: list[str]) -> str:
 def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> object:
     """One row of columns. Values that are no text stay as they are: the check names them."""
     values = {field: row[names[0]] for field, names in fields.items() if names}
-    history = None
-    for name, value in row.items():
-        if name.lower() == "instruction" and name not in fields["question"]:
-            values["instruction"] = value  # what the writer of the thinking was told; traces.py asks
-        elif name.lower() == "history":
-            history = parse(value)
+    lower = {name.lower(): value for name, value in row.items()}
+    history = parse(lower.get("history"))
+    if "instruction" in lower and "instruction" not in map(str.lower, fields["question"]):
+        values["instruction"] = lower["instruction"]  # what the writer of the thinking was told; traces.py asks
     if isinstance(values.get("question"), list) or isinstance(values.get("answer"), list):  # TRL's prompt, completion
         turns = []
         for role, field in (("user", "question"), ("assistant", "answer")):

@@ -126,9 +126,7 @@ def read_own_val(read, names: dict[str, list[str]]) -> tuple[list[Placed], list[
     return [], []
 
 
-def load(
-    dataset: str, revision: str | None, sha256: str | None, marked: bool, by_rows: bool, seed: int, share: float
-) -> Source:
+def load(dataset: str, revision, sha256, marked: bool, by_rows: bool, seed: int, share: float) -> Source:
     """One data set, recognised, and split unless a hub keeps a part of it for validation; `by_rows`: as the published
     training script splits, in any case. `sha256` is the checksum that it must have; of several files, that of their
     contents in order of their names. `marked`: each place says the file too."""
@@ -152,15 +150,14 @@ def load(
     lines = [f"数据来源  {shown}：共 {len(placed) + len(own)} 行", f"SHA-256   {checksum}"]
     if mapping:
         lines.append(f"读作      {mapping}")
-    if own:
-        lines.append(f"划分      验证集是它自己的，{len(own)} 行")
-    unused = [name for name in names["val"] + names["test"] if name not in used]
-    if unused:
-        lines.append(f"划分      不用它的 {'、'.join(unused)}")
     divide = by_row if by_rows else by_question
     train, val = divide(placed, seed, share)
     if own:
+        lines.append(f"划分      验证集是它自己的，{len(own)} 行")
         train, val = train + val, sum(divide(own, seed, share), [])
+    unused = [name for name in names["val"] + names["test"] if name not in used]
+    if unused:
+        lines.append(f"划分      不用它的 {'、'.join(unused)}")
     return Source(lines, {"source": source, "revision": revision, "sha256": checksum}, train, val, bool(own))
 
 
@@ -177,24 +174,19 @@ def by_row(loaded: list[Placed], seed: int, share: float) -> tuple[list[Placed],
 
 def by_question(loaded: list[Placed], seed: int, share: float) -> tuple[list[Placed], list[Placed]]:
     """(train, val) likewise, but all rows of one question stay together: where all questions differ, it is the same."""
-    shuffled, rest = by_row(loaded, seed, share)
-    cut = len(shuffled)
+    first, rest = by_row(loaded, seed, share)
     groups: dict[str, list[Placed]] = {}
-    for placed in shuffled + rest:
-        groups.setdefault(question_of(placed), []).append(placed)
+    for placed in first + rest:
+        try:
+            question = topic(check(placed[1], ("question",)))
+        except ValueError:
+            question = f"\0{placed[0]}"  # what cannot be used is a group of its own
+        groups.setdefault(question, []).append(placed)
     train, val = [], []
     for i, group in enumerate(groups.values(), 1):
         needed = i > 1 and i == len(groups) and not val  # else there would be none to validate
-        (val if needed or len(train) >= cut else train).extend(group)
+        (val if needed or len(train) >= len(first) else train).extend(group)
     return train, val
-
-
-def question_of(placed: Placed) -> str:
-    """What a row is grouped by; a row that cannot be used is a group of its own."""
-    try:
-        return topic(check(placed[1], ("question",)))
-    except ValueError:
-        return f"\0{placed[0]}"
 
 
 def sample(train: list, val: list, count: int | None, share: float) -> tuple[list, list]:
@@ -205,9 +197,7 @@ def sample(train: list, val: list, count: int | None, share: float) -> tuple[lis
     return train[:cut], val[: count - cut]
 
 
-def join(
-    sources: list[Source], counts: dict[str, int | None], share: float, thinkless: bool, problems: Problems
-) -> tuple[list[Placed], list[Placed], list[str]]:
+def join(sources: list[Source], counts: dict, share: float, thinkless: bool, problems: Problems) -> tuple[list, ...]:
     """(train, val, what to say) of the clean rows of all sources, of each at most its count, `share` of a sample to
     train on. No question is in a training part and in a validation part; `problems` gathers what is left out."""
     parts, seen_train, seen_val = [], set(), set()
@@ -227,9 +217,6 @@ def join(
             most = f"，最多取 {count} 行" if count else ""
             lines.append(f"采用      训练 {len(train)} 行，验证 {len(val)} 行{most}")
     return all_train, all_val, lines
-
-
-# ---- near-duplicates ------------------------------------------------------------------------------------------------
 
 
 # ---- near-duplicates ------------------------------------------------------------------------------------------------
@@ -262,11 +249,10 @@ def near_duplicates(answers: list[str]) -> list[tuple[int, int]]:
 
 def mark_seen(train: list[Placed], val: list[Placed]) -> str:
     """Mark the validation rows whose answer nearly stands in the training part; returns what to say of it."""
-    inside, seen = 0, set()
+    inside = 0
     for i, j in near_duplicates([row["answer"] for _, row in train + val]):
         inside += j < len(train)
         if i < len(train) <= j:
-            seen.add(j - len(train))
-    for i in seen:
-        val[i][1]["seen"] = True
-    return f'近似重复  训练集内 {inside} 对；验证集 {len(seen)}/{len(val)} 行与训练集近似，标为 "seen": true'
+            val[j - len(train)][1]["seen"] = True
+    seen = sum("seen" in row for _, row in val)
+    return f'近似重复  训练集内 {inside} 对；验证集 {seen}/{len(val)} 行与训练集近似，标为 "seen": true'

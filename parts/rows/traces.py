@@ -123,9 +123,8 @@ def find(think: str, question: str, answer: str = "", instruction: str = "") -> 
             found += [Trace(kind, *match.span()) for match in pattern.finditer(think)]
     # Who was told more than the question was shown an answer. An exam's question speaks of 答案 itself.
     if "答案" not in question and (instruction or SHOWN.search(think)):
-        for match in ANSWER.finditer(think):
-            if not is_planned(think, match):
-                found.append(Trace("answer", *match.span()))
+        given = [match for match in ANSWER.finditer(think) if not is_planned(think, match)]
+        found += [Trace("answer", *match.span()) for match in given]
     for match in MENTIONED.finditer(think):
         if not match[1].startswith("答案") and is_covert(match, question, (answer, instruction)):
             found.append(Trace("covert", match.start(), match.start(1)))
@@ -193,8 +192,11 @@ def cut(think: str, found: list[Trace]) -> str:
         if inside:
             sentence, gap = cut_sentence(sentence, match.start(1), inside)
         elif gap and sentence.strip():
-            sentence = after_gap(sentence, gap)
-            gap = "" if sentence else gap
+            # After a gap: what rests on what has gone goes too.
+            if POINTS.match(sentence) or gap == "all" and BACK.search(CLAUSE.match(sentence)[0]):
+                sentence = ""
+            else:
+                sentence, gap = CONNECTS.sub("", sentence), ""
         kept.append(sentence)
         paragraph_stands = paragraph_stands or bool(sentence.strip())
         if breaks:
@@ -210,41 +212,20 @@ def cut_sentence(sentence: str, start: int, inside: list[Trace]) -> tuple[str, s
     clauses = CLAUSE.findall(sentence)
     ends = list(accumulate(map(len, clauses)))
     first, last = (bisect_right(ends, trace.start - start) for trace in (inside[0], inside[-1]))
-    head, tail = clauses[:first], going_on(clauses[last], clauses[last + 1 :])
+    head, tail = clauses[:first], clauses[last + 1 :]
+    if not (tail and INTRODUCES.match(clauses[last] + tail[0])):
+        while tail and not GOES_ON.match(tail[0]):
+            tail.pop(0)
     if tail and not (head and OPENS.match(head[-1])):
         if all(map(LEAD.match, head)):
             tail[0] = CONNECTS.sub("", tail[0])
         return "".join(head + tail), ""
-    text, end = "".join(standing(head)), END.search(sentence)
+    while head and (OPENS.match(head[-1]) or LEAD.match(head[-1])):
+        head.pop()  # it is nothing without the end of the sentence
+    text, end = "".join(head), END.search(sentence)
     if not text or end and end[0][0] in "？?":  # what was asked may have gone
         return "", "all"
     return re.sub("(?:[，：]|, )$", "", text) + (end[0] if end else ""), "end"
-
-
-def going_on(trace_clause: str, rest: list[str]) -> list[str]:
-    """Of the clauses behind one with a trace those that can do without it."""
-    if rest and INTRODUCES.match(trace_clause + rest[0]):
-        return rest
-    for i, clause in enumerate(rest):
-        if GOES_ON.match(clause):
-            return rest[i:]
-    return []
-
-
-def standing(head: list[str]) -> list[str]:
-    """The first clauses of a sentence, as many as are one when its end has gone."""
-    end = 0
-    for i, clause in enumerate(head, 1):
-        if not OPENS.match(clause) and not LEAD.match(clause):
-            end = i
-    return head[:end]
-
-
-def after_gap(sentence: str, gap: str) -> str:
-    """A sentence without a trace, after one of which "all" or the "end" is gone: it may rest on that."""
-    if POINTS.match(sentence) or gap == "all" and BACK.search(CLAUSE.match(sentence)[0]):
-        return ""
-    return CONNECTS.sub("", sentence)
 
 
 def clean_rows(part: list[Placed], problems: Problems, counts: Counter) -> list[Placed]:

@@ -242,6 +242,19 @@ def test_files_that_cannot_be_compared_are_named(folder):
     assert not Path("r.jsonl").exists()
 
 
+@pytest.mark.parametrize("path", ["r.jsonl", "r.scores.json", "r.scores.html", "/proc/none/r.jsonl"])
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_looked_for(folder, path):
+    """A folder is in the place of one of the three files; or nobody may write there."""
+    Path("q.txt").write_text("头痛？", encoding="utf-8")
+    if not path.startswith("/proc"):
+        Path(path).mkdir()
+    replies = path if path.endswith("r.jsonl") else "r.jsonl"
+    before = sorted(folder.iterdir())
+    result = run_script("inference.py", "--questions", "q.txt", "--replies", replies, cwd=folder)
+    assert result.returncode == 1 and result.stdout.splitlines()[-1].startswith(f"错误：无法写入 {path}"), result.stdout
+    assert sorted(folder.iterdir()) == before
+
+
 def test_places_and_batches():
     assert questions.result_paths("r.v1") != questions.result_paths("r.v2")
     assert questions.path_beside("out/r.jsonl", "Qwen/Qwen3-1.7B") == "out/r.Qwen-Qwen3-1.7B.jsonl"

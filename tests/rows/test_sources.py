@@ -10,6 +10,7 @@ from hub_server import Hub
 
 import data
 from parts.rows import sources
+from parts.rows.row import topic
 
 pytestmark = pytest.mark.usefixtures("folder")
 DRAWN = random.Random(0)
@@ -145,7 +146,7 @@ def test_rows_of_one_question_are_in_one_part_and_neither_is_empty(answers):
     rows = [make_row(i, answer=f"回答{j}") for j in range(answers) for i in range(5)] + odd
     rows += [make_row(9, history=[["问题1？", "先答"]])] * 90  # it begins with question 1
     train, val = sources.by_question(place(rows), 42, 0.9)
-    questions = [{sources.question_of(placed) for placed in part} for part in (train, val)]
+    questions = [{topic(row) for _, row in part if row not in odd} for part in (train, val)]
     assert train and val and questions[0].isdisjoint(questions[1])
     assert sorted(number for number, _ in train + val) == list(range(1, len(rows) + 1))
 
