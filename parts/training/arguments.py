@@ -56,7 +56,8 @@ class Arguments(TrainingArguments):
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
     save_steps: float | None = None  # as eval_steps: an evaluated state is kept until a better one comes
-    load_best_model_at_end: bool = True  # by eval_loss
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "eval_loss"  # as earlier versions noted it among a run's settings
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])

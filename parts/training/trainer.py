@@ -60,8 +60,7 @@ class PackedTrainer(SafeTrainer):
             hook.remove()
         self.step_hooks = ()
         if plan.optimizer.endswith("in_backward"):
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.step_hooks = optimizers.step_in_backward(trained, lambda: self.optimizer)
+            self.step_hooks = optimizers.step_in_backward(self.model, lambda: self.optimizer)
 
     def keep_hidden(self, module, args, output) -> None:
         self.last_hidden = output.last_hidden_state
