@@ -57,12 +57,10 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
     print("检查：")
-    failed = []
     for name, verdict in verdicts.items():
         mark = "通过" if verdict.runs else "失败" if verdict.expected else "不用"
         print(f"  {mark}  {name}（{verdict.why}）")
-        if mark == "失败":
-            failed.append(name)
+    failed = [name for name, verdict in verdicts.items() if verdict.expected and not verdict.runs]
     print(f"结论：有问题：{'、'.join(failed)}" if failed else "结论：可以训练")
     if failed:
         raise SystemExit(1)
@@ -84,9 +82,12 @@ def find_model(args):
         raise SystemExit(f"错误：--check 加 --fsdp 时要有模型，{name} 还没有下载；请先下载，或不加它。")
     small = args.device.type == "cpu"
     print(f"模型：{name} 的形状，随机的权重（还没有下载）{'，缩到 2 层，时间不能当真' if small else ''}")
-    folder = Path(args.output_dir, "model")  # a file, for the same way into 4 bits
-    save_random(name, str(folder), args.device, **SMALL if small else {})
-    return weights.load_weights(str(folder), args.device, args.load_in_4bit, args.fsdp), None
+    config = shape_of(name, **SMALL if small else {})
+    weights.quiet_libraries()
+    folder, dtype = str(Path(args.output_dir, "model")), weights.best_dtype(args.device)
+    with args.device:  # into files, for the same way into 4 bits
+        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return weights.load_weights(folder, args.device, args.load_in_4bit), None
 
 
 def shape_of(name: str, **changes) -> transformers.Qwen3Config:
@@ -98,15 +99,6 @@ def shape_of(name: str, **changes) -> transformers.Qwen3Config:
         raise SystemExit(f"错误：{why}；请用 --model_name 指定本地文件夹。")
     shape = dict(zip(SIZES, SHAPES[short])) | {"num_key_value_heads": 8, "head_dim": 128}
     return transformers.Qwen3Config(**shape | changes)
-
-
-def save_random(name: str, folder: str, device: torch.device, **changes) -> None:
-    """Write a model with random weights, of the shape of `name` but for these changes."""
-    config = shape_of(name, **changes)
-    weights.quiet_libraries()
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights.best_dtype(device))
-    model.save_pretrained(folder)
 
 
 def draw(batch_size: int, longest: int, length: int) -> datasets.Dataset:

@@ -68,8 +68,7 @@ def require(model, in_4bit: bool) -> dict[str, Verdict]:
         verdicts["4 位层"] = try_4bit_layer(model.device, model.dtype)
     for name, verdict in verdicts.items():
         if not verdict.runs:
-            remedy = "请升级驱动，或换一个版本的 torch、bitsandbytes"
-            raise SystemExit(f"错误：{name}在这里算不对（{verdict.why}）；{remedy}。")
+            raise SystemExit(f"错误：{name}在这里算不对（{verdict.why}）；请升级驱动，或换 torch、bitsandbytes 版本。")
     return verdicts
 
 
@@ -89,7 +88,7 @@ def try_step(name: str, device: torch.device, triton: bool = False) -> Verdict:
 
 def try_loss(device: torch.device, dtype: torch.dtype) -> Verdict:
     """Tell whether the loss without logits is that of all logits here, its gradients too."""
-    hidden, weight = draw((128 + 1024, 64), dtype).to(device).split((128, 1024))
+    tensors = draw((128 + 1024, 64), dtype).to(device).split((128, 1024))  # hidden states, weight
     labels = (torch.arange(128) * 7).to(device)
 
     def plain(hidden, weight):
@@ -98,12 +97,7 @@ def try_loss(device: torch.device, dtype: torch.dtype) -> Verdict:
     def ours(hidden, weight):
         return LinearCrossEntropy.apply(hidden / 8, weight, labels)[0]
 
-    def gradients(loss):
-        tensors = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-        total = loss(*tensors)
-        return [total.detach(), *torch.autograd.grad(total, tensors)]
-
-    return compare(attempt(gradients, plain), attempt(gradients, ours))
+    return compare(attempt(gradients, plain, tensors), attempt(gradients, ours, tensors))
 
 
 def try_4bit_layer(device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -114,13 +108,15 @@ def try_4bit_layer(device: torch.device, dtype: torch.dtype) -> Verdict:
     layer = Linear4bit(256, 256, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer, weight = layer.to(device), weight.to(device)
-    inputs, direction = inputs.to(device).requires_grad_(), direction.to(device)
+    given = ([inputs.to(device)], direction.to(device))
+    return compare(attempt(gradients, lambda x: x @ weight.T, *given), attempt(gradients, layer, *given), FOUR_BITS)
 
-    def gradients(layer):
-        output = layer(inputs)
-        return [output.detach(), *torch.autograd.grad(output, inputs, direction)]
 
-    return compare(attempt(gradients, lambda x: x @ weight.T), attempt(gradients, layer), FOUR_BITS)
+def gradients(function, inputs, direction=None) -> list[torch.Tensor]:
+    """Return what `function` makes of the inputs, and its gradients to each of them."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, direction)]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

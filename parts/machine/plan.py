@@ -96,30 +96,21 @@ def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_to
     cuda = args.device.type == "cuda"
     rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
     can_8bit = rounded and cuda and not args.trains_adapter
+    clips = not optimizer and args.max_grad_norm not in (0, 1)  # a norm that was asked for
     applying = []
     for size, every, offload, name in LADDER:
-        if not optimizer and name != "kahan" and not can_8bit:
-            continue
+        unfit = name != "kahan" and not optimizer and not can_8bit
         tokens = batch_tokens or sizes[size]
         every = every if args.checkpoint_every is None else args.checkpoint_every
         offload = (offload and cuda) if args.offload_activations is None else args.offload_activations
         name = optimizer or (name if rounded else "adamw")
-        if offload and not every:  # there would be nothing to keep there
-            continue
-        if args.fsdp and name.startswith("8bit"):  # not seen to be right on parts of weights
-            continue
-        if name.endswith("in_backward"):
-            if args.world_size > 1 or not is_whole_step(args, tokens, worst):
-                continue
-            if not optimizer and args.max_grad_norm not in (0, 1):  # a norm that was asked for
-                continue
-        applying.append((tokens, every, offload, name))
+        whole_step = tokens >= worst and args.gradient_accumulation_steps == args.world_size == 1
+        unfit |= offload and not every  # there would be nothing to keep there
+        unfit |= args.fsdp and name.startswith("8bit")  # not seen to be right on parts of weights
+        unfit |= name.endswith("in_backward") and (clips or not whole_step)
+        if not unfit:
+            applying.append((tokens, every, offload, name))
     return list(dict.fromkeys(applying))
-
-
-def is_whole_step(args, tokens: int, worst: int) -> bool:
-    """Tell whether a pass of at most `tokens` holds a whole optimizer step, of `worst` tokens at most."""
-    return tokens >= worst and args.gradient_accumulation_steps == 1
 
 
 def describe(plan: Plan, kind: str) -> str:
@@ -127,11 +118,8 @@ def describe(plan: Plan, kind: str) -> str:
     layers = {0: "全部保留", 1: "每层重算"}.get(plan.checkpoint_every, f"每 {plan.checkpoint_every} 层重算一层")
     if plan.offload:
         layers += "，输入放内存"
-    why = {
-        "优化器": OPTIMIZERS[plan.optimizer][1],
-        "一步之内": f"一次 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失",
-        "余量": "碎片和库自己的缓冲",
-    }
+    why = {"优化器": OPTIMIZERS[plan.optimizer][1], "余量": "碎片和库自己的缓冲"}
+    why["一步之内"] = f"一次 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失"
     table = rich.table.Table(f"{kind}计划", rich.table.Column("GB", justify="right"), "", box=None, pad_edge=False)
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / 1e9:.2f}", why.get(name, ""))
@@ -180,7 +168,7 @@ def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, o
     complete, complete_gradients = complete_bytes(model) if args.fsdp else (0, 0)
 
     config, size = model.config, model.dtype.itemsize
-    tokens, whole_step = min(tokens, worst), is_whole_step(args, tokens, worst)
+    tokens, whole_step = min(tokens, worst), tokens >= worst and args.gradient_accumulation_steps == 1
     output = model.get_output_embeddings().weight
     output_gradient = output.nbytes if output.requires_grad else 0
     layer = tokens * layer_bytes(model, fused, 0 if output_gradient else args.lora_dropout)
@@ -261,13 +249,11 @@ def free_bytes(device: torch.device, model, memory_gb: float | None) -> float:
     """Return the bytes that training may take, its weights included: what is free now in the process that has
     least, and at most `memory_gb` less the driver's own."""
     most = memory_gb * 1e9 - DRIVER_BYTES if memory_gb else math.inf
-    if is_own(device):
-        backend = getattr(torch, device.type)  # torch.cuda, torch.npu
-        here = math.inf  # planned for a card that is not here
-        if backend.is_available():
-            here = backend.mem_get_info()[0] + backend.memory_reserved()  # with what this process holds already
-    else:
+    here = math.inf  # planned for a card that is not here
+    if not is_own(device):
         here = psutil.virtual_memory().available + model.get_memory_footprint()
+    elif (backend := getattr(torch, device.type)).is_available():  # torch.cuda, torch.npu
+        here = backend.mem_get_info()[0] + backend.memory_reserved()  # with what this process holds already
     free = accelerate.utils.gather_object([here])
     if is_own(device) and max(free) > 1.1 * min(free):
         sizes = "、".join(f"{size / 1e9:.1f}" for size in free)

@@ -4,7 +4,6 @@ they were."""
 
 import math
 import time
-from typing import NamedTuple
 
 import accelerate
 import torch
@@ -16,15 +15,6 @@ from parts.terminal import is_out_of_memory
 from parts.training.packing import lengths_of
 from parts.training.safe_trainer import same_random_states
 from parts.training.trainer import peak
-
-
-class Rehearsed(NamedTuple):
-    """What the worst step and the largest evaluation took."""
-
-    peak: int  # bytes, the optimizer's states to be included
-    tokens: int  # of the worst step on this device
-    train_speed: float  # tokens/s, forward and backward
-    eval_speed: float  # tokens/s
 
 
 def settle(trainer, plans: list[Plan]) -> None:
@@ -50,20 +40,20 @@ def settle(trainer, plans: list[Plan]) -> None:
             return
         rehearsed = rehearse(trainer)
         if all(accelerate.utils.gather_object([rehearsed is not None])):
-            print(describe(rehearsed, trainer))
+            print(rehearsed)
             return
         plans = [other for other in plans if other.total < first.total]
         print(f"预演：显存不足，这个方案在这里放不下{'；换一个小一些的。' if plans else '，也没有更小的了。'}")
     raise torch.OutOfMemoryError("out of memory in the rehearsal of the smallest plan")
 
 
-def rehearse(trainer) -> Rehearsed | None:
+def rehearse(trainer) -> str | None:
     """Return what the plan that `trainer` follows took here, or None: it does not fit. Of a sharded model
     that raises the error and ends the training, in all processes."""
-    device, rehearsed = trainer.args.device, None
+    device = trainer.args.device
     try:
         with same_random_states(device):
-            rehearsed = measure(trainer)
+            return measure(trainer)
     except RuntimeError as error:
         if not is_out_of_memory(error) or trainer.args.fsdp:  # the others wait for this one's part of the model
             raise
@@ -73,42 +63,39 @@ def rehearse(trainer) -> Rehearsed | None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    return rehearsed
 
 
-def measure(trainer) -> Rehearsed:
+def measure(trainer) -> str:
     """Take the worst step, twice, and the largest evaluation batch, beside a block of the optimizer's
-    size."""
+    size. Returns what was seen, in a few words."""
     args, data = trainer.args, trainer.train_dataset
     by_length = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     batch = trainer.data_collator([data[i] for i in by_length[-args.per_device_train_batch_size :]])
     tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
     held = trainer.plan.parts["优化器"]
     if args.world_size > 1 and not args.fsdp:
-        held += trainer.trained_bytes()  # DistributedDataParallel's copies of the gradients
+        # DistributedDataParallel's copies of the gradients
+        held += sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     placeholder = torch.empty(int(held), dtype=torch.uint8, device=args.device)
     inputs = trainer._prepare_inputs(batch)
     for _ in range(2):  # the first one loads kernels
-        seconds = seconds_of(args.device, trainer.take_passes, trainer.model, inputs, supervised)
+        seconds = seconds_of(args.device, trainer.training_step, trainer.model, inputs, supervised)
         if args.gradient_accumulation_steps == 1:
             trainer.drop_gradients()
     trainer.drop_gradients()
-    eval_speed = measure_evaluation(trainer)
-    del placeholder
-    return Rehearsed(peak(args.device), tokens, tokens / seconds, eval_speed)
-
-
-def measure_evaluation(trainer) -> float:
-    """Return the tokens/s of the largest evaluation batch; infinite where this process has none."""
-    data = trainer.eval_dataset
     trainer.model.eval()
-    batches = trainer.evaluation_batches(data)
-    if not batches:
-        return math.inf
-    # Of a sharded model the last batches may be empty, and a pass over one is taken nevertheless.
-    rows = next(filter(None, reversed(batches)), [])
-    seconds = seconds_of(trainer.args.device, trainer.evaluate_rows, data, rows)
-    return sum(len(data[i]["input_ids"]) for i in rows) / seconds if rows else math.inf
+    eval_speed = math.inf  # where this process has no rows
+    if batches := trainer.evaluation_batches(trainer.eval_dataset):
+        # Of a sharded model the last batches may be empty, and a pass over one is taken nevertheless.
+        rows = next(filter(None, reversed(batches)), [])
+        eval_seconds = seconds_of(args.device, trainer.evaluate_rows, trainer.eval_dataset, rows)
+        if rows:
+            eval_speed = sum(len(trainer.eval_dataset[i]["input_ids"]) for i in rows) / eval_seconds
+    del placeholder
+    minutes = math.ceil(seconds_of_run(trainer, tokens / seconds, eval_speed) / 60)
+    memory = f"峰值 {peak(args.device) / 1e9:.2f} GB（估算 {trainer.plan.total / 1e9:.2f}）"
+    speed = f"每秒 {tokens / seconds:,.0f} 个 token，整个训练最多约 {minutes} 分钟，不算优化器、样例和保存"
+    return f"预演：最大的一步（{tokens} 个 token）和评估都放得下，{memory}。{speed}。"
 
 
 def seconds_of(device: torch.device, run, *args) -> float:
@@ -121,23 +108,13 @@ def seconds_of(device: torch.device, run, *args) -> float:
     return time.perf_counter() - begin
 
 
-def seconds_of_run(rehearsed: Rehearsed, trainer) -> float:
-    """Estimate, from above, the whole training and its evaluations, without optimizer steps and saving."""
+def seconds_of_run(trainer, train_speed: float, eval_speed: float) -> float:
+    """Estimate, from above, the whole training and its evaluations, without optimizer steps and saving. The
+    speeds, of one device, are in tokens/s."""
     args, data = trainer.args, trainer.train_dataset
-    steps = args.max_steps
-    if steps <= 0:
-        steps = math.ceil(len(data) / args.examples_per_step) * args.num_train_epochs
+    epoch = math.ceil(len(data) / args.examples_per_step)  # steps
+    steps = args.max_steps if args.max_steps > 0 else epoch * args.num_train_epochs
     tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
     eval_tokens = sum(lengths_of(trainer.eval_dataset)) * steps / args.eval_steps
-    seconds = tokens / rehearsed.train_speed + eval_tokens / rehearsed.eval_speed  # x / inf is 0
-    return seconds / args.world_size
-
-
-def describe(rehearsed: Rehearsed, trainer) -> str:
-    """Return what a rehearsal showed, in a few words."""
-    minutes = math.ceil(seconds_of_run(rehearsed, trainer) / 60)
-    return (
-        f"预演：最大的一步（{rehearsed.tokens} 个 token）和评估都放得下，峰值 {rehearsed.peak / 1e9:.2f} GB"
-        f"（估算 {trainer.plan.total / 1e9:.2f}）。"
-        f"每秒 {rehearsed.train_speed:,.0f} 个 token，整个训练最多约 {minutes} 分钟，不算优化器、样例和保存。"
-    )
+    # A speed may be infinite.
+    return (tokens / train_speed + eval_tokens / eval_speed) / args.world_size

@@ -132,11 +132,14 @@ def end(state: str = "success") -> None:
         print(f"SwanLab：没有全部上传（{cause}）。补传本地的记录：swanlab sync --id {run.id} {run.dir}")
 
 
-def log_texts(name: str, texts: list[str], step: int | None = None) -> None:
-    """Texts in the SwanLab run, if this process has begun one; without a step after all that is there."""
+def log_texts(name: str, texts: list[str], step: int | None = None) -> bool:
+    """Texts in the SwanLab run, if this process has begun one, and whether it has; without a step after all that is
+    there."""
     swanlab = sys.modules.get("swanlab")  # where there is a run it is imported
-    if swanlab and swanlab.has_run():
+    has_run = bool(swanlab and swanlab.has_run())
+    if has_run:
         swanlab.log({name: [swanlab.Text(text) for text in texts]}, step=step)
+    return has_run
 
 
 def finish(folder: str, samples: list[str]) -> None:

@@ -55,11 +55,9 @@ class Arguments(TrainingArguments):
 
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
-    save_strategy: str = "steps"
     save_steps: float | None = None  # as eval_steps: an evaluated state is kept until a better one comes
     load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "eval_loss"
-    greater_is_better: bool | None = False
+    metric_for_best_model: str | None = "eval_loss"  # as earlier versions noted it among a run's settings
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
@@ -100,11 +98,9 @@ class Arguments(TrainingArguments):
 
     def facts(self) -> dict[str, object]:
         """Return what all processes have to have in common."""
+        shared = [one.name for one in fields(self) if one.name not in ("local_rank", "use_cpu")]  # are a machine's
         facts = {"设备": self.device.type} | environment.versions(environment.LIBRARIES)
-        for one in fields(self):
-            if one.name not in ("local_rank", "use_cpu"):  # are a machine's
-                facts[f"--{one.name}"] = getattr(self, one.name)
-        return facts
+        return facts | {f"--{name}": getattr(self, name) for name in shared}
 
     @property
     def trains_adapter(self) -> bool:

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 
-ALLOCATOR = "PYTORCH_ALLOC_CONF"  # and its older names, which torch still reads
-ALLOCATORS = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# The setting of torch's allocator, and its older names, which torch still reads
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 DECISIVE = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
 # And those that only some cards or flags need
 LIBRARIES = (*DECISIVE, "liger-kernel", "torch-optimi", "triton", "torchao", "bitsandbytes")
@@ -23,9 +23,9 @@ def prepare() -> None:
     others (bitsandbytes, torchao) whose import starts CUDA. What the user has set stays."""
     # Less is lost between blocks of memory. Windows has no such segments, and under WSL drivers before R615
     # crash at the first one (pytorch#192330).
-    if sys.platform == "linux" and "microsoft" not in platform.release().lower():
-        if not any(name in os.environ for name in ALLOCATORS):
-            os.environ[ALLOCATOR] = "expandable_segments:True"
+    linux = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if linux and not any(name in os.environ for name in ALLOCATORS):
+        os.environ[ALLOCATORS[0]] = "expandable_segments:True"
     # Without torchrun Trainer would spread one process over all GPUs (DataParallel), slower than one.
     if "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -56,8 +56,8 @@ def unused_card() -> str | None:
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    listed = None if hidden else ask_driver("-L")
-    if not listed or not listed.startswith("GPU "):
+    listed = ask_driver("-L") or ""
+    if hidden or not listed.startswith("GPU "):
         return None
     card = listed.splitlines()[0].split(" (UUID")[0]
     why = f"它要支持 CUDA {torch.version.cuda} 的驱动，请升级驱动，或照 PyTorch 网站上的命令装别的 CUDA 版本"
@@ -82,10 +82,9 @@ def unusable(device, memory_gb: float | None) -> str | None:
     except RuntimeError as error:
         if "no kernel image" not in str(error) and "not compatible" not in str(error):
             raise
-        return (
-            f"torch {torch.__version__} 没有为这张卡（{card.name}，sm{card.major}{card.minor}）编译，"
-            f"它只有 {' '.join(torch.cuda.get_arch_list())}；请照 PyTorch 网站装另一个版本；{ON_CPU}"
-        )
+        built = " ".join(torch.cuda.get_arch_list())
+        why = f"没有为这张卡（{card.name}，sm{card.major}{card.minor}）编译，它只有 {built}"
+        return f"torch {torch.__version__} {why}；请照 PyTorch 网站装另一个版本；{ON_CPU}"
     return None
 
 
@@ -98,7 +97,5 @@ def describe_card(device) -> str:
         return f"没有 {kind}，用 {device.type}（{os.cpu_count()} 核）"
     card = torch.cuda.get_device_properties(device)
     driver = ask_driver("--query-gpu=driver_version", "--format=csv,noheader") or "未知"
-    return (
-        f"{card.name}，{card.total_memory / 1e9:.1f} GB，sm{card.major}{card.minor}，"
-        f"驱动 {driver.splitlines()[0]}，torch 的 CUDA {torch.version.cuda or torch.version.hip}"
-    )
+    name = f"{card.name}，{card.total_memory / 1e9:.1f} GB，sm{card.major}{card.minor}"
+    return f"{name}，驱动 {driver.splitlines()[0]}，torch 的 CUDA {torch.version.cuda or torch.version.hip}"

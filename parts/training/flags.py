@@ -12,7 +12,6 @@ from parts import terminal
 
 OPTIMIZERS = ("kahan", "8bit", "8bit_in_backward", "adamw")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
-TRACKERS = ("swanlab", "tensorboard", "wandb", "none")
 
 
 # What a number may be: a test, and its words
@@ -75,7 +74,7 @@ TABLE = (  # under the headings of --help
     Flag("eval_samples", int, "每次评估时回答几个验证集的问题，0 为不回答", FROM_0),
     Flag("sample_tokens", int, "示例回复最多多少个 token", ABOVE_0),
     Flag("logging_steps", int, "每多少步记录一次", ABOVE_0),
-    Flag("report_to", TRACKERS, "记录到哪里"),
+    Flag("report_to", ("swanlab", "tensorboard", "wandb", "none"), "记录到哪里"),
     Flag("run_name", str, "这次训练的名字（默认输出文件夹的名字）"),
     "多张 GPU",
     Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
@@ -97,14 +96,13 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
     with a `lora_rank` has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that
     cannot be meant."""
     parser = terminal.Parser(description=description, usage="%(prog)s [--flag value ...]")
-    group = parser
     for row in TABLE:
         if row == "LoRA" and "lora_rank" not in recipe:  # the last heading
             break
-        if isinstance(row, Flag):
-            add_flag(group, row, recipe.get(row.name))
-        else:
+        if isinstance(row, str):  # as the first row is
             group = parser.add_argument_group(row)
+        else:
+            add_flag(group, row, recipe.get(row.name))
     parser.gone = {"--deepspeed": "不再支持；放不下时请用 --fsdp true（每张卡放一部分），或 python train_lora.py"}
     values = dict(recipe) | vars(parser.parse_args())
     if values.get("target_modules") == ["all-linear"]:  # peft would take a list for names of layers
@@ -117,15 +115,13 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
 def add_flag(group, flag: Flag, default: object) -> None:
     """Add one line of the table to an argparse group. What the user does not give is not in the result."""
     words = flag.help if default is None else f"{flag.help}（默认 {default}）"
-    options = {"help": words, "default": terminal.NOT_GIVEN, "metavar": ""}
+    options = {"type": flag.kind, "help": words, "default": terminal.NOT_GIVEN, "metavar": ""}
     if isinstance(flag.kind, tuple):
         options |= {"type": lambda text: terminal.one_of(flag.kind, text), "help": f"{words}：{'、'.join(flag.kind)}"}
     elif flag.kind is bool:
         options |= {"type": terminal.true_or_false, "nargs": "?", "const": True, "metavar": "true"}
     elif flag.kind is list:
-        options |= {"nargs": "+", "metavar": "NAME"}
-    else:
-        options |= {"type": flag.kind}
+        options |= {"type": str, "nargs": "+", "metavar": "NAME"}
     group.add_argument(f"--{flag.name}", **options)
 
 
@@ -138,13 +134,12 @@ def check(values: Mapping[str, object]) -> None:
     """Raise SystemExit for numbers and folders with which training would fail late, or do nothing, and for
     flags that contradict each other. `values` by the flags' names; one that is missing or None was not
     set."""
-    for name, value in values.items():
-        flag = FLAGS.get(name)
-        if not flag or not flag.limit or value is None or (name, value) == ("max_steps", -1):  # as not set
-            continue
-        allowed, words = flag.limit
-        if not allowed(value):
-            refuse(f"--{name} {value}：要一个{words}")
+    for name, flag in FLAGS.items():
+        value = values.get(name)
+        if flag.limit and value is not None and (name, value) != ("max_steps", -1):  # as not set
+            allowed, words = flag.limit
+            if not allowed(value):
+                refuse(f"--{name} {value}：要一个{words}")
     optimizer, eval_steps = values.get("optimizer"), values.get("eval_steps") or 1
     if not values.get("output_dir", True):
         refuse("--output_dir 是空的")
@@ -154,6 +149,9 @@ def check(values: Mapping[str, object]) -> None:
         refuse("--warmup_steps：constant 不预热，constant_with_warmup 才预热")
     if optimizer == "8bit_in_backward" and values.get("max_grad_norm", 1) not in (0, 1):
         refuse(f"--max_grad_norm：--optimizer {optimizer} 不裁剪梯度")
+    checkpoint = values.get("resume_from_checkpoint")
+    if checkpoint and not os.path.isdir(checkpoint):
+        refuse(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；不写这个参数，就会从最近的完整检查点继续")
     if values.get("offload_activations") and values.get("checkpoint_every") == 0:
         refuse("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
     check_launch(values)
@@ -183,11 +181,9 @@ def require_packages(values: Mapping[str, object]) -> None:
     """Raise SystemExit where a package is not installed that was asked for. Of a command only: plans for
     another machine can be made without them."""
     optimizer, tracker = str(values.get("optimizer")), values.get("report_to")
-    wanted = {
-        "bitsandbytes": values.get("load_in_4bit") and "--load_in_4bit",
-        "torchao": optimizer.startswith("8bit") and f"--optimizer {optimizer}",
-        tracker: tracker in ("tensorboard", "wandb") and f"--report_to {tracker}",
-    }
+    wanted = {"bitsandbytes": values.get("load_in_4bit") and "--load_in_4bit"}
+    wanted["torchao"] = optimizer.startswith("8bit") and f"--optimizer {optimizer}"
+    wanted[tracker] = tracker in ("tensorboard", "wandb") and f"--report_to {tracker}"
     for package, flag in wanted.items():
         if flag and importlib.util.find_spec(package) is None:
             refuse(f"{flag} 要用 {package}；请先运行 pip install {package}")

@@ -57,9 +57,10 @@ def share_of_way(name: str, device: torch.device, triton: bool) -> float:
     return ((start.float() - weight.detach().float()) * gradient.sign()).mean().item() / (16 * 0.01)
 
 
-def step_in_backward(weights: list, get_optimizer) -> list:
-    """Update each weight as soon as its gradient is there, and drop the gradient: they never exist all at
-    once. Returns the hooks. Where `get_optimizer()` is None, in a rehearsal, gradients are dropped only.
+def step_in_backward(model, get_optimizer) -> list:
+    """Update each trained weight as soon as its gradient is there, and drop the gradient: they never exist
+    all at once. Returns the hooks. Where `get_optimizer()` is None, in a rehearsal, gradients are dropped
+    only.
 
     Only one weight has a gradient whenever the optimizer steps, so it is that one's step; Trainer's own finds
     none. Clipping by the norm of all gradients is not possible, nor is a step of several backward passes.
@@ -72,4 +73,4 @@ def step_in_backward(weights: list, get_optimizer) -> list:
             getattr(optimizer, "optimizer", optimizer).step()
         weight.grad = None
 
-    return [weight.register_post_accumulate_grad_hook(step) for weight in weights]
+    return [p.register_post_accumulate_grad_hook(step) for p in model.parameters() if p.requires_grad]

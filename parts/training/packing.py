@@ -46,13 +46,11 @@ def token_batches(dataset, rank: int, world_size: int, most: int) -> list[list[i
     """Return this rank's share of the examples, by length, in batches of `most` tokens at most (or of one
     example)."""
     lengths = lengths_of(dataset)
-    batches, tokens = [], most
+    batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size]:
-        if tokens + lengths[i] > most:
+        if not batches or sum(lengths[j] for j in batches[-1]) + lengths[i] > most:
             batches.append([])
-            tokens = 0
         batches[-1].append(i)
-        tokens += lengths[i]
     return batches
 
 
@@ -73,11 +71,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, lengths
         return torch.cat([scaled_dot_product_attention(*part, **options).transpose(1, 2) for part in parts], 1), None
     assert len(starts) == len(lengths) + 1, (len(starts), lengths)  # else it would read what is no token
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = max(lengths)
-    out = varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **GROUPED
-    )
-    return out[None], None
+    options = {"scale": scaling, "window_size": (-1, 0)} | GROUPED
+    return varlen_attn(query, key, value, starts, starts, max(lengths), max(lengths), **options)[None], None
 
 
 def repeats_heads(device: torch.device, dtype: torch.dtype) -> bool:

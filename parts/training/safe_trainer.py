@@ -48,9 +48,8 @@ class SafeTrainer(transformers.Trainer):
         """Raises SystemExit when the disk will not hold the checkpoints that are kept (at most `limit`, but
         the best and the newest always), the one that is written before an older one goes, and the final
         weights."""
-        count = math.ceil(self.state.max_steps / self.state.save_steps)
-        if self.limit:
-            count = min(count, max(self.limit, 2) + 1)  # the best, the newest, the one being written
+        most = max(self.limit or math.inf, 2) + 1  # the best, the newest, the one being written
+        count = min(most, math.ceil(self.state.max_steps / self.state.save_steps))
         weights = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, weights)
 

@@ -1,7 +1,6 @@
 """A few questions asked at evaluations and at the end of a training; the replies are texts to look at. Knows
 how to ask a model in training and leave no trace in it, not which questions these are."""
 
-import contextlib
 import time
 
 import torch
@@ -37,7 +36,8 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
 
 class Samples(transformers.TrainerCallback):
     """At each evaluation the replies to the questions of `rows`, drawn with the same random numbers each
-    time, become texts in SwanLab. Weights, gradients and all that is drawn later are as without them."""
+    time, become texts in SwanLab, or on the screen where there is no run of it. Weights, gradients and all
+    that is drawn later are as without them."""
 
     def __init__(self, trainer, rows: list[dict], to_messages, tokens: int):
         self.trainer, self.rows, self.to_messages, self.tokens = trainer, rows, to_messages, tokens
@@ -46,7 +46,9 @@ class Samples(transformers.TrainerCallback):
         if args.process_index or not self.rows or self.interrupted():
             return
         try:
-            tracking.log_texts("Samples", self.ask(), state.global_step)
+            texts = self.ask()
+            if not tracking.log_texts("Samples", texts, state.global_step):
+                tqdm.write("\n\n".join([f"第 {state.global_step} 步  样例：", *texts]))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -59,30 +61,21 @@ class Samples(transformers.TrainerCallback):
 
     def ask(self) -> list[str]:
         """Return the texts, cut off by a signal, and before other processes would give up waiting for this
-        one."""
-        trainer, args = self.trainer, self.trainer.args
+        one. Afterwards weights, gradients, random states, attention and mode are what they were: layers are
+        recomputed in training mode only, and a cache is there only where one asks for it."""
+        model, args, device = self.trainer.model, self.trainer.args, self.trainer.args.device
         end = time.monotonic() + args.ddp_timeout / 2
-        with untouched(trainer):
-            torch.manual_seed(args.seed)
-            asked = (trainer.model, trainer.processing_class, self.rows, self.to_messages, self.tokens)
-            return answer(*asked, stop=lambda: self.interrupted() or time.monotonic() > end)
-
-
-@contextlib.contextmanager
-def untouched(trainer):
-    """Inside, the trainer's model can be asked; behind it weights, gradients, random states, attention and
-    mode are what they were. Layers are recomputed in training mode only, and a cache is there only where one
-    asks for it."""
-    model, device = trainer.model, trainer.args.device
-    attention, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("sdpa")  # which knows padding and the cache
-    model.eval()
-    try:
-        with same_random_states(device):
-            yield
-    finally:
-        trainer.last_hidden = None
-        model.set_attn_implementation(attention)
-        model.train(training)
-        if device.type != "cpu":
-            torch.get_device_module(device).empty_cache()
+        attention, training = model.config._attn_implementation, model.training
+        model.set_attn_implementation("sdpa")  # which knows padding and the cache
+        model.eval()
+        try:
+            with same_random_states(device):
+                torch.manual_seed(args.seed)
+                asked = (model, self.trainer.processing_class, self.rows, self.to_messages, self.tokens)
+                return answer(*asked, stop=lambda: self.interrupted() or time.monotonic() > end)
+        finally:
+            self.trainer.last_hidden = None
+            model.set_attn_implementation(attention)
+            model.train(training)
+            if device.type != "cpu":
+                torch.get_device_module(device).empty_cache()

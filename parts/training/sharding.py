@@ -2,7 +2,6 @@
 together, and checkpoints that are those of one process. It knows torch's DTensors and the files of a
 checkpoint, not how a loss is made."""
 
-import contextlib
 from pathlib import Path
 
 import accelerate
@@ -14,12 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from parts.model.encoding import IGNORE_INDEX
-from parts.run import checkpoints
 from parts.training.packing import split_batch
 from parts.training.trainer import PackedTrainer
-
-ADAPTER = ".default."  # in the name of an adapter's weight; peft's files leave it out
-ADAPTER_FILE = "adapter_model.safetensors"  # peft's
 
 
 def shard(model, device: torch.device, world_size: int) -> None:
@@ -65,21 +60,20 @@ def trained_of(model) -> dict[str, torch.nn.Parameter]:
 def collect(tensors: dict, first: bool) -> dict:
     """Return {name: tensor} with each DTensor as a whole one in the CPU's memory of the `first` process, one
     after another, and as None in the others; all call this together. Anything else stays as it is."""
-    collected = {}
+    collected = dict(tensors)
     for name, value in tensors.items():
         if isinstance(value, DTensor):
-            value = value.detach().full_tensor()
-            value = value.cpu() if first else None
-        collected[name] = value
+            complete = value.detach().full_tensor()
+            collected[name] = complete.cpu() if first else None
     return collected
 
 
 def load(model, folder: str | Path) -> None:
     """Put the trained weights of a saved model or adapter into the parts, one weight after another."""
-    files = [ADAPTER_FILE] if Path(folder, ADAPTER_FILE).is_file() else checkpoints.weight_files(Path(folder))
-    missing = {name.replace(ADAPTER, "."): p for name, p in trained_of(model).items()}
-    for file in files:
-        with safe_open(Path(folder, file), framework="pt") as saved:
+    # peft's files leave this part of an adapter's names out.
+    missing = {name.replace(".default.", "."): p for name, p in trained_of(model).items()}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as saved:
             for name in missing.keys() & set(saved.keys()):
                 p = missing.pop(name)
                 p.detach().copy_(cut(p, saved.get_tensor(name)))
@@ -90,8 +84,7 @@ def gather_states(optimizer, first: bool) -> dict:
     """Return the optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one;
     without tensors elsewhere. So any number of processes can go on from it, sharded or not."""
     states = optimizer.state_dict()  # whose dicts are the optimizer's own, which are left as they are
-    gathered = {i: collect(state, first) for i, state in states["state"].items()}
-    return states | {"state": gathered}
+    return states | {"state": {i: collect(state, first) for i, state in states["state"].items()}}
 
 
 def load_states(optimizer, file: str | Path) -> None:
@@ -109,7 +102,8 @@ def load_states(optimizer, file: str | Path) -> None:
 
 class Unwrapped(torch.nn.Module):
     """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model`
-    gives back Trainer neither moves, cuts nor wraps once more."""
+    gives back Trainer neither moves, cuts nor wraps once more. It has no `no_sync`: each pass reduces its
+    gradients to this process's rows at once, as whole ones would be as large as the model."""
 
     def __init__(self, model):
         super().__init__()
@@ -130,20 +124,14 @@ class ShardedTrainer(PackedTrainer):
     def _wrap_model(self, model, training=True, dataloader=None):
         return model if isinstance(model, Unwrapped) else Unwrapped(model)
 
-    def between_passes(self, model):
-        """Each pass reduces its gradients to this process's rows at once: whole ones would be as large as the
-        model."""
-        return contextlib.nullcontext()
-
     def parts_of(self, inputs) -> list[dict]:
         """Cut the batch into as many passes as the process with the most has: the others add passes over two
         tokens of which none counts."""
         parts = split_batch(inputs, self.plan.batch_tokens)
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = self.accelerator.gather(count).max().item() - len(parts)
-        ids, positions = inputs["input_ids"][:, :2], inputs["position_ids"][:, :2]
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        idle = {"input_ids": ids, "position_ids": positions, "lengths": (2,), "labels": labels}
+        idle = {name: inputs[name][:, :2] for name in ("input_ids", "position_ids")} | {"lengths": (2,)}
+        idle["labels"] = torch.full_like(idle["input_ids"], IGNORE_INDEX)
         return [idle] * missing + parts
 
     def drop_gradients(self) -> None:

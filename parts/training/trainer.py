@@ -8,8 +8,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from parts.model import encoding
-from parts.model.encoding import IGNORE_INDEX
+from parts.model.encoding import IGNORE_INDEX, think_tokens
 from parts.training import optimizers
 from parts.training.packing import PACKED, LinearCrossEntropy, PackedCollator, split_batch, starts_of, token_batches
 from parts.training.safe_trainer import SafeTrainer
@@ -43,7 +42,7 @@ class PackedTrainer(SafeTrainer):
         super().__init__(*args, data_collator=PackedCollator(), **kwargs)
         self.kernels = kernels  # the fast paths that run here, and agree
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
-        self.end_of_thinking = encoding.think_tokens(self.processing_class)[1] if self.processing_class else -1
+        self.end_of_thinking = think_tokens(self.processing_class)[1] if self.processing_class else -1
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
         # A notebook's table stays.
         if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
@@ -61,8 +60,7 @@ class PackedTrainer(SafeTrainer):
             hook.remove()
         self.step_hooks = ()
         if plan.optimizer.endswith("in_backward"):
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.step_hooks = optimizers.step_in_backward(trained, lambda: self.optimizer)
+            self.step_hooks = optimizers.step_in_backward(self.model, lambda: self.optimizer)
 
     def keep_hidden(self, module, args, output) -> None:
         self.last_hidden = output.last_hidden_state
@@ -136,13 +134,9 @@ class PackedTrainer(SafeTrainer):
         if self.window_start is None:
             self.window_start = time.perf_counter()
         self.window_tokens += inputs["input_ids"].numel()
-        return self.take_passes(model, inputs, num_items_in_batch)
-
-    def take_passes(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        """Take the forward and backward passes of the batch; returns its loss."""
         assert num_items_in_batch is not None  # else the parts' means would add up
         *parts, last = self.parts_of(inputs)
-        with self.between_passes(model):
+        with self.accelerator.no_sync(model):  # several GPUs add up their gradients once, after the last one
             losses = [super(PackedTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
         return sum(losses, super().training_step(model, last, num_items_in_batch))
 
@@ -150,13 +144,10 @@ class PackedTrainer(SafeTrainer):
         """Cut the batch, a pass each."""
         return split_batch(inputs, self.plan.batch_tokens)
 
-    def between_passes(self, model):
-        """Stand around all passes but the last: several GPUs add up their gradients once, after that one."""
-        return self.accelerator.no_sync(model)
-
     def drop_gradients(self) -> None:
         """Forget passes of which no step is to come."""
-        self.last_hidden = None
+        self.last_hidden = self.window_start = None
+        self.window_tokens = 0
         self.model.zero_grad(set_to_none=True)
 
     def gather(self) -> dict[str, torch.Tensor] | None:
@@ -224,11 +215,9 @@ class LogLines(transformers.ProgressCallback):
     and is there at a terminal only: in a file each of its moves would be a line."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hidden = args.disable_tqdm or not state.is_world_process_zero
-        self.current_step = state.global_step
-        self.training_bar = tqdm(
-            total=state.max_steps, initial=self.current_step, disable=hidden or None, dynamic_ncols=True
-        )
+        hidden = args.disable_tqdm or not state.is_world_process_zero or None  # None: at a terminal it is shown
+        start = self.current_step = state.global_step
+        self.training_bar = tqdm(total=state.max_steps, initial=start, disable=hidden, dynamic_ncols=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         parts = [form.format(logs[name]) for name, form in LOG_PARTS.items() if name in logs]

@@ -37,7 +37,7 @@ def test_the_time_is_that_of_all_steps_and_evaluations(workspace, tiny_model, to
     trainer = build_trainer(tiny_model, tokenizer, eval_steps=27, **length)
     tokens = [sum(lengths_of(rows)) for rows in (trainer.train_dataset, trainer.eval_dataset)]
     expected = 2 * tokens[0] / 50 + 2 * tokens[1] / 200  # 27 steps of 4 are all 108 rows
-    assert rehearsal.seconds_of_run(rehearsal.Rehearsed(0, 100, 50.0, 200.0), trainer) == pytest.approx(expected)
+    assert rehearsal.seconds_of_run(trainer, 50.0, 200.0) == pytest.approx(expected)
 
 
 class Card(TorchDispatchMode):

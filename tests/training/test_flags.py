@@ -136,6 +136,7 @@ def test_a_flag_sets_what_it_says(workspace, tiny_model, tokenizer, name):
         ({"eval_steps": 2, "save_steps": 3}, "--save_steps 3：要是 --eval_steps 2 的倍数"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "--warmup_steps：constant 不预热"),
         ({"optimizer": "8bit_in_backward", "max_grad_norm": 0.5}, "--max_grad_norm：--optimizer 8bit_in_backward"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere：没有这个文件夹"),
         ({"hub_token": "a-secret"}, "hub_token：这里的训练不看这个设置，请去掉。"),
         ({"eval_strategy": "no"}, "eval_strategy：这里的训练不看这个设置"),
     ],

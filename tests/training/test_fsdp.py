@@ -60,7 +60,7 @@ def measure(model_path: str, file: str) -> None:
     trainer = make_trainer(model_path, batch_tokens=60)  # two passes of the first process, one of the second
     args, total = trainer.args, sum(label != IGNORE_INDEX for row in helpers.examples() for label in row["labels"][1:])
     batch = trainer.data_collator(helpers.examples()[args.process_index :: args.world_size])
-    trainer.take_passes(trainer.model, batch, torch.tensor(total))
+    trainer.training_step(trainer.model, batch, torch.tensor(total))
     measured = {}
     for name, p in trainer.model.named_parameters():
         assert not args.fsdp or p.to_local().numel() == p.numel() / 2

@@ -59,7 +59,7 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
     one = run_script("train.py", *flags(tiny_model, "one"), cwd=workspace)
     assert one.returncode == 0, one.stdout
     rendezvous = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}")
-    two = flags(tiny_model, "two", per_device_train_batch_size=2)
+    two = flags(tiny_model, "two", per_device_train_batch_size=2, rehearse="true")
     machines = [launch(("torchrun", *rendezvous), two) for _ in range(2)]
     output = "".join(machine.communicate(timeout=200)[0] for machine in machines)
     assert [machine.returncode for machine in machines] == [0, 0], output

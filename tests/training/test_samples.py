@@ -61,6 +61,12 @@ def evaluate(callback, act) -> None:
     hook.remove()
 
 
+def test_without_swanlab_they_are_on_the_screen(callback, capsys):
+    evaluate(callback, lambda: None)
+    printed = capsys.readouterr().out
+    assert "第 0 步  样例：\n\n【问题】头痛怎么办？" in printed and printed.count("【回答】") == 2
+
+
 def test_a_signal_ends_them_at_the_next_token(callback, logged):
     calls, callback.tokens = [], 2000
     callback.trainer.interruption = SimpleNamespace(number=0)
