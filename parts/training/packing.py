@@ -26,15 +26,25 @@ class PackedCollator(transformers.DataCollatorWithFlattening):
 
 def split_batch(inputs: dict, most: int) -> list[dict]:
     """Cut the batch into batches of whole examples, of at most `most` tokens each, or of one example."""
-    groups: list[list[int]] = []
-    for length in inputs["lengths"]:
-        if not groups or sum(groups[-1]) + length > most:
-            groups.append([])
-        groups[-1].append(length)
+    lengths = inputs["lengths"]
+    groups = [tuple(lengths[i] for i in group) for group in group_rows(range(len(lengths)), lengths, most)]
     sizes = [sum(group) for group in groups]
     names = ("input_ids", "labels", "position_ids")
     tensors = zip(*(inputs[name].split(sizes, dim=1) for name in names))
-    return [dict(zip(names, part)) | {"lengths": tuple(group)} for part, group in zip(tensors, groups)]
+    return [dict(zip(names, part)) | {"lengths": group} for part, group in zip(tensors, groups)]
+
+
+def group_rows(rows, lengths, most: int) -> list[list[int]]:
+    """Return the `rows` in their order, in groups of at most `most` tokens each, or of one row."""
+    groups: list[list[int]] = []
+    tokens = 0  # of the last group
+    for row in rows:
+        if not groups or tokens + lengths[row] > most:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(row)
+        tokens += lengths[row]
+    return groups
 
 
 def lengths_of(dataset) -> list[int]:
@@ -46,12 +56,7 @@ def token_batches(dataset, rank: int, world_size: int, most: int) -> list[list[i
     """Return this rank's share of the examples, by length, in batches of `most` tokens at most (or of one
     example)."""
     lengths = lengths_of(dataset)
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size]:
-        if not batches or sum(lengths[j] for j in batches[-1]) + lengths[i] > most:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    return group_rows(sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world_size], lengths, most)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, lengths, starts=None, **_):
