@@ -104,13 +104,18 @@ def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_to
         every = every if args.checkpoint_every is None else args.checkpoint_every
         offload = (offload and cuda) if args.offload_activations is None else args.offload_activations
         name = optimizer or (name if rounded else "adamw")
-        whole_step = tokens >= worst and args.gradient_accumulation_steps == args.world_size == 1
+        alone = args.world_size == 1 and is_whole_step(args, tokens, worst)
         unfit |= offload and not every  # there would be nothing to keep there
         unfit |= args.fsdp and name.startswith("8bit")  # not seen to be right on parts of weights
-        unfit |= name.endswith("in_backward") and (clips or not whole_step)
+        unfit |= name.endswith("in_backward") and (clips or not alone)
         if not unfit:
             applying.append((tokens, every, offload, name))
     return list(dict.fromkeys(applying))
+
+
+def is_whole_step(args, tokens: int, worst: int) -> bool:
+    """Tell whether a pass of at most `tokens` holds a whole optimizer step, of `worst` tokens at most."""
+    return tokens >= worst and args.gradient_accumulation_steps == 1
 
 
 def describe(plan: Plan, kind: str) -> str:
@@ -168,7 +173,7 @@ def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, o
     complete, complete_gradients = complete_bytes(model) if args.fsdp else (0, 0)
 
     config, size = model.config, model.dtype.itemsize
-    tokens, whole_step = min(tokens, worst), tokens >= worst and args.gradient_accumulation_steps == 1
+    tokens, whole_step = min(tokens, worst), is_whole_step(args, tokens, worst)
     output = model.get_output_embeddings().weight
     output_gradient = output.nbytes if output.requires_grad else 0
     layer = tokens * layer_bytes(model, fused, 0 if output_gradient else args.lora_dropout)

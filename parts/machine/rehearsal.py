@@ -74,8 +74,7 @@ def measure(trainer) -> str:
     tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
     held = trainer.plan.parts["优化器"]
     if args.world_size > 1 and not args.fsdp:
-        # DistributedDataParallel's copies of the gradients
-        held += sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+        held += trainer.trained_bytes()  # DistributedDataParallel's copies of the gradients
     placeholder = torch.empty(int(held), dtype=torch.uint8, device=args.device)
     inputs = trainer._prepare_inputs(batch)
     for _ in range(2):  # the first one loads kernels

@@ -50,8 +50,12 @@ class SafeTrainer(transformers.Trainer):
         weights."""
         most = max(self.limit or math.inf, 2) + 1  # the best, the newest, the one being written
         count = min(most, math.ceil(self.state.max_steps / self.state.save_steps))
-        weights = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        weights = self.trained_bytes()
         checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, weights)
+
+    def trained_bytes(self) -> int:
+        """Return the bytes of the trained weights, and so of their gradients."""
+        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 
     def finish_checkpoint(self) -> None:
         """Wait for the manifest of the last checkpoint."""
