@@ -96,7 +96,7 @@ def write(train_file: str, train: list[row.Placed], val_file: str, val: list[row
 def read_origin(train_file: str) -> dict[str, object]:
     """{sources: [{source, revision, sha256}], raw, train_sha256}: what `prepare` made the file from. Only the last for
     a file that it did not write, or that has changed since."""
-    sha256 = hashlib.sha256(Path(train_file).read_bytes()).hexdigest()
+    sha256 = terminal.sha256(train_file)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = json.loads(Path(train_file + SOURCE_SUFFIX).read_text(encoding="utf-8"))
         if origin["train_sha256"] == sha256:

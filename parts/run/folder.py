@@ -167,7 +167,7 @@ def settings_of(args, model_path: str, system_prompt: str, dtype: object) -> dic
     settings["examples_per_step"] = args.examples_per_step
     settings["system_prompt"], settings["dtype"] = system_prompt, str(dtype)
     for file in (args.train_file, args.val_file):
-        settings[f"{file} (sha256)"] = checkpoints.sha256(file)
+        settings[f"{file} (sha256)"] = terminal.sha256(file)
     return json.loads(json.dumps(settings))
 
 
