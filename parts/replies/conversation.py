@@ -57,6 +57,7 @@ class Conversation:
     def __init__(self, model, tokenizer, to_messages, thinking: bool, max_new_tokens: int, seed, fast_kernels=True):
         self.model, self.tokenizer, self.to_messages = model, tokenizer, to_messages
         self.thinking, self.max_new_tokens = thinking, max_new_tokens
+        self.unfinished = f"到 {max_new_tokens} 个 token 为止，回复未完；可加大 --max_new_tokens。"
         settings = {"max_new_tokens": max_new_tokens, "thinking": thinking, "fast_kernels": fast_kernels}
         self.generate = partial(generate.generate, model, tokenizer, **settings)
         self.console = Console(highlight=False, emoji=False)
@@ -69,7 +70,9 @@ class Conversation:
 
     def stream(self, messages: generate.Messages) -> Iterator[Reply]:
         """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends early where
-        the iterator is closed. One is written at a time: others wait."""
+        the iterator is closed. One is written at a time: others wait. It raises SystemExit, before the first one, for a
+        prompt that is too long."""
+        self.check_lengths([messages], ["这个问题"])
         tokens, left = TokenQueue(), Event()
 
         def write() -> list[Reply]:
@@ -114,11 +117,10 @@ class Conversation:
     def ask(self, question: str, history: list[list[str]] | None = None) -> Reply:
         """Stream one reply, and say so when it was cut off. It raises SystemExit for a prompt that is too long."""
         messages = self.to_messages(question, history=history)
-        self.check_lengths([messages], ["这个问题"])
         with contextlib.closing(self.stream(messages)) as replies:
             reply = show(replies, self.console)
         if not reply.complete:
-            self.warn(f"（到 {self.max_new_tokens} 个 token 为止，回复未完；可加大 --max_new_tokens。）")
+            self.warn(f"（{self.unfinished}）")
         return reply
 
     def chat(self) -> None:

@@ -74,7 +74,6 @@ def open_page(conversation, host: str, port: int, auth, title: str, notice: str,
         person stops it or leaves."""
         try:
             asked = conversation.to_messages(terminal.some_text(question), history=read_history(messages))
-            conversation.check_lengths([asked], ["这个问题"])
             with terminal.explain_out_of_memory(out_of_memory):
                 for reply in conversation.stream(asked):
                     yield show(reply)
@@ -82,8 +81,7 @@ def open_page(conversation, host: str, port: int, auth, title: str, notice: str,
             yield [say(str(refused), title="提示")]
             return
         if not reply.complete:
-            most = conversation.max_new_tokens
-            yield [*show(reply), say(f"到 {most} 个 token 为止，回复未完；可加大 --max_new_tokens。", title="提示")]
+            yield [*show(reply), say(conversation.unfinished, title="提示")]
 
     look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
     chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)
