@@ -46,11 +46,19 @@ def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> N
     paths = [train_file, val_file, train_file + SOURCE_SUFFIX, *datasets]
     if len(set(map(os.path.realpath, paths))) < len(paths):
         named = "、".join(paths)
-        raise SystemExit(f"错误：读和写的文件里有两个是同一个（{named}）；请用 --train_file、--val_file 换个文件名。")
+        raise SystemExit(
+            f"错误：读和写的文件里有两个是同一个（{named}）；请用 --train_file、--val_file 换个文件名。"
+        )
 
 
 def prepare(
-    dataset=None, train_file=TRAIN_FILE, val_file=VAL_FILE, revision=None, sha256=None, without_thinking=None, raw=False
+    dataset=None,
+    train_file=TRAIN_FILE,
+    val_file=VAL_FILE,
+    revision=None,
+    sha256=None,
+    without_thinking=None,
+    raw=False,
 ) -> None:
     """Load, check, split and clean each data set, the published one where none is named; write the files, and print the
     summary. `dataset`: a name, or a list of names. `without_thinking`: "keep" for rows without it too. `raw`: the
@@ -80,11 +88,16 @@ def prepare(
     print(row.summary(lines, {train_file: train, val_file: val}, problems))
 
 
-def write(train_file: str, train: list[row.Placed], val_file: str, val: list[row.Placed], origin: dict) -> None:
+def write(
+    train_file: str, train: list[row.Placed], val_file: str, val: list[row.Placed], origin: dict
+) -> None:
     """Write both files, and beside the training file its `origin`."""
     for _, example in train + val:
         example.pop("instruction", None)  # the cleaning has seen it
-    texts = {train_file: files.to_jsonl(line for _, line in train), val_file: files.to_jsonl(line for _, line in val)}
+    texts = {
+        train_file: files.to_jsonl(line for _, line in train),
+        val_file: files.to_jsonl(line for _, line in val),
+    }
     origin = origin | {"train_sha256": hashlib.sha256(texts[train_file].encode()).hexdigest()}
     try:
         files.write(texts | {train_file + SOURCE_SUFFIX: files.to_jsonl([origin])})
@@ -116,7 +129,9 @@ def read_examples(path: str) -> list[row.Row]:
     return examples
 
 
-def to_messages(question: str, think=None, answer=None, history=None, system=SYSTEM_PROMPT) -> list[dict[str, str]]:
+def to_messages(
+    question: str, think=None, answer=None, history=None, system=SYSTEM_PROMPT
+) -> list[dict[str, str]]:
     """[system, earlier turns, user], and the assistant's message when there is an answer. `history`: [[question,
     answer], …]; their thinking is not fed back."""
     messages = [{"role": "system", "content": system}]
@@ -145,12 +160,16 @@ def load_dataset(path: str, tokenizer, max_length: int):
     lengths = [len(ids) for ids in encoded["input_ids"]]
     print(encoding.describe_lengths(path, lengths, max_length))
     if (shortest := min(lengths)) > max_length:
-        raise SystemExit(f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {shortest}）；请加大 --max_length。")
+        raise SystemExit(
+            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {shortest}）；请加大 --max_length。"
+        )
     return encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
 
 
 def main() -> None:
-    parser = terminal.Parser(description="下载或读取数据，检查、清理、划分，写出训练集和验证集。例子在 data.py 开头。")
+    parser = terminal.Parser(
+        description="下载或读取数据，检查、清理、划分，写出训练集和验证集。例子在 data.py 开头。"
+    )
     flag = parser.add_argument_group("参数").add_argument
     flag("--dataset", nargs="+", action="extend", help="本地文件、ModelScope 名、hf://名；#500 只取 500 行")
     flag("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")

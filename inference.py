@@ -27,7 +27,9 @@ QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的�
 MAX_NEW_TOKENS = 2048
 REPLIES = "replies.jsonl"
 TITLE = "医学问答"  # of the page
-NOT_A_DOCTOR = "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
+NOT_A_DOCTOR = (
+    "提醒：回复由语言模型生成，可能有错，不能代替医生的诊断；身体不适请及时就医，紧急情况请拨打 120。"
+)
 OUT_OF_MEMORY = (
     "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
     "还不够就在 CPU 上提问：在命令前加 CUDA_VISIBLE_DEVICES= （慢）。"
@@ -83,7 +85,9 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         model, tokenizer = weights.load_trained(args.model_path, args.revision, not args.no_thinking)
         conversation = begin(args, model, tokenizer)
         if args.web:
-            web.serve(conversation, args.host, args.port, args.auth, TITLE, NOT_A_DOCTOR, QUESTION, OUT_OF_MEMORY)
+            web.serve(
+                conversation, args.host, args.port, args.auth, TITLE, NOT_A_DOCTOR, QUESTION, OUT_OF_MEMORY
+            )
         elif args.chat:
             conversation.chat()
         else:

@@ -35,7 +35,9 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
 
     trained = weights.find_trained(name, revision)
     if trained.base_path is None:
-        raise SystemExit(f"错误：{name} 里是完整的模型，不是 LoRA 适配器，不用合并；请直接用 inference.py 提问。")
+        raise SystemExit(
+            f"错误：{name} 里是完整的模型，不是 LoRA 适配器，不用合并；请直接用 inference.py 提问。"
+        )
     # On the CPU, in float32: in bfloat16 the product of the adapter's matrices would be rounded.
     model, tokenizer = weights.load(trained, torch.device("cpu"))
     model.to(AutoConfig.from_pretrained(trained.base_path).dtype or model.dtype).save_pretrained(folder)
@@ -43,7 +45,9 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
     export.translate(folder)
     export.write_modelfile(folder, tokenizer, model.generation_config)
     adapter, run_folder = Path(trained.path), weights.run_folder(trained.path)
-    cards = [adapter / "README.md", adapter / "loss.png"] if adapter == run_folder else []  # a checkpoint's is peft's
+    cards = (
+        [adapter / "README.md", adapter / "loss.png"] if adapter == run_folder else []
+    )  # a checkpoint's is peft's
     for file in (*cards, run_folder / checkpoints.RUN_FILE, adapter / checkpoints.FINISHED_MARK):
         if file.is_file():
             shutil.copy(file, folder)

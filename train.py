@@ -16,7 +16,16 @@ import os
 import shlex
 
 import data
-from data import LORA_OUTPUT_DIR, MAX_LENGTH, MODEL_NAME, OUTPUT_DIR, SEED, SYSTEM_PROMPT, TRAIN_FILE, VAL_FILE
+from data import (
+    LORA_OUTPUT_DIR,
+    MAX_LENGTH,
+    MODEL_NAME,
+    OUTPUT_DIR,
+    SEED,
+    SYSTEM_PROMPT,
+    TRAIN_FILE,
+    VAL_FILE,
+)
 from parts import terminal
 from parts.model import encoding
 from parts.training import environment, flags
@@ -183,7 +192,9 @@ def train(args, add_adapter=None, callbacks=()):
     state = args.distributed_state
     tracked = "swanlab" in args.report_to and state.is_main_process
     if tracked:
-        tracking.read_settings(PROJECT, args.run_name)  # what is wrong with them is said before anything is loaded
+        tracking.read_settings(
+            PROJECT, args.run_name
+        )  # what is wrong with them is said before anything is loaded
     opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name)
     with processes.explain_loss(LOST), opened as run:
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), plan.limited(args.device):
@@ -208,12 +219,16 @@ def train(args, add_adapter=None, callbacks=()):
             # 4. Model, adapter
             transformers.set_seed(args.seed)  # the adapter's first weights are drawn before Trainer sets it
             model = weights.load_weights(base, args.device, args.load_in_4bit, on_cpu=args.fsdp)
-            weights.settle_generation(model, tokenizer)  # else Trainer would do a part of it, with a long warning
+            weights.settle_generation(
+                model, tokenizer
+            )  # else Trainer would do a part of it, with a long warning
             if add_adapter:
                 model = add_adapter(model, args)
 
             # 5. Trainer, with what this card can do
-            trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept)
+            trainer = build_trainer(
+                args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept
+            )
             if args.eval_samples:
                 asked = rows[: args.eval_samples]
                 trainer.add_callback(samples.Samples(trainer, asked, data.to_messages, args.sample_tokens))
@@ -221,7 +236,9 @@ def train(args, add_adapter=None, callbacks=()):
             # 6. Train; only now, when all that can go wrong before has gone right, an older finished run is given up
             if tracked:
                 config = run.settings | {"plan": trainer.plan._asdict(), "versions": environment.versions()}
-                tracking.start(PROJECT, args.run_name, args.output_dir, config, goes_on=run.checkpoint is not None)
+                tracking.start(
+                    PROJECT, args.run_name, args.output_dir, config, goes_on=run.checkpoint is not None
+                )
             run.begin(trainer.plan.optimizer, trainer.plan.batch_tokens)
             with Interruption() as trainer.interruption:
                 trainer.train(resume_from_checkpoint=run.checkpoint)

@@ -48,7 +48,9 @@ def add_adapter(model, args):
     try:
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise SystemExit(f"错误：--target_modules 用不了（{terminal.first_line(error)}）；请改正层的名字。") from None
+        raise SystemExit(
+            f"错误：--target_modules 用不了（{terminal.first_line(error)}）；请改正层的名字。"
+        ) from None
     # The base as the user named it: peft noted the folder of the download cache, which another machine does not have.
     folder, saved = Path(args.model_name), model.active_peft_config
     saved.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else args.model_name

@@ -22,7 +22,9 @@ class Failed(Exception):
 def address(text: str) -> str:
     """The address of an endpoint, for argparse."""
     if not re.fullmatch(ADDRESS, text):
-        raise argparse.ArgumentTypeError(f"要一个 http://127.0.0.1:8000/v1 这样的地址；密钥放在环境变量 {KEY} 里")
+        raise argparse.ArgumentTypeError(
+            f"要一个 http://127.0.0.1:8000/v1 这样的地址；密钥放在环境变量 {KEY} 里"
+        )
     return text.rstrip("/").removesuffix("/chat/completions")
 
 

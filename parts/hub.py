@@ -78,7 +78,9 @@ class ModelScope:
         from modelscope_hub.errors import CacheNotFound
 
         try:
-            folder = self.api.download_repo(repository, "model", revision=revision or "master", local_files_only=True)
+            folder = self.api.download_repo(
+                repository, "model", revision=revision or "master", local_files_only=True
+            )
         except CacheNotFound:
             return None
         # The folders of older clients do not tell the revision.
@@ -127,7 +129,11 @@ def split(name: str) -> HubName | None:
 
 def forms(text: str) -> str:
     """Return how to write the name of something on a hub, where `text` looks like an address."""
-    return "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。" if ":/" in text else ""
+    return (
+        "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。"
+        if ":/" in text
+        else ""
+    )
 
 
 def find_cause(error: Exception) -> tuple[str, Exception]:

@@ -96,7 +96,9 @@ def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
         yield
     except Exception as error:
         # safetensors, torch.save and tokenizers have errors of their own for it.
-        if not isinstance(error, OSError | SafetensorError) and not re.search("inline_container|os error", str(error)):
+        if not isinstance(error, OSError | SafetensorError) and not re.search(
+            "inline_container|os error", str(error)
+        ):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"

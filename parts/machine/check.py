@@ -16,10 +16,19 @@ from parts.model import encoding, generate, weights
 from parts.model.fused import Verdict, missing
 from parts.training import environment
 
-SMALL = {"num_hidden_layers": 2, "vocab_size": 8192}  # the model, and the tokens of an example at most, where there is
+SMALL = {
+    "num_hidden_layers": 2,
+    "vocab_size": 8192,
+}  # the model, and the tokens of an example at most, where there is
 SMALL_LENGTH = 32  # neither a model nor a GPU
 ROWS, EVAL_ROWS = 2000, 200  # of drawn examples, in place of the data sets
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "tie_word_embeddings",
+)
 SHAPES = {  # of each SIZES; heads of 128, 8 for keys
     "Qwen3-1.7B": (2048, 6144, 28, 16, True),
     "Qwen3-0.6B": (1024, 3072, 28, 16, True),

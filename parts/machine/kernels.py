@@ -54,7 +54,11 @@ def varlen_missing(model) -> Verdict | None:
 def describe(kernels: Kernels) -> str:
     """Return what runs, in one line."""
     attention, layers, step = kernels
-    parts = ["注意力：torch varlen" if attention.runs else f"注意力：逐条 sdpa（不用 torch varlen：{attention.why}）"]
+    parts = [
+        "注意力：torch varlen"
+        if attention.runs
+        else f"注意力：逐条 sdpa（不用 torch varlen：{attention.why}）"
+    ]
     parts.append("融合算子：Liger" if layers.runs else f"融合算子：不用（{layers.why}）")
     if step.expected:
         parts.append("优化器：Triton" if step.runs else f"优化器：不用 Triton（{step.why}）")
@@ -68,7 +72,9 @@ def require(model, in_4bit: bool) -> dict[str, Verdict]:
         verdicts["4 位层"] = try_4bit_layer(model.device, model.dtype)
     for name, verdict in verdicts.items():
         if not verdict.runs:
-            raise SystemExit(f"错误：{name}在这里算不对（{verdict.why}）；请升级驱动，或换 torch、bitsandbytes 版本。")
+            raise SystemExit(
+                f"错误：{name}在这里算不对（{verdict.why}）；请升级驱动，或换 torch、bitsandbytes 版本。"
+            )
     return verdicts
 
 
@@ -109,7 +115,9 @@ def try_4bit_layer(device: torch.device, dtype: torch.dtype) -> Verdict:
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer, weight = layer.to(device), weight.to(device)
     given = ([inputs.to(device)], direction.to(device))
-    return compare(attempt(gradients, lambda x: x @ weight.T, *given), attempt(gradients, layer, *given), FOUR_BITS)
+    return compare(
+        attempt(gradients, lambda x: x @ weight.T, *given), attempt(gradients, layer, *given), FOUR_BITS
+    )
 
 
 def gradients(function, inputs, direction=None) -> list[torch.Tensor]:

@@ -49,7 +49,9 @@ class Plan(NamedTuple):
     checkpoint_every: int
     offload: bool
     optimizer: str
-    parts: dict[str, float]  # bytes: weights, optimizer states, the peak within a step, and what no formula counts
+    parts: dict[
+        str, float
+    ]  # bytes: weights, optimizer states, the peak within a step, and what no formula counts
     free: float
 
     @property
@@ -64,7 +66,9 @@ class Plan(NamedTuple):
 # ---- the ladder ---------------------------------------------------------------------------------------------------
 
 
-def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=None, batch_tokens=None) -> list[Plan]:
+def choose(
+    args, model, lengths: list[int], fused: bool, free: float, optimizer=None, batch_tokens=None
+) -> list[Plan]:
     """Return the rungs of the ladder that fit into `free` bytes, fastest first, the same for all processes;
     the smallest one alone when none does.
 
@@ -78,7 +82,9 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
     for rung in rungs(args, model, worst, max(lengths), optimizer, batch_tokens):
         plans.append(Plan(*rung, estimate(model, args, fused, *rung, worst), free))
     if not plans and args.fsdp:
-        raise SystemExit(f"错误：这个训练用的是 --optimizer {optimizer}，它不能和 --fsdp 一起用；请不分片地继续。")
+        raise SystemExit(
+            f"错误：这个训练用的是 --optimizer {optimizer}，它不能和 --fsdp 一起用；请不分片地继续。"
+        )
     if not plans:
         remedy = "请去掉 --batch_tokens 和梯度累积，只用一张 GPU"
         raise SystemExit(f"错误：--optimizer {optimizer} 要一个进程把一步的样本一次算完；{remedy}。")
@@ -88,7 +94,9 @@ def choose(args, model, lengths: list[int], fused: bool, free: float, optimizer=
     return accelerate.utils.broadcast_object_list([fitting])[0]  # whatever each process found
 
 
-def rungs(args, model, worst: int, longest: int, optimizer: str | None, batch_tokens: int | None) -> list[tuple]:
+def rungs(
+    args, model, worst: int, longest: int, optimizer: str | None, batch_tokens: int | None
+) -> list[tuple]:
     """Return (tokens in one pass, recompute every n-th layer, offload, optimizer) of the ladder's rungs that
     apply to this training, with what was asked for in place of what they say. Tokens of the `worst` step and
     `longest` example."""
@@ -120,12 +128,16 @@ def is_whole_step(args, tokens: int, worst: int) -> bool:
 
 def describe(plan: Plan, kind: str) -> str:
     """Return the plan as a table: what, GB, why. `kind` of memory."""
-    layers = {0: "全部保留", 1: "每层重算"}.get(plan.checkpoint_every, f"每 {plan.checkpoint_every} 层重算一层")
+    layers = {0: "全部保留", 1: "每层重算"}.get(
+        plan.checkpoint_every, f"每 {plan.checkpoint_every} 层重算一层"
+    )
     if plan.offload:
         layers += "，输入放内存"
     why = {"优化器": OPTIMIZERS[plan.optimizer][1], "余量": "碎片和库自己的缓冲"}
     why["一步之内"] = f"一次 {plan.batch_tokens} 个 token，激活{layers}；梯度；损失"
-    table = rich.table.Table(f"{kind}计划", rich.table.Column("GB", justify="right"), "", box=None, pad_edge=False)
+    table = rich.table.Table(
+        f"{kind}计划", rich.table.Column("GB", justify="right"), "", box=None, pad_edge=False
+    )
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / 1e9:.2f}", why.get(name, ""))
     fits = "" if plan.fits else "，可能放不下"
@@ -139,10 +151,16 @@ def apply(plan: Plan, model) -> None:
     """Switch the recomputing of layers on or off, and hold the process to the memory that was planned with:
     beyond it Windows' driver would not refuse but go on in the CPU's memory, many times slower."""
     # Their names from transformers 5.23 on, and before.
-    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing"
+    )
     if plan.checkpoint_every:
         getattr(model, f"{name}_enable")(every_n_layers=plan.checkpoint_every, offload=plan.offload)
-    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):  # of an earlier plan
+    elif any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    ):  # of an earlier plan
         getattr(model, f"{name}_disable")()
     if model.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.free / torch.cuda.mem_get_info()[1]))
@@ -162,7 +180,9 @@ def limited(device: torch.device):
 # ---- the bytes of a plan ------------------------------------------------------------------------------------------
 
 
-def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int) -> dict:
+def estimate(
+    model, args, fused: bool, tokens: int, every: int, offload: bool, optimizer: str, worst: int
+) -> dict:
     """Return {part: bytes} at the peak of training on each card. `tokens` in one pass, of the `worst` ones of
     a step; every n-th layer is recomputed."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -197,7 +217,9 @@ def estimate(model, args, fused: bool, tokens: int, every: int, offload: bool, o
     tied = output is model.get_input_embeddings().weight
     second = output_gradient * (tied + (not whole_step))
     bottom = max(gradients, output_gradient) + max(second, layer + flowing)
-    if args.fsdp:  # the output layer's gradient is whole to the end, and is sent after an embedding's of its own
+    if (
+        args.fsdp
+    ):  # the output layer's gradient is whole to the end, and is sent after an embedding's of its own
         second = output_gradient * (2 - tied)
         bottom = gradients + output_gradient + max(second, layer + flowing + complete_gradients)
     return {
@@ -226,7 +248,9 @@ def layer_bytes(model, fused: bool, lora_dropout: float) -> float:
     if any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()):
         kept += norm * (query + key)
     kept += (3 if fused else 4) * size * inner + 4 * config.num_attention_heads
-    if lora_dropout:  # each of the seven adapters keeps its own input and the mask; the frozen products keep nothing
+    if (
+        lora_dropout
+    ):  # each of the seven adapters keeps its own input and the mask; the frozen products keep nothing
         kept += (size + 1) * (5 * hidden + query + inner) - size * (2 * hidden + inner)
     return kept
 
@@ -236,7 +260,9 @@ def complete_bytes(model) -> tuple[float, float]:
     and of the layers one as it is computed and one on its way in two buffers; the gradients of one, and as
     much again to be sent."""
     output, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    inner = [p for p in model.parameters() if p is not output and p is not embedding]  # nearly all are the layers'
+    inner = [
+        p for p in model.parameters() if p is not output and p is not embedding
+    ]  # nearly all are the layers'
     layers = model.config.num_hidden_layers
     weights = output.nbytes + 3 * sum(p.nbytes for p in inner) / layers
     return weights, 2 * sum(p.nbytes for p in inner if p.requires_grad) / layers

@@ -29,7 +29,9 @@ def settle(trainer, plans: list[Plan]) -> None:
             if why := next((verdict.why for verdict in verdicts if not verdict.runs), None):
                 plans = [other for other in plans if not other.optimizer.startswith("8bit")]
                 if not plans:
-                    raise SystemExit(f"错误：放得下的方案都要 8 位优化器（{first.optimizer}），它在这里用不了：{why}。")
+                    raise SystemExit(
+                        f"错误：放得下的方案都要 8 位优化器（{first.optimizer}），它在这里用不了：{why}。"
+                    )
                 print(f"不用 8 位优化器：{why}。")
                 continue
         plan.apply(first, trainer.model)
@@ -43,7 +45,9 @@ def settle(trainer, plans: list[Plan]) -> None:
             print(rehearsed)
             return
         plans = [other for other in plans if other.total < first.total]
-        print(f"预演：显存不足，这个方案在这里放不下{'；换一个小一些的。' if plans else '，也没有更小的了。'}")
+        print(
+            f"预演：显存不足，这个方案在这里放不下{'；换一个小一些的。' if plans else '，也没有更小的了。'}"
+        )
     raise torch.OutOfMemoryError("out of memory in the rehearsal of the smallest plan")
 
 
@@ -55,7 +59,9 @@ def rehearse(trainer) -> str | None:
         with same_random_states(device):
             return measure(trainer)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or trainer.args.fsdp:  # the others wait for this one's part of the model
+        if (
+            not is_out_of_memory(error) or trainer.args.fsdp
+        ):  # the others wait for this one's part of the model
             raise
     finally:  # an error that was caught is gone by now, and with it the graph that its traceback held
         trainer.drop_gradients()

@@ -42,7 +42,9 @@ def translate(folder: str | Path) -> None:
         path = Path(folder, name)
         if path.is_file():
             settings = translated(json.loads(path.read_text(encoding="utf-8")), path.parent)
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(
+                json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def older_config(config: dict, folder: Path) -> dict:
@@ -86,7 +88,9 @@ def write_modelfile(folder: str | Path, tokenizer, generation_config) -> None:
     sampling |= {"repeat_penalty": generation_config.repetition_penalty or 1.0, "num_ctx": NUM_CTX}
     parameters = "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
     parameters += "\n".join(f"PARAMETER {name} {value}" for name, value in sampling.items())
-    path.write_text(MODELFILE.format(template=TEMPLATE, system=system, parameters=parameters), encoding="utf-8")
+    path.write_text(
+        MODELFILE.format(template=TEMPLATE, system=system, parameters=parameters), encoding="utf-8"
+    )
 
 
 def objection(tokenizer) -> str | None:

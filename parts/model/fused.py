@@ -112,7 +112,9 @@ def shrink(model):
     config.vocab_size, config.hidden_size, config.intermediate_size = PROBE_VOCABULARY, 256, 512
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # these may lie outside the vocabulary
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = (
+        None  # these may lie outside the vocabulary
+    )
     probe = class_of(model)(config).to(model.device, model.dtype)
     probe.set_attn_implementation(model.config._attn_implementation)
     return probe

@@ -26,7 +26,14 @@ Messages = list[dict[str, str]]
 
 
 def generate(
-    model, tokenizer, conversations, max_new_tokens, thinking=True, streamer=None, stop=None, fast_kernels=True
+    model,
+    tokenizer,
+    conversations,
+    max_new_tokens,
+    thinking=True,
+    streamer=None,
+    stop=None,
+    fast_kernels=True,
 ) -> list[Reply]:
     """Return a Reply to each conversation, a list of Messages, sampled as one left-padded batch: never
     greedily, which makes thinking loop.
@@ -100,7 +107,9 @@ class Decoder:
         """Return the logits [rows, vocabulary] after the last token of `input_ids`, whose keys and values
         join the cache."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[
+            :, -1
+        ]
 
     def advance(self, token: torch.Tensor) -> None:
         """Put the logits after `token` [rows] into `self.logits`."""
@@ -159,7 +168,9 @@ def try_graph(model) -> Verdict:
     return decoder.verdict
 
 
-def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs):
+def decode(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs
+):
     """The loop of `model.generate`, which prepares these arguments (`custom_generate`) and returns what this
     returns: prompts and replies as [rows, prompt + new], padded on the right; the last tokens may all be
     padding."""

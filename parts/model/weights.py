@@ -114,7 +114,9 @@ def load_tokenizer(path: str):
     not there, or writes no such turns."""
     try:
         if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):
-            raise ValueError(f"缺少 {'、'.join(TOKENIZER_FILES)} 之一")  # transformers would make an empty one
+            raise ValueError(
+                f"缺少 {'、'.join(TOKENIZER_FILES)} 之一"
+            )  # transformers would make an empty one
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise ValueError("没有对话模板，缺少 chat_template.jinja 或 tokenizer_config.json")
@@ -139,7 +141,9 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
     # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
-        raise SystemExit(f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。")
+        raise SystemExit(
+            f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
+        )
     options = {"dtype": best_dtype(device), "output_loading_info": True}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -153,9 +157,13 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
         if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():
-            transformers.GenerationConfig.from_pretrained(path)  # a broken one would be passed over in silence
+            transformers.GenerationConfig.from_pretrained(
+                path
+            )  # a broken one would be passed over in silence
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。") from None
+        raise SystemExit(
+            f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。"
+        ) from None
     return (model if in_4bit or on_cpu else model.to(device)).eval()
 
 
@@ -231,7 +239,9 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
             raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
         if hub.split(name) and not any(Path(name).glob("*.safetensors")):
             remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
-            raise SystemExit(f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}")
+            raise SystemExit(
+                f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}"
+            )
         return str(Path(name).resolve())
     on_hub = hub.split(name)
     if not on_hub or on_hub.inside or name.startswith(OUTPUTS):
@@ -281,7 +291,9 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     expected = read_settings(run_folder(path)).get("model_sha256")  # if its run has a record of the weights
     if expected and (actual := checkpoints.weights_sha256(base_path)) != expected:
         sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
-        raise SystemExit(f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。")
+        raise SystemExit(
+            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。"
+        )
     return Trained(path, base, base_path)
 
 

@@ -54,7 +54,9 @@ class Conversation:
     generate.generate, asking in this way. Whoever sets `closed` ends the replies that are being streamed.
     """
 
-    def __init__(self, model, tokenizer, to_messages, thinking: bool, max_new_tokens: int, seed, fast_kernels=True):
+    def __init__(
+        self, model, tokenizer, to_messages, thinking: bool, max_new_tokens: int, seed, fast_kernels=True
+    ):
         self.model, self.tokenizer, self.to_messages = model, tokenizer, to_messages
         self.thinking, self.max_new_tokens = thinking, max_new_tokens
         self.unfinished = f"到 {max_new_tokens} 个 token 为止，回复未完；可加大 --max_new_tokens。"
@@ -77,7 +79,9 @@ class Conversation:
 
         def write() -> list[Reply]:
             try:
-                return self.generate([messages], streamer=tokens, stop=lambda: left.is_set() or self.closed.is_set())
+                return self.generate(
+                    [messages], streamer=tokens, stop=lambda: left.is_set() or self.closed.is_set()
+                )
             finally:
                 tokens.end()
 
@@ -106,7 +110,9 @@ class Conversation:
                 length, unit = len(encode_messages(self.tokenizer, messages, True, self.thinking)), "个 token"
             if length + self.max_new_tokens > most:
                 what = f"{name}连同之前的对话有 {length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
-                raise SystemExit(f"错误：{what} 超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。")
+                raise SystemExit(
+                    f"错误：{what} 超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
+                )
             lengths.append(length)
         return lengths
 

@@ -20,10 +20,14 @@ def parse(description: str | None, merging: bool = False, **defaults) -> argpars
     positive = partial(terminal.whole_number, 1)
 
     ways = parser.add_argument_group("怎么问，写其中一个").add_mutually_exclusive_group()
-    ways.add_argument("question", nargs="?", type=terminal.some_text, help="一个问题（不写：公开方案的那一个）")
+    ways.add_argument(
+        "question", nargs="?", type=terminal.some_text, help="一个问题（不写：公开方案的那一个）"
+    )
     ways.add_argument("--chat", action="store_true", help="在终端里多轮对话，空行结束")
     ways.add_argument("--web", action="store_true", help="浏览器里的一页")
-    ways.add_argument("--questions", metavar="FILE", help="回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的")
+    ways.add_argument(
+        "--questions", metavar="FILE", help="回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的"
+    )
 
     flag = parser.add_argument_group("模型和回复").add_argument
     flag("--model_path", metavar="MODEL", help="模型或适配器的文件夹，或 hub 上的名称（默认 %(default)s）")
@@ -36,8 +40,19 @@ def parse(description: str | None, merging: bool = False, **defaults) -> argpars
 
     flag = parser.add_argument_group("和 --questions 一起").add_argument
     flag("--replies", metavar="FILE", help="回复写在这里；已有的不再问（默认 %(default)s）")
-    flag("--compare_with", metavar="X", action="append", default=[], help="与这个模型、适配器或回复文件比较；可写几次")
-    flag("--judge", metavar="URL", type=endpoint.address, help=f"再由这里的模型评哪个好；密钥读自 {endpoint.KEY}")
+    flag(
+        "--compare_with",
+        metavar="X",
+        action="append",
+        default=[],
+        help="与这个模型、适配器或回复文件比较；可写几次",
+    )
+    flag(
+        "--judge",
+        metavar="URL",
+        type=endpoint.address,
+        help=f"再由这里的模型评哪个好；密钥读自 {endpoint.KEY}",
+    )
     flag("--judge_model", metavar="NAME", help="评审用哪一个模型（只有一个时不用写）")
 
     flag = parser.add_argument_group("和 --web 一起").add_argument

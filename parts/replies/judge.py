@@ -59,19 +59,25 @@ class Judge:
 
     def identify(self, pair: Pair) -> str:
         """Return by what a request is known again."""
-        return hashlib.sha256(json.dumps([self.endpoint.model, self.prompt, FORM, *pair]).encode()).hexdigest()[:32]
+        return hashlib.sha256(
+            json.dumps([self.endpoint.model, self.prompt, FORM, *pair]).encode()
+        ).hexdigest()[:32]
 
     def compare(self, pairs: list[Pair], console) -> tuple[list[str], str]:
         """Return ([WIN, TIE, LOSS or FAILED for answer `a` of each pair], a sentence on what failed, or "")."""
         try:
             self.endpoint.find_model()
-            with open(self.record, "a+", buffering=1, encoding="utf-8", errors="replace") as file:  # whole lines
+            with open(
+                self.record, "a+", buffering=1, encoding="utf-8", errors="replace"
+            ) as file:  # whole lines
                 self.recall(file)
                 problem = self.ask(pairs, file, console)
         except (Failed, OSError) as error:
             problem = f"用不了：{error}"
         if problem:
-            problem = f"评审 {self.endpoint.url} {problem}。别的结果不受影响；再运行同一命令，只问还没有裁决的。"
+            problem = (
+                f"评审 {self.endpoint.url} {problem}。别的结果不受影响；再运行同一命令，只问还没有裁决的。"
+            )
         return [self.combine(pair) for pair in pairs], problem
 
     def recall(self, file) -> None:
@@ -79,7 +85,9 @@ class Judge:
         line = "\n"
         file.seek(0)
         for line in file:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off: it is asked anew
+            with contextlib.suppress(
+                ValueError, TypeError, KeyError
+            ):  # a line that was cut off: it is asked anew
                 row = json.loads(line)
                 self.verdicts[row["id"]] = row["verdict"]
         file.write("" if line.endswith("\n") else "\n")
@@ -94,7 +102,9 @@ class Judge:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             futures = [pool.submit(self.choose, order, file) for order in orders]
             try:
-                for future in track(as_completed(futures), "评审", len(futures), console=console, disable=not futures):
+                for future in track(
+                    as_completed(futures), "评审", len(futures), console=console, disable=not futures
+                ):
                     problems.append(future.result())
                     if len(problems) >= GIVE_UP and all(problems[-GIVE_UP:]):
                         break
@@ -135,4 +145,8 @@ def tally(verdicts: list[str]) -> dict[str, float | int | None]:
     if not n:
         return counts | {"share": None, "low": None, "high": None}
     middle, half = wins + z * z / 2, z * (wins * losses / n + z * z / 4) ** 0.5
-    return counts | {"share": wins / n, "low": (middle - half) / (n + z * z), "high": (middle + half) / (n + z * z)}
+    return counts | {
+        "share": wins / n,
+        "low": (middle - half) / (n + z * z),
+        "high": (middle + half) / (n + z * z),
+    }

@@ -18,12 +18,17 @@ from parts.run import checkpoints
 
 BATCH_ROWS = 64  # questions that are answered together, at most
 SETTINGS = ("no_thinking", "max_new_tokens", "seed")  # flags that decide what is replied
-LABELS = {"weights": "权重", "model": "模型"} | {name: f"--{name}" for name in SETTINGS}  # of what makes a reply
+LABELS = {"weights": "权重", "model": "模型"} | {
+    name: f"--{name}" for name in SETTINGS
+}  # of what makes a reply
 # Of a line: the fields of a Reply, in its order.
 FIELDS = ("think", "answer", "complete", "form", "tokens", "seconds")
 LINE_START = b'{"question": "'
 EARLIER = ".jsonl"  # what is compared with is a file of replies if its name ends so, else a model
-RESULTS = (".scores.json", ".scores.html")  # ends of what lies beside a file of replies: the scores, and the page
+RESULTS = (
+    ".scores.json",
+    ".scores.html",
+)  # ends of what lies beside a file of replies: the scores, and the page
 OTHER_FILE = "它不会被改写，请移走它，或用 --replies 换一个文件名。"
 
 
@@ -34,7 +39,9 @@ class Candidate:
     name: str
     path: str  # of the file with its replies
     revision: str | None = None
-    by: dict | None = None  # what makes its replies: model, weights (of a local folder, else None), and SETTINGS
+    by: dict | None = (
+        None  # what makes its replies: model, weights (of a local folder, else None), and SETTINGS
+    )
     trained: tuple | None = None  # where its weights are, a weights.Trained, where replies are missing
     replies: list[Reply | None] = ()  # to the questions in their order, None to one that waits for its own
 
@@ -83,7 +90,9 @@ class Candidate:
         self.settle({"model": name, "weights": checksum} | settings, f"{self.path} ")
         if self.missing():
             # What was found is what is loaded: a training that goes on may write a better checkpoint meanwhile.
-            self.trained = weights.find_trained(str(folder or self.name), self.revision, not settings["no_thinking"])
+            self.trained = weights.find_trained(
+                str(folder or self.name), self.revision, not settings["no_thinking"]
+            )
 
     def write(self, rows: list[Row]) -> None:
         """Write its file anew, with the replies that there are in the order of the questions."""
@@ -97,7 +106,9 @@ def read(path: str) -> list[Row]:
     data.py saw a near duplicate in the training part: one for each line of a .txt file, or for each row of a file that
     data.py reads. It raises SystemExit for a file that cannot be read, has no question, or a row without one."""
     suffix = Path(path).suffix.lower()
-    if suffix not in (".txt", *files.SUFFIXES) or path.endswith(RESULTS):  # the scores would be written over it
+    if suffix not in (".txt", *files.SUFFIXES) or path.endswith(
+        RESULTS
+    ):  # the scores would be written over it
         kinds = f".txt（一行一个问题）或 {'、'.join(files.SUFFIXES)}（每行有 question 字段）"
         raise SystemExit(f"错误：--questions {path} 应是 {kinds}，不能是 {'、'.join(RESULTS)}。")
     try:
@@ -115,7 +126,9 @@ def read(path: str) -> list[Row]:
     for (_, raw), (number, fields) in zip(loaded, shapes.to_fields(loaded, path, answered=False)[0]):
         try:
             if isinstance(fields, dict):  # JSON can hold half a character, which no file of text can
-                fields = json.loads(json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace"))
+                fields = json.loads(
+                    json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace")
+                )
             row = {"history": []} | check(fields, ("question",)) | {"seen": raw.get("seen") is True}
         except ValueError as problem:
             raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。") from None
@@ -130,7 +143,9 @@ def list_candidates(name: str, revision: str | None, replies: str, others: list[
     SystemExit where a folder is in the place of what would be written in the end."""
     for path in (replies, *result_paths(replies)):
         if os.path.isdir(path):
-            raise SystemExit(f"错误：无法写入 {path}，它是一个文件夹；请移走它，或用 --replies 换一个文件名。")
+            raise SystemExit(
+                f"错误：无法写入 {path}，它是一个文件夹；请移走它，或用 --replies 换一个文件名。"
+            )
     others = [Candidate(other, path_beside(replies, other)) for other in others]
     return [Candidate(name, replies, revision), *others]
 
@@ -151,7 +166,9 @@ def result_paths(replies: str) -> list[str]:
 def hold(path: str, stack: contextlib.ExitStack) -> None:
     """Keep a file of replies for this process alone, until `stack` is closed: two would answer the same questions. Two
     models whose names make the same file come here too."""
-    message = f"错误：另一个进程，或另一个 --compare_with，正在写 {path}；请等它结束，或用 --replies 换一个文件名。"
+    message = (
+        f"错误：另一个进程，或另一个 --compare_with，正在写 {path}；请等它结束，或用 --replies 换一个文件名。"
+    )
     try:
         stack.enter_context(terminal.hold(f"{path}.lock", message))
     except OSError as error:
@@ -196,7 +213,9 @@ def answer(rows: list[Row], candidates: list[Candidate], settings: dict, begin) 
             candidate.read(rows)
             if candidate not in asked and (missing := len(candidate.missing())):
                 counts = f"里有 {len(rows) - missing} 条回复，而问题有 {len(rows)} 个"
-                raise SystemExit(f"错误：--compare_with {candidate.path} {counts}；请检查路径，或先用写它的命令答完。")
+                raise SystemExit(
+                    f"错误：--compare_with {candidate.path} {counts}；请检查路径，或先用写它的命令答完。"
+                )
         # Both import torch, which takes seconds.
         from accelerate.utils.memory import clear_device_cache
 

@@ -47,11 +47,18 @@ class Comparison:
         first: list[scores.Score] = []
         for candidate in candidates:
             counted = scores.measure(rows, candidate.replies, not candidate.by.get("no_thinking"), seed)
-            model = {"name": candidate.name, "replies": candidate.path, "questions": len(rows), "by": candidate.by}
+            model = {
+                "name": candidate.name,
+                "replies": candidate.path,
+                "questions": len(rows),
+                "by": candidate.by,
+            }
             model["scores"] = [score.as_json() for score in counted]
             if first:  # not of the speed: that is the machine's and the batches'
                 known = {score.key: score for score in counted if score.key != "speed"}
-                model["differences"] = [score.compare(known[score.key]) for score in first if score.key in known]
+                model["differences"] = [
+                    score.compare(known[score.key]) for score in first if score.key in known
+                ]
             self.models.append(model)
             first = first or counted
 
@@ -90,7 +97,9 @@ class Comparison:
             replies = [candidate.replies[i] for candidate in self.candidates]
             case = {"question": scores.asked(row), "reference": row.get("answer"), "difference": None}
             case["verdicts"] = "；".join(VERDICTS[verdicts[i]] for verdicts in self.verdicts)
-            case["replies"] = [(model["name"], reply, cut(row, reply)) for model, reply in zip(self.models, replies)]
+            case["replies"] = [
+                (model["name"], reply, cut(row, reply)) for model, reply in zip(self.models, replies)
+            ]
             if case["reference"]:
                 shared = [scores.rouge(scores.written(reply), case["reference"])[-1] for reply in replies]
                 case["difference"] = max(abs(share - shared[0]) for share in shared)
@@ -118,7 +127,9 @@ class Comparison:
             print_table(self.console, table)
         figures, page = questions.result_paths(replies)
         with terminal.explain_failed_write(figures, "回复"):
-            files.write({figures: self.to_json(), page: self.to_html(f"{self.models[0]['name']} 的回复", notice)})
+            files.write(
+                {figures: self.to_json(), page: self.to_html(f"{self.models[0]['name']} 的回复", notice)}
+            )
         paths = "、".join(dict.fromkeys(model["replies"] for model in self.models))
         self.console.print(f"\n回复：{paths}\n分数：{figures}\n网页：{page}", markup=False, soft_wrap=True)
 

@@ -34,7 +34,9 @@ class Score:
     answers get that are held against other questions' references. `seed` is that of the draws.
     """
 
-    def __init__(self, key: str, name: str, unit: str, values, of=None, floor: float | None = None, seed: int = 0):
+    def __init__(
+        self, key: str, name: str, unit: str, values, of=None, floor: float | None = None, seed: int = 0
+    ):
         self.key, self.floor = key, floor
         self.names = {"key": key, "name": name, "unit": unit}
         of = numpy.ones(len(values)) if of is None else of
@@ -52,7 +54,9 @@ class Score:
         the interval leaves 0, and enough rows are unlike."""
         bounds = middle(self.draws - other.draws)
         unlike = (self.counts != other.counts).any(axis=1).sum()
-        differs = bounds["low"] is not None and not bounds["low"] <= 0 <= bounds["high"] and unlike >= LEAST_UNLIKE
+        differs = (
+            bounds["low"] is not None and not bounds["low"] <= 0 <= bounds["high"] and unlike >= LEAST_UNLIKE
+        )
         figures = {"n": len(self.counts), "value": plain(self.value), "other": plain(other.value)}
         figures |= {"difference": plain(self.value - other.value), "differs": bool(differs)}
         return self.names | figures | bounds
@@ -191,7 +195,9 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
         for kind, name in traces.KINDS.items():
             add(f"traces_{kind}", f"- {name}", "%", [kind in found for found in kinds])
         add("think_length", "思考的字数", "字", [len(reply.thinking) for reply in replies])
-    closed = numpy.array([float(reply.form != "unclosed") for reply in replies])  # else there is no answer to measure
+    closed = numpy.array(
+        [float(reply.form != "unclosed") for reply in replies]
+    )  # else there is no answer to measure
     add("answer_length", "回答的字数", "字", [len(reply.answer) for reply in replies] * closed, closed)
     scores += overlap(rows, replies, seed)
     # The replies of a batch share one speed, so what is drawn varies less than batches do.

@@ -65,7 +65,9 @@ def read_history(messages: list[dict]) -> list[list[str]]:
     return [turn for turn in turns if turn[1].strip()]
 
 
-def open_page(conversation, host: str, port: int, auth, title: str, notice: str, example: str, out_of_memory: str):
+def open_page(
+    conversation, host: str, port: int, auth, title: str, notice: str, example: str, out_of_memory: str
+):
     """Show a page on which the conversation is asked what a person types; return what closes it, and its URL."""
     import gradio
 

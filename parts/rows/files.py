@@ -13,7 +13,13 @@ from pathlib import Path
 from parts.rows.row import FIELDS, SAME_FIELD_TWICE
 from parts.terminal import first_line
 
-SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv", ".json")  # the first kind that a data set on the hub has is taken
+SUFFIXES = (
+    ".jsonl",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".json",
+)  # the first kind that a data set on the hub has is taken
 CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names of a list of rows in an object
 
 
@@ -30,7 +36,9 @@ def read_bytes(path: Path) -> bytes:
     """A data file's bytes."""
     if os.path.isdir(path):
         names = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        raise SystemExit(f"错误：{path} 是文件夹；请指定里面的一个数据文件：{'、'.join(names[:10]) or '没有'}。")
+        raise SystemExit(
+            f"错误：{path} 是文件夹；请指定里面的一个数据文件：{'、'.join(names[:10]) or '没有'}。"
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise SystemExit(f"错误：不认识 {path} 的格式；请解压，转成 UTF-8 的 {'、'.join(SUFFIXES)} 之一。")
     try:
@@ -54,7 +62,9 @@ def decode_all(path: Path, content: bytes) -> str:
     nul = content.find(b"\0")
     if nul >= 0:
         line = content.count(b"\n", 0, nul) + 1
-        raise SystemExit(f"错误：{path} 第 {line} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。")
+        raise SystemExit(
+            f"错误：{path} 第 {line} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。"
+        )
     try:
         # There may be a byte order mark, of files that were joined in the middle too, where nobody sees it.
         return content.decode().removeprefix("\ufeff").replace("\n\ufeff", "\n")
@@ -123,7 +133,9 @@ def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
         if any(None in row for row in rows):  # where DictReader puts what is too much
             raise csv.Error("有的行比表头的列多")
     except csv.Error as error:
-        raise SystemExit(f"错误：{path} 不是合法的 CSV（{error}）；请改正，含分隔符的文字要用双引号括起。") from None
+        raise SystemExit(
+            f"错误：{path} 不是合法的 CSV（{error}）；请改正，含分隔符的文字要用双引号括起。"
+        ) from None
     # The header of the second of two files that were joined is no row.
     return [(number, row) for number, row in enumerate(rows, 1) if list(row.values()) != names]
 
@@ -134,11 +146,19 @@ def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
-        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。") from None
+        raise SystemExit(
+            f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。"
+        ) from None
     return list(enumerate(rows, 1))
 
 
-READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+READERS = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
 
 
 def to_jsonl(rows) -> str:

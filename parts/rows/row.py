@@ -11,9 +11,7 @@ THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what che
 TAG = re.compile(r"</?think(?:ing)?>")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # White space, controls, marks of width 0 and fillers: nothing is seen of them.
-INVISIBLE = (
-    r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
-)
+INVISIBLE = r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
 Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
 Place = tuple[str, int]  # of a row: the name of its file, "" where there is but one, and its number
 Placed = tuple[Place, object]  # a row, and where it stands
@@ -63,13 +61,17 @@ def check(row: object, fields: tuple[str, ...] = FIELDS, thinkless: bool = False
 
 
 def are_pairs(history: object) -> bool:
-    return isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)
+    return isinstance(history, list) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    )
 
 
 def clean_history(history: object) -> list[list[str]]:
     if not are_pairs(history):
         raise ValueError("history 不是 [[问题, 回答], …]")
-    return [[clean_field("history", asked, False), clean_field("history", said, True)] for asked, said in history]
+    return [
+        [clean_field("history", asked, False), clean_field("history", said, True)] for asked, said in history
+    ]
 
 
 def clean_field(field: str, text: object, answered: bool) -> str:

@@ -51,19 +51,25 @@ def to_fields(loaded: list[Placed], source: str, answered: bool = True) -> tuple
     if chosen and not mappings:
         columns = quote(list(dict.fromkeys(name for names in chosen for name in names)))
         first = shorten(str(next(row for _, row in loaded if isinstance(row, dict))), 200)
-        raise SystemExit(f"错误：{source} 里认不出问题和回答（有这些列：{columns}；一行是 {first}）。{CONVERT}")
+        raise SystemExit(
+            f"错误：{source} 里认不出问题和回答（有这些列：{columns}；一行是 {first}）。{CONVERT}"
+        )
     return converted, "；".join(filter(None, mappings))
 
 
 def choose(field: str, columns: tuple[str, ...], source: str, answered: bool) -> list[str]:
     """The columns that are this field. Raises SystemExit when several could be."""
     for wanted in ([field], ALIASES[field].split(",")):
-        found = [name for name in columns if name == field] or [name for name in columns if name.lower() in wanted]
+        found = [name for name in columns if name == field] or [
+            name for name in columns if name.lower() in wanted
+        ]
         lower = [name.lower() for name in found]
         if sorted(lower) == ["input", "instruction"]:  # Alpaca's: the task, then what it is about
             return sorted(found, key=str.lower, reverse=True)
         if len(found) > 1 and (answered or field == "question"):
-            raise SystemExit(f"错误：{source} 有几列都可能是 {field}：{quote(found)}；请把要用的一列改名为 {field}。")
+            raise SystemExit(
+                f"错误：{source} 有几列都可能是 {field}：{quote(found)}；请把要用的一列改名为 {field}。"
+            )
         if found:
             return found
     return []
@@ -71,7 +77,9 @@ def choose(field: str, columns: tuple[str, ...], source: str, answered: bool) ->
 
 def describe(fields: dict[str, list[str]], columns: tuple[str, ...]) -> str:
     """Which column is taken for which field, and which could have been and is not."""
-    parts = [f"{' + '.join(names)} -> {field}" for field, names in fields.items() if names and names != [field]]
+    parts = [
+        f"{' + '.join(names)} -> {field}" for field, names in fields.items() if names and names != [field]
+    ]
     if not fields["think"]:
         parts.append(f"{'、'.join(fields['answer']) or '回答'} 开头的 <think>…</think> -> think")
     parts += [f"{name} -> 前几轮" for name in columns if name.lower() == "history"]
@@ -92,8 +100,12 @@ def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> obj
     lower = {name.lower(): value for name, value in row.items()}
     history = parse(lower.get("history"))
     if "instruction" in lower and "instruction" not in map(str.lower, fields["question"]):
-        values["instruction"] = lower["instruction"]  # what the writer of the thinking was told; traces.py asks
-    if isinstance(values.get("question"), list) or isinstance(values.get("answer"), list):  # TRL's prompt, completion
+        values["instruction"] = lower[
+            "instruction"
+        ]  # what the writer of the thinking was told; traces.py asks
+    if isinstance(values.get("question"), list) or isinstance(
+        values.get("answer"), list
+    ):  # TRL's prompt, completion
         turns = []
         for role, field in (("user", "question"), ("assistant", "answer")):
             part = values.get(field) or []
@@ -104,7 +116,11 @@ def from_columns(row: dict, fields: dict[str, list[str]], answered: bool) -> obj
         texts = [row[name] for name in fields["question"] if row[name] not in (None, "")]
         values["question"] = "\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
     values = split_thinking(values)
-    if isinstance(values.get("answer"), str) and not values.get("think") and TAG.match(values["answer"].lstrip()):
+    if (
+        isinstance(values.get("answer"), str)
+        and not values.get("think")
+        and TAG.match(values["answer"].lstrip())
+    ):
         return Unusable("answer 开头的思考没有结束")
     if are_pairs(history):
         history = [[asked, split_thinking({"answer": said})["answer"]] for asked, said in history]
@@ -162,7 +178,9 @@ def from_turns(turns: object, answered: bool) -> object:
             return Unusable("对话不是用户和助手轮流")
         text = turn["content"] if turn.get("content") is not None else turn.get("value")
         think = next((turn[name] for name in THINKING if turn.get(name)), None)
-        read.append(split_thinking({"think": think, "answer": text}) if role == "assistant" else {"question": text})
+        read.append(
+            split_thinking({"think": think, "answer": text}) if role == "assistant" else {"question": text}
+        )
     if not answered and len(read) % 2:
         read.append({})
     if not read or len(read) % 2:

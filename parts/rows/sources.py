@@ -20,14 +20,29 @@ from parts.rows.row import Placed, Problems, check, keep_usable, leave_out, topi
 
 PARTS = {  # words of a file's path
     "train": ("train", "training", "trainset"),
-    "val": ("validation", "validate", "valid", "val", "valset", "dev", "devset", "development", "eval", "evaluation"),
+    "val": (
+        "validation",
+        "validate",
+        "valid",
+        "val",
+        "valset",
+        "dev",
+        "devset",
+        "development",
+        "eval",
+        "evaluation",
+    ),
     "test": ("test", "testing", "testset", "heldout", "holdout"),
 }
 # Near-duplicates are answers that share many short passages.
 LENGTH = 5  # characters of a passage
 SHARE = 0.3  # of the shorter answer's passages, from which on two are near-duplicates
 LEAST = 20  # passages of an answer, below which it is too short to tell
-FEW, COMMON, MANY = 10, 0.02, 50  # a passage of more answers than 2 % of them, at least 10, at most 50, says nothing
+FEW, COMMON, MANY = (
+    10,
+    0.02,
+    50,
+)  # a passage of more answers than 2 % of them, at least 10, at most 50, says nothing
 PASSAGES = 2_000_000  # that are held in memory, of more only every n-th: about 400 MB
 
 
@@ -59,7 +74,9 @@ def read_names(datasets: list[str], revision: str | None, sha256: str | None) ->
             raise SystemExit(f"错误：--dataset {' '.join(datasets)}：同一个数据集写了两次；请改正。")
         counts[name] = count
     if len(counts) > 1 and (revision or sha256):
-        raise SystemExit(f"错误：--dataset {' '.join(datasets)}：--revision 和 --sha256 只用于一个数据集；请改正。")
+        raise SystemExit(
+            f"错误：--dataset {' '.join(datasets)}：--revision 和 --sha256 只用于一个数据集；请改正。"
+        )
     return counts
 
 
@@ -78,7 +95,9 @@ def choose_files(dataset: str, names: list[str]) -> list[str]:
     formats: dict[str, list[str]] = {suffix: [] for suffix in files.SUFFIXES}
     for name in sorted(names):
         suffix = Path(name).suffix.lower()
-        metadata = re.match("dataset_info|configuration", Path(name).name)  # that the hub keeps beside the data
+        metadata = re.match(
+            "dataset_info|configuration", Path(name).name
+        )  # that the hub keeps beside the data
         if suffix in formats and not metadata and f"/{name}/".startswith(f"/{inside}/" if inside else "/"):
             formats[suffix].append(name)
     there = [chosen for chosen in formats.values() if chosen]
@@ -100,14 +119,18 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
             raise SystemExit(f"错误：--revision {revision} 只用于 hub 上的数据集，而 {dataset} 是本地文件。")
         return {"": files.read_bytes(Path(dataset))}
     if not hub.split(dataset):
-        raise SystemExit(f"错误：--dataset {dataset} 既不是已有的文件，也不是 hub 上的数据集名。{hub.forms(dataset)}")
+        raise SystemExit(
+            f"错误：--dataset {dataset} 既不是已有的文件，也不是 hub 上的数据集名。{hub.forms(dataset)}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         choose = partial(choose_files, dataset)
         path, names = hub.download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
         return {name: (path / name).read_bytes() for name in names}
 
 
-def read_files(dataset: str, contents: dict[str, bytes], names: list[str], marked: bool) -> tuple[list[Placed], str]:
+def read_files(
+    dataset: str, contents: dict[str, bytes], names: list[str], marked: bool
+) -> tuple[list[Placed], str]:
     """(rows of these files with our fields, how they were read). `marked`: each place says the file too."""
     placed = []
     for name in names:
@@ -197,7 +220,9 @@ def sample(train: list, val: list, count: int | None, share: float) -> tuple[lis
     return train[:cut], val[: count - cut]
 
 
-def join(sources: list[Source], counts: dict, share: float, thinkless: bool, problems: Problems) -> tuple[list, ...]:
+def join(
+    sources: list[Source], counts: dict, share: float, thinkless: bool, problems: Problems
+) -> tuple[list, ...]:
     """(train, val, what to say) of the clean rows of all sources, of each at most its count, `share` of a sample to
     train on. No question is in a training part and in a validation part; `problems` gathers what is left out."""
     parts, seen_train, seen_val = [], set(), set()
@@ -210,7 +235,9 @@ def join(sources: list[Source], counts: dict, share: float, thinkless: bool, pro
     all_train, lines = [], []
     all_val = [placed for *_, val in parts for placed in val]
     for source, count, train, val in parts:
-        train = leave_out(train, all_val, "训练集的问题也在验证集里", problems)  # validation parts stay as they are
+        train = leave_out(
+            train, all_val, "训练集的问题也在验证集里", problems
+        )  # validation parts stay as they are
         all_train += train
         lines += source.lines
         if count or len(parts) > 1:

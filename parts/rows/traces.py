@@ -75,7 +75,9 @@ TWO = re.compile(
     "|用户[^，。]{0,6}(?:第二个|另一个|[有发提]了?两个)(?:问题|要求)"
     "|(?:问题|提问)[里中]?(?:的|其实|实际上|有|分[为成]?|包[含括]){1,3}这?两个?(?:部分|方面|问题|小问题)"
 )
-SEVERAL = re.compile("[？?].|以及|并且?[^，]|同时|另外|还有|，[^，]*(?:如何|怎么|为什么|哪些|什么|吗)[^，]*，|和|与")
+SEVERAL = re.compile(
+    "[？?].|以及|并且?[^，]|同时|另外|还有|，[^，]*(?:如何|怎么|为什么|哪些|什么|吗)[^，]*，|和|与"
+)
 # "The user mentioned X", which is fine where X is in the question.
 MENTIONED = re.compile(
     "(?:用户|患者|问题|题目|题干)(?:的?(?:问题|描述))?[里中]?(?:还|也|已经?|又|特别|之前|最后|另外|明确)*"
@@ -96,7 +98,9 @@ def is_covert(match: re.Match, question: str, elsewhere: tuple[str, str]) -> boo
     not in the question. Of 用户提到的X是Y it is X, and 情况 or 症状 is nothing in particular."""
     mentioned = match[1]
     if match.string[match.start(1) - 1] == "的":
-        mentioned = re.split("(?<=..)(?:可能|应该|确实|属于|符合|对应|提示|指的|需要|[是都会就])", mentioned)[0]
+        mentioned = re.split("(?<=..)(?:可能|应该|确实|属于|符合|对应|提示|指的|需要|[是都会就])", mentioned)[
+            0
+        ]
     pairs = bigrams(mentioned)
     if len(pairs) < 2:
         return False
@@ -234,7 +238,9 @@ def clean_rows(part: list[Placed], problems: Problems, counts: Counter) -> list[
     kept = []
     for place, row in part:
         think, kinds = leave_out(row["question"], row["think"], row["answer"], row.get("instruction", ""))
-        counts.update(kinds, rows=1, changed=think != row["think"], before=len(row["think"]), after=len(think))
+        counts.update(
+            kinds, rows=1, changed=think != row["think"], before=len(row["think"]), after=len(think)
+        )
         if len(think) < KEPT * len(row["think"]):
             problems.setdefault(TOO_LITTLE, []).append(place)
         else:

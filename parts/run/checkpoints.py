@@ -11,7 +11,9 @@ from pathlib import Path
 from parts.terminal import first_line, sha256
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's
-FINISHED_MARK = "trainer_state.json"  # Trainer's state: in each checkpoint, and in the folder once all else is written
+FINISHED_MARK = (
+    "trainer_state.json"  # Trainer's state: in each checkpoint, and in the folder once all else is written
+)
 RUN_FILE = "run.json"  # written into the output folder first: the settings of the run
 MANIFEST = "manifest.json"  # written into a checkpoint last: {file: [bytes, sha256]}
 
@@ -19,7 +21,9 @@ MANIFEST = "manifest.json"  # written into a checkpoint last: {file: [bytes, sha
 def weight_files(folder: Path) -> list[str]:
     """The names of a model's safetensors files: those that the index names, where there is one."""
     index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    names = (
+        json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    )
     return sorted(set(names))
 
 
@@ -34,7 +38,9 @@ def step_of(checkpoint: Path) -> int:
 
 def folders(folder: str | Path) -> list[Path]:
     """All of a run's checkpoint-N below `folder`, whole or not, oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    found = [
+        path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 

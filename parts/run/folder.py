@@ -28,7 +28,11 @@ SETTINGS = (
 ).split()
 LORA_SETTINGS = "lora_rank lora_alpha lora_dropout target_modules use_rslora use_dora load_in_4bit".split()
 RENAMED = {"optim": "adamw"}  # optimizers that an earlier version called otherwise
-ADDED = {"target_modules": "all-linear", "use_rslora": False, "use_dora": False}  # what it did without saying so
+ADDED = {
+    "target_modules": "all-linear",
+    "use_rslora": False,
+    "use_dora": False,
+}  # what it did without saying so
 
 
 class Run:
@@ -37,7 +41,9 @@ class Run:
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
-        self.settings: dict[str, object] = {}  # that decide the weights, with checksums of the data and the base model
+        self.settings: dict[
+            str, object
+        ] = {}  # that decide the weights, with checksums of the data and the base model
         self.checkpoint: str | None = None  # to continue from
         self.kept: dict[str, object] = {}  # of an interrupted run's plan: its optimizer, the tokens of a pass
 
@@ -143,11 +149,15 @@ def refuse_folder(folder: Path, overwrite: bool, model_name: str) -> None:
         probe.unlink()
     except OSError as error:
         why = error.strerror
-        raise SystemExit(f"错误：无法写入 {folder}（{why}）；请检查权限，或用 --output_dir 换位置。") from None
+        raise SystemExit(
+            f"错误：无法写入 {folder}（{why}）；请检查权限，或用 --output_dir 换位置。"
+        ) from None
     finished = (folder / FINISHED_MARK).exists()
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if others and not finished and RUN_FILE not in others:
-        raise SystemExit(f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。")
+        raise SystemExit(
+            f"错误：{folder} 里有别的文件（{others[0]} 等）；请用 --output_dir 指定一个新文件夹。"
+        )
     # Where torchrun starts the command again, it may be this command's own.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if finished and (again or not overwrite):
@@ -215,18 +225,24 @@ def choose_checkpoint(folder: Path, wanted: str | None) -> str | None:
     passed over and why."""
     if (folder / FINISHED_MARK).exists():
         if wanted:
-            raise SystemExit(f"错误：{folder} 里的训练已经完成；从 {wanted} 继续，请用 --output_dir 换一个新文件夹。")
+            raise SystemExit(
+                f"错误：{folder} 里的训练已经完成；从 {wanted} 继续，请用 --output_dir 换一个新文件夹。"
+            )
         return None
     own = checkpoints.folders(folder)
     if wanted and own and Path(wanted).resolve().parent != folder.resolve():
-        raise SystemExit(f"错误：{folder} 里有另一个未完成的训练；从 {wanted} 继续，请用 --output_dir 换一个新文件夹。")
+        raise SystemExit(
+            f"错误：{folder} 里有另一个未完成的训练；从 {wanted} 继续，请用 --output_dir 换一个新文件夹。"
+        )
     for checkpoint in [Path(wanted)] if wanted else reversed(own):
         fault = find_fault(checkpoint)
         if not fault:
             return str(checkpoint)
         if wanted:
             remedy = "不写这个参数，就会从最近的完整检查点继续"
-            raise SystemExit(f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；{remedy}。")
+            raise SystemExit(
+                f"错误：--resume_from_checkpoint {wanted} 不是完整的检查点（{fault}）；{remedy}。"
+            )
         print(f"跳过 {checkpoint}：{fault}。")
     if own:
         print("没有可用的检查点，从头开始训练。")

@@ -38,7 +38,9 @@ class Interruption:
         closed = number == getattr(signal, "SIGHUP", None)
         if closed:
             leave_terminal()
-        if self.number and not closed:  # a terminal may close after Ctrl-C; the system and the shell each send one
+        if (
+            self.number and not closed
+        ):  # a terminal may close after Ctrl-C; the system and the shell each send one
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
         self.number = self.number or number

@@ -54,7 +54,9 @@ def saved_step(state) -> int:
 def saved_losses(state) -> dict[str, float]:
     """The log of the evaluation of the saved weights; empty where they were not evaluated."""
     step = saved_step(state)
-    return next((log for log in reversed(state.log_history) if "eval_loss" in log and log["step"] == step), {})
+    return next(
+        (log for log in reversed(state.log_history) if "eval_loss" in log and log["step"] == step), {}
+    )
 
 
 def describe_saved(state) -> str:
@@ -70,7 +72,9 @@ def against_published(args, state, origin: dict, published: dict, changed: list[
     says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end; `changed`:
     the flags that are not the recipe's."""
     losses = saved_losses(state)
-    sources = [source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])]
+    sources = [
+        source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])
+    ]
     others = [f"--{name}" for name in changed if name in DECISIVE]
     examples, theirs = args.examples_per_step, published["examples_per_step"]
     reasons = {  # of which the first that holds is named
@@ -82,7 +86,10 @@ def against_published(args, state, origin: dict, published: dict, changed: list[
         f"设置不同（{'、'.join(others)}）": others,
         f"每步 {examples} 条样本，它是 {theirs} 条": examples != theirs,
         # Some rows of the set may be left out.
-        f"共 {state.max_steps} 步，它是 {published['steps']} 步": abs(state.max_steps / published["steps"] - 1) > 0.02,
+        f"共 {state.max_steps} 步，它是 {published['steps']} 步": abs(
+            state.max_steps / published["steps"] - 1
+        )
+        > 0.02,
         "保存的权重没有评估过": not losses,
     }
     for why, holds in reasons.items():

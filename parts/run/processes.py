@@ -10,7 +10,11 @@ from pathlib import Path
 from parts.terminal import is_out_of_memory, shorten
 
 SHOWN_LATE = 30  # seconds after which a network's file system shows a new file
-LOST = ("gloo", "connection closed by peer", "connection reset by peer")  # in what torch says where one is gone
+LOST = (
+    "gloo",
+    "connection closed by peer",
+    "connection reset by peer",
+)  # in what torch says where one is gone
 
 
 def agree(facts: dict | None) -> None:
@@ -38,7 +42,9 @@ def require_shared(file: Path) -> None:
         return
     [text] = broadcast_object_list([file.read_text(encoding="utf-8") if state.is_main_process else None])
     end, seen = time.monotonic() + SHOWN_LATE, False
-    while not (seen := file.is_file() and file.read_text(encoding="utf-8") == text) and time.monotonic() < end:
+    while (
+        not (seen := file.is_file() and file.read_text(encoding="utf-8") == text) and time.monotonic() < end
+    ):
         time.sleep(0.5)
     all_seen = gather_object([seen])
     if not all(all_seen):

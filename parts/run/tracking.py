@@ -11,7 +11,9 @@ from pathlib import Path
 
 from parts.terminal import explain_failed_write, in_main_thread, shorten
 
-RUN_ID_FILE = ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
+RUN_ID_FILE = (
+    ".swanlab_run"  # in the output folder of an unfinished run; a resumed one goes on in the same SwanLab run
+)
 PROJECT = "SWANLAB_PROJ_NAME"  # as SwanLab's first versions named it; it still reads that
 SECONDS = 20  # at most that SwanLab's server can delay the start, and again the end
 
@@ -57,7 +59,10 @@ def read_settings(project: str, run_name: str, run_id: str | None = None):
 
     try:
         settings = swanlab.Settings(
-            project={"name": os.environ.get(PROJECT) or project, "workspace": os.environ.get("SWANLAB_WORKSPACE")},
+            project={
+                "name": os.environ.get(PROJECT) or project,
+                "workspace": os.environ.get("SWANLAB_WORKSPACE"),
+            },
             experiment={"name": run_name},
             run={"id": run_id, "resume": "allow"},
             # Off: what names people, machines and folders (command line, packages, git remote), and the screen's text.
@@ -125,7 +130,9 @@ def end(state: str = "success") -> None:
     try:
         with time_limit() as its_lines:
             run.finish(state)
-        if "| ERROR" in its_lines.getvalue():  # SwanLab gives up what its server refuses, and says so only there
+        if (
+            "| ERROR" in its_lines.getvalue()
+        ):  # SwanLab gives up what its server refuses, and says so only there
             raise RuntimeError("服务器拒绝接收")
     except (Exception, Timeout) as error:
         cause = shorten(str(error))

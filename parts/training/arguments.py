@@ -98,7 +98,9 @@ class Arguments(TrainingArguments):
 
     def facts(self) -> dict[str, object]:
         """Return what all processes have to have in common."""
-        shared = [one.name for one in fields(self) if one.name not in ("local_rank", "use_cpu")]  # are a machine's
+        shared = [
+            one.name for one in fields(self) if one.name not in ("local_rank", "use_cpu")
+        ]  # are a machine's
         facts = {"设备": self.device.type} | environment.versions(environment.LIBRARIES)
         return facts | {f"--{name}": getattr(self, name) for name in shared}
 

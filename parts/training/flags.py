@@ -103,7 +103,9 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
             group = parser.add_argument_group(row)
         else:
             add_flag(group, row, recipe.get(row.name))
-    parser.gone = {"--deepspeed": "不再支持；放不下时请用 --fsdp true（每张卡放一部分），或 python train_lora.py"}
+    parser.gone = {
+        "--deepspeed": "不再支持；放不下时请用 --fsdp true（每张卡放一部分），或 python train_lora.py"
+    }
     values = dict(recipe) | vars(parser.parse_args())
     if values.get("target_modules") == ["all-linear"]:  # peft would take a list for names of layers
         values["target_modules"] = "all-linear"
@@ -117,7 +119,10 @@ def add_flag(group, flag: Flag, default: object) -> None:
     words = flag.help if default is None else f"{flag.help}（默认 {default}）"
     options = {"type": flag.kind, "help": words, "default": terminal.NOT_GIVEN, "metavar": ""}
     if isinstance(flag.kind, tuple):
-        options |= {"type": lambda text: terminal.one_of(flag.kind, text), "help": f"{words}：{'、'.join(flag.kind)}"}
+        options |= {
+            "type": lambda text: terminal.one_of(flag.kind, text),
+            "help": f"{words}：{'、'.join(flag.kind)}",
+        }
     elif flag.kind is bool:
         options |= {"type": terminal.true_or_false, "nargs": "?", "const": True, "metavar": "true"}
     elif flag.kind is list:
@@ -151,7 +156,9 @@ def check(values: Mapping[str, object]) -> None:
         refuse(f"--max_grad_norm：--optimizer {optimizer} 不裁剪梯度")
     checkpoint = values.get("resume_from_checkpoint")
     if checkpoint and not os.path.isdir(checkpoint):
-        refuse(f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；不写这个参数，就会从最近的完整检查点继续")
+        refuse(
+            f"--resume_from_checkpoint {checkpoint}：没有这个文件夹；不写这个参数，就会从最近的完整检查点继续"
+        )
     if values.get("offload_activations") and values.get("checkpoint_every") == 0:
         refuse("--offload_activations：没有要重算的层（--checkpoint_every 0），也就没有什么可放")
     check_launch(values)
@@ -165,7 +172,9 @@ def check_launch(values: Mapping[str, object]) -> None:
         refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
     cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     if launched and "true" in cuts:
-        refuse("请去掉 accelerate launch 的 --use_fsdp、--use_deepspeed；把模型分到几张卡上，只写 --fsdp true")
+        refuse(
+            "请去掉 accelerate launch 的 --use_fsdp、--use_deepspeed；把模型分到几张卡上，只写 --fsdp true"
+        )
     if not values.get("fsdp"):
         return
     if count < 2:

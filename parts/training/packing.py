@@ -73,7 +73,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling, lengths
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         options = {"is_causal": True, "scale": scaling, "enable_gqa": key.shape[1] < query.shape[1]}
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-        return torch.cat([scaled_dot_product_attention(*part, **options).transpose(1, 2) for part in parts], 1), None
+        return torch.cat(
+            [scaled_dot_product_attention(*part, **options).transpose(1, 2) for part in parts], 1
+        ), None
     assert len(starts) == len(lengths) + 1, (len(starts), lengths)  # else it would read what is no token
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     options = {"scale": scaling, "window_size": (-1, 0)} | GROUPED

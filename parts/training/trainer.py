@@ -10,7 +10,14 @@ from tqdm import tqdm
 
 from parts.model.encoding import IGNORE_INDEX, think_tokens
 from parts.training import optimizers
-from parts.training.packing import PACKED, LinearCrossEntropy, PackedCollator, split_batch, starts_of, token_batches
+from parts.training.packing import (
+    PACKED,
+    LinearCrossEntropy,
+    PackedCollator,
+    split_batch,
+    starts_of,
+    token_batches,
+)
 from parts.training.safe_trainer import SafeTrainer
 
 EVAL_TOKENS = 8192  # at most in one evaluation batch, which keeps neither activations nor logits
@@ -45,7 +52,9 @@ class PackedTrainer(SafeTrainer):
         self.end_of_thinking = think_tokens(self.processing_class)[1] if self.processing_class else -1
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
         # A notebook's table stays.
-        if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(transformers.PrinterCallback):
+        if self.pop_callback(transformers.ProgressCallback) or self.pop_callback(
+            transformers.PrinterCallback
+        ):
             self.add_callback(LogLines())
 
     def follow(self, plan) -> None:
@@ -54,7 +63,11 @@ class PackedTrainer(SafeTrainer):
         args, self.plan = self.args, plan
         # A checkpoint has the states of all processes that share a model.
         self.state_bytes = plan.parts["优化器"] * (args.world_size if args.fsdp else 1)
-        settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        settings = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
         self.optimizer_cls_and_kwargs = optimizers.pick(plan.optimizer, self.kernels.step.runs, **settings)
         for hook in self.step_hooks:  # of an earlier plan
             hook.remove()
@@ -137,7 +150,9 @@ class PackedTrainer(SafeTrainer):
         assert num_items_in_batch is not None  # else the parts' means would add up
         *parts, last = self.parts_of(inputs)
         with self.accelerator.no_sync(model):  # several GPUs add up their gradients once, after the last one
-            losses = [super(PackedTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+            losses = [
+                super(PackedTrainer, self).training_step(model, part, num_items_in_batch) for part in parts
+            ]
         return sum(losses, super().training_step(model, last, num_items_in_batch))
 
     def parts_of(self, inputs) -> list[dict]:
@@ -192,7 +207,9 @@ def sums_of_rows(losses: torch.Tensor, row: torch.Tensor, thinking: torch.Tensor
     """Return [6, rows] from the losses of the supervised tokens [N], the rows that they belong to, and
     whether they are thinking: 1, the mean loss, the thinking's sum of losses and tokens, the answer's sum of
     losses and tokens."""
-    means = torch.zeros(rows, device=losses.device).index_add_(0, row, losses) / torch.bincount(row, minlength=rows)
+    means = torch.zeros(rows, device=losses.device).index_add_(0, row, losses) / torch.bincount(
+        row, minlength=rows
+    )
     parts = []
     for part in (thinking, ~thinking):
         parts.append(torch.zeros_like(means).index_add_(0, row[part], losses[part]))
@@ -215,7 +232,9 @@ class LogLines(transformers.ProgressCallback):
     and is there at a terminal only: in a file each of its moves would be a line."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hidden = args.disable_tqdm or not state.is_world_process_zero or None  # None: at a terminal it is shown
+        hidden = (
+            args.disable_tqdm or not state.is_world_process_zero or None
+        )  # None: at a terminal it is shown
         start = self.current_step = state.global_step
         self.training_bar = tqdm(total=state.max_steps, initial=start, disable=hidden, dynamic_ncols=True)
 
