@@ -26,13 +26,13 @@ RECIPE = train.RECIPE | {
 
 
 def arguments(**changes):
-    """train.arguments of this recipe."""
+    """Return this recipe with these changes, as train.arguments does."""
     return train.arguments(**RECIPE | changes)
 
 
 def add_adapter(model, args):
-    """`model`, frozen, with a trainable adapter on every linear layer but the output layer, or on the layers that are
-    named: a peft.PeftModel. Raises SystemExit for a layer that the model does not have."""
+    """Return a peft.PeftModel: `model`, frozen, with a trainable adapter on every linear layer but the output
+    layer, or on the layers that are named. Raises SystemExit for a layer that the model does not have."""
     import peft
 
     config = peft.LoraConfig(
@@ -48,16 +48,15 @@ def add_adapter(model, args):
     try:
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise SystemExit(
-            f"错误：--target_modules 用不了（{terminal.first_line(error)}）；请改正层的名字。"
-        ) from None
-    # The base as the user named it: peft noted the folder of the download cache, which another machine does not have.
+        cause = terminal.first_line(error)
+        raise SystemExit(f"错误：--target_modules 无法使用（{cause}）；请改正层的名字。") from None
+    # The base as the user named it: peft noted the folder of the download cache, which exists here only.
     folder, saved = Path(args.model_name), model.active_peft_config
     saved.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else args.model_name
     saved.revision = args.model_revision
     # Else peft would ask Hugging Face's hub, by that name, for the vocabulary of the base at each save.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-    # Else peft would load a checkpoint's bfloat16 weights as float32, and training would go on with other rounding.
+    # Else peft would load a checkpoint's bfloat16 weights as float32, and round otherwise from there on.
     model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
     model.print_trainable_parameters()
     return model
