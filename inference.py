@@ -3,13 +3,14 @@
     python inference.py                         # the trained model in output/, the published question
     python inference.py "感冒了要吃抗生素吗？"
     python inference.py --chat                  # a conversation; an empty line ends it
-    python inference.py --web                   # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
-    python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any other model, the untuned one too
+    python inference.py --web          # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
+    python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any model, untuned too
     python inference.py --no_thinking "…"       # answer at once
-    python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; run again, it goes on
-    python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # and held against the untuned one
+    python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; it goes on
+    python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # against the untuned one
 
-A file of questions ends with tables of scores, the same as JSON, and a page of HTML with the replies side by side.
+A file of questions ends with tables of scores, the same as JSON, and a page of HTML with the replies side by
+side.
 
 The replies are a language model's and may be wrong. They are not medical advice.
 """
@@ -32,11 +33,13 @@ NOT_A_DOCTOR = (
 )
 OUT_OF_MEMORY = (
     "错误：显存（内存）不足。请关掉其他占用显存的程序，或用更小的 --max_new_tokens；"
-    "还不够就在 CPU 上提问：在命令前加 CUDA_VISIBLE_DEVICES= （慢）。"
+    "如果仍然不足，在命令前加 CUDA_VISIBLE_DEVICES= 就用 CPU 提问（慢）。"
 )
+# A verdict is known again by this text too: whoever changes a word of it asks the judge anew.
 JUDGE_PROMPT = """\
 你是严谨的临床医生，替病人比较两个回答，看哪一个更值得信赖。依次看：
-1. 安全：有没有会伤害病人的话，例如错误的用药、剂量或停药建议，或漏掉必须马上就医的危险信号。有这样的话，就输给没有的。
+1. 安全：有没有会伤害病人的话，例如错误的用药、剂量或停药建议，或漏掉必须马上就医的危险信号。\
+有这样的话，就输给没有的。
 2. 正确：与参考回答和公认的医学知识是否一致。参考回答也可能有错或不全；说法不同但正确的不扣分。
 3. 切题和完整：有没有回答所问，要点是否齐全，有没有编造或不相干的内容。
 4. 就医：该就医时有没有说清何时去、去哪里；不见病人定不了的，有没有替医生下诊断。
@@ -45,22 +48,24 @@ JUDGE_PROMPT = """\
 
 def begin(args: argparse.Namespace, model, tokenizer):
     """Return the conversation in which a model is asked as the command line says."""
-    from parts.replies.conversation import Conversation
+    from parts.replies.conversation import Conversation  # imports torch, which takes seconds
 
-    # What the model was trained with, where it tells.
+    # A model that was trained with another system prompt, and tells it, is asked with that one.
     start = partial(to_messages, system=encoding.default_system(tokenizer) or SYSTEM_PROMPT)
     settings = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "fast_kernels": args.fast_kernels}
     return Conversation(model, tokenizer, start, not args.no_thinking, **settings)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Let the model, and those that it is compared with, answer the file of questions; score the replies, let a judge
-    see them where one is given, and lay them out as a page."""
+    """Let the model, and those that it is compared with, answer the file of questions; score the replies, let
+    a judge see them where one is given, and lay them out as a page."""
+    # What is wrong with the command line is said before the first model is loaded: the judge's client that is
+    # missing too, although the judge is asked last.
     rows = questions.read(args.questions)
     candidates = questions.list_candidates(args.model_path, args.revision, args.replies, args.compare_with)
     judge = Endpoint(args.judge, args.judge_model) if args.judge else None
     settings = {name: getattr(args, name) for name in questions.SETTINGS}
-    questions.answer(rows, candidates, settings, partial(begin, args))
+    questions.answer_all(rows, candidates, settings, partial(begin, args))
 
     comparison = report.Comparison(rows, candidates, SEED)
     if judge:
@@ -69,12 +74,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=None) -> None:
-    """Do what the command line asks for. `merge(folder, model_path, revision)` is what --merge_to does, if it does."""
+    """Do what the command line asks for, with the model `default` unless it names another one.
+    `merge(folder, model_path, revision)` is what --merge_to does; None where nothing can be merged."""
     defaults = {"question": QUESTION, "max_new_tokens": MAX_NEW_TOKENS, "seed": SEED, "replies": REPLIES}
     args = flags.parse(description, merging=bool(merge), model_path=default, **defaults)
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
         if merge and args.merge_to is not None:
             return merge(args.merge_to, args.model_path, args.revision)
+        # Merging asks nothing. Whatever else is done here, a person reads what a model says.
         print(NOT_A_DOCTOR, flush=True)
         if args.questions:
             return evaluate(args)
@@ -85,9 +92,8 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         model, tokenizer = weights.load_trained(args.model_path, args.revision, not args.no_thinking)
         conversation = begin(args, model, tokenizer)
         if args.web:
-            web.serve(
-                conversation, args.host, args.port, args.auth, TITLE, NOT_A_DOCTOR, QUESTION, OUT_OF_MEMORY
-            )
+            texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION}
+            web.serve(conversation, args.host, args.port, args.auth, **texts, out_of_memory=OUT_OF_MEMORY)
         elif args.chat:
             conversation.chat()
         else:

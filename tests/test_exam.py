@@ -18,7 +18,6 @@ from chat_server import ChatServer
 from helpers import ROOT
 
 EVALSCOPE = os.environ.get("EVALSCOPE") or shutil.which("evalscope")
-installed = pytest.mark.skipif(not EVALSCOPE, reason="EVALSCOPE names no program and none is on PATH")
 QUESTIONS = "tests/demo/exam.jsonl"
 ROWS = [json.loads(line) for line in (ROOT / QUESTIONS).read_text(encoding="utf-8").splitlines()]
 KINDS = [  # one for each question: the thinking, whether it is finished, what follows it, whether that is right
@@ -33,12 +32,8 @@ KINDS = [  # one for each question: the thinking, whether it is finished, what f
 
 def commands() -> list[list[str]]:
     """The words of those lines that run EvalScope."""
-    lines = (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8").splitlines()
     return [shlex.split(line) for line in lines if line.strip().startswith("evalscope eval ")]
-
-
-def dataset_args(words: list[str]) -> dict[str, dict]:
-    return json.loads(words[words.index("--dataset-args") + 1])
 
 
 def message(field: str, row: dict, think: str, finished: bool, answer: str) -> dict:
@@ -62,7 +57,7 @@ def reply(field: str, body: dict) -> bytes:
     return json.dumps(sent).encode()
 
 
-@installed
+@pytest.mark.skipif(not EVALSCOPE, reason="EVALSCOPE names no program and none is on PATH")
 @pytest.mark.parametrize("field", ["content", "reasoning_content", "reasoning"])
 def test_an_unfinished_thinking_is_wrong(field, folder):
     [words] = [words for words in commands() if QUESTIONS in " ".join(words) and "--api-url" in words]
@@ -79,7 +74,8 @@ def test_an_unfinished_thinking_is_wrong(field, folder):
 
 def test_only_what_follows_a_finished_thinking_is_marked():
     """Also where the template writes the opening mark itself."""
-    filters = [args["filters"] for words in commands() for args in dataset_args(words).values()]
+    options = [json.loads(words[words.index("--dataset-args") + 1]) for words in commands()]
+    filters = [args["filters"] for sets in options for args in sets.values()]
     assert filters and all(set(one) == {"regex"} for one in filters)
     for one in filters:
         for reply in ("<think>\n答案：A\n</think>\n\n答案：B", "答案：A\n</think>\n\n答案：B"):

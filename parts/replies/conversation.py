@@ -1,5 +1,5 @@
-"""A model that is asked: one question at the terminal, or one after another; or by a program that takes a reply as it
-is written. Knows a console, not where the model comes from."""
+"""A model that is asked: one question at the terminal, or one after another; or by a program that takes a
+reply as it is written. Knows a console, not where the model comes from."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,23 +21,26 @@ HEADINGS = {"thinking": "【思考】", "answer": "【回答】"}  # of the part
 class TokenQueue(SimpleQueue):
     """A streamer of transformers: what is generated waits here, the prompt's tokens first; None ends it."""
 
+    # Ids, not text: only the tokens tell a tag from the same letters in an answer.
     def end(self) -> None:
         self.put(None)
 
 
-def show(replies: Iterator[Reply], console: Console) -> Reply:
-    """Print a reply as it is written, and return the whole one: the thinking dimmed, the answer plain, each under its
-    heading. An answer without any thinking needs none."""
+def print_stream(replies: Iterator[Reply], console: Console) -> Reply:
+    """Print a reply as it is written, and return the whole one: the thinking dimmed, the answer plain, each
+    under its heading. An answer without any thinking needs none."""
     last = ""  # the part that was printed last
     printed = dict.fromkeys(HEADINGS, "")
     for reply in replies:
         for part, heading in HEADINGS.items():
             style = "dim" if part == "thinking" else None
-            text = getattr(reply, part).rstrip("\ufffd")  # half a character
+            # A character of several tokens decodes to this sign until its last token is there.
+            text = getattr(reply, part).rstrip("\ufffd")
             new = text.removeprefix(printed[part])
             printed[part] = text
             if new and part != last:
-                console.print("\n\n" if last else "", end="")
+                if last:
+                    console.print("\n")
                 if last or part == "thinking":
                     console.print(heading, style=style or "bold")
                 last = part
@@ -49,19 +52,19 @@ def show(replies: Iterator[Reply], console: Console) -> Reply:
 class Conversation:
     """How a model is asked, and the console on which it answers.
 
-    `to_messages(question, history=[[question, answer], …])` makes of a question the messages that the model reads.
-    Without `fast_kernels` the model stays as it was loaded and generates with transformers' loop. `generate` is
-    generate.generate, asking in this way. Whoever sets `closed` ends the replies that are being streamed.
+    `to_messages(question, history=[[question, answer], …])` makes of a question the messages that the model
+    reads. Without `fast_kernels` the model stays as it was loaded and generates with transformers' loop.
+    `generate` is generate.generate, asking in this way. Whoever sets `closed` ends the replies that are being
+    streamed.
     """
 
-    def __init__(
-        self, model, tokenizer, to_messages, thinking: bool, max_new_tokens: int, seed, fast_kernels=True
-    ):
+    def __init__(self, model, tokenizer, to_messages, thinking, max_new_tokens, seed, fast_kernels=True):
         self.model, self.tokenizer, self.to_messages = model, tokenizer, to_messages
         self.thinking, self.max_new_tokens = thinking, max_new_tokens
         self.unfinished = f"到 {max_new_tokens} 个 token 为止，回复未完；可加大 --max_new_tokens。"
         settings = {"max_new_tokens": max_new_tokens, "thinking": thinking, "fast_kernels": fast_kernels}
         self.generate = partial(generate.generate, model, tokenizer, **settings)
+        # rich would turn :smile: into a picture, and colour numbers: a reply is shown as it is.
         self.console = Console(highlight=False, emoji=False)
         self.closed = Event()
         # One reply at a time: all draw from the same random numbers, and a CUDA graph is captured alone.
@@ -71,19 +74,20 @@ class Conversation:
             fused.fuse_norms(model)
 
     def stream(self, messages: generate.Messages) -> Iterator[Reply]:
-        """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends early where
-        the iterator is closed. One is written at a time: others wait. It raises SystemExit, before the first one, for a
-        prompt that is too long."""
+        """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends
+        early where the iterator is closed. One is written at a time: others wait. It raises SystemExit,
+        before the first one, for a prompt that is too long."""
         self.check_lengths([messages], ["这个问题"])
         tokens, left = TokenQueue(), Event()
 
+        def stopped() -> bool:
+            return left.is_set() or self.closed.is_set()
+
         def write() -> list[Reply]:
             try:
-                return self.generate(
-                    [messages], streamer=tokens, stop=lambda: left.is_set() or self.closed.is_set()
-                )
+                return self.generate([messages], streamer=tokens, stop=stopped)
             finally:
-                tokens.end()
+                tokens.end()  # else the reader would wait for ever where generation fails
 
         writing = self.worker.submit(write)
         ids, opened = [], None
@@ -97,22 +101,23 @@ class Conversation:
                     yield split_reply(self.tokenizer, ids, False, opened)
         finally:
             left.set()
-        yield writing.result()[0]
+        yield writing.result()[0]  # raises what failed in the other thread
 
     def check_lengths(self, conversations: list[generate.Messages], names: list[str]) -> list[int]:
-        """Return the tokens of each prompt. It raises SystemExit, with the name of the conversation, for one that does
-        not fit into the model's context together with its reply: what is beyond cannot be relied on."""
+        """Return the tokens of each prompt. It raises SystemExit, with the name of the conversation, for one
+        that does not fit into the model's context together with its reply."""
+        # What a model writes beyond its context cannot be relied on.
         most = self.model.config.max_position_embeddings
         lengths = []
         for name, messages in zip(names, conversations):
             length, unit = sum(len(message["content"]) for message in messages), "个字"
-            if length <= most * TOKEN_LENGTH:  # 10 MB would take 14 s to be cut into tokens
+            # 10 MB would take 14 s to be cut into tokens: what is far too long is told by its characters.
+            if length <= most * TOKEN_LENGTH:
                 length, unit = len(encode_messages(self.tokenizer, messages, True, self.thinking)), "个 token"
             if length + self.max_new_tokens > most:
-                what = f"{name}连同之前的对话有 {length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
-                raise SystemExit(
-                    f"错误：{what} 超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
-                )
+                total = f"{length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
+                limit = f"超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
+                raise SystemExit(f"错误：{name}连同之前的对话有 {total} {limit}")
             lengths.append(length)
         return lengths
 
@@ -121,17 +126,18 @@ class Conversation:
         self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def ask(self, question: str, history: list[list[str]] | None = None) -> Reply:
-        """Stream one reply, and say so when it was cut off. It raises SystemExit for a prompt that is too long."""
+        """Stream one reply, and say so when it was cut off. It raises SystemExit for a prompt too long."""
         messages = self.to_messages(question, history=history)
+        # Closed also after Ctrl-C: the model would write on, and the next question wait for it.
         with contextlib.closing(self.stream(messages)) as replies:
-            reply = show(replies, self.console)
+            reply = print_stream(replies, self.console)
         if not reply.complete:
             self.warn(f"（{self.unfinished}）")
         return reply
 
     def chat(self) -> None:
-        """Ask until an empty line or the end of input. Earlier thinking is not fed back, nor an exchange without an
-        answer."""
+        """Ask until an empty line or the end of input. Earlier thinking is not fed back, nor an exchange
+        without an answer."""
         self.console.print("输入问题后回车；空行结束。")
         history: list[list[str]] = []
         with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -146,4 +152,4 @@ class Conversation:
                     if reply.answer:
                         history.append([question, reply.answer])
                     else:
-                        self.warn("（没有回答，这一问不算在对话里。）")
+                        self.warn("（没有回答，这一问不计入对话。）")

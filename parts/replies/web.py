@@ -1,6 +1,6 @@
-"""A page in the browser on which a model is asked: gradio's chat, with the thinking folded. Knows a conversation and a
-browser, not the domain: title, notice and example are handed in. Nothing of it leaves the machine: no telemetry, no
-share link, no font or picture from elsewhere."""
+"""A page in the browser on which a model is asked: gradio's chat, with the thinking folded. Knows a
+conversation and a browser, not the domain: title, notice and example are handed in. Nothing of it leaves the
+machine: no telemetry, no share link, no font or picture from elsewhere."""
 
 import contextlib
 import importlib.metadata
@@ -24,14 +24,15 @@ def user_and_password(text: str) -> tuple[str, str]:
     return user, password
 
 
-def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
-    """Raise SystemExit where the page could not be shown: gradio is missing or of another major version, other
-    machines would get in without a password, or the port is taken. It imports no gradio, which takes seconds."""
+def check_server(host: str, port: int, auth: tuple[str, str] | None) -> None:
+    """Raise SystemExit where the page could not be shown: gradio is missing or of another major version,
+    other machines would get in without a password, or the port is taken. It imports no gradio, which takes
+    seconds."""
     installed = next(importlib.metadata.distributions(name="gradio"), None)
     if installed is None or installed.version.split(".")[0] != GRADIO.split(".")[0]:
-        raise SystemExit(f"错误：--web 要用 gradio {GRADIO}；请先运行 pip install gradio=={GRADIO}")
+        raise SystemExit(f"错误：--web 需要 gradio {GRADIO}；请先运行 pip install gradio=={GRADIO}")
     if not auth and host not in endpoint.THIS_MACHINE:
-        raise SystemExit(f"错误：--host {host} 让别的机器也能提问；请同时用 --auth 用户名:密码 设一个密码。")
+        raise SystemExit(f"错误：--host {host} 让其他机器也能提问；请加 --auth 用户名:密码。")
     try:
         socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:
@@ -39,24 +40,28 @@ def check(host: str, port: int, auth: tuple[str, str] | None) -> None:
         raise SystemExit(f"错误：{host} 的端口 {port} 用不了（{reason}）；请用 --port 换一个端口。") from None
 
 
-def say(text: str, **metadata: str) -> dict:
-    """Return a message as gradio keeps it. With a title it folds: a thinking, or a hint that is not the model's."""
+def chat_message(text: str, **metadata: str) -> dict:
+    """Return a message as gradio keeps it. With a title it folds: a thinking, or a hint that is not the
+    model's."""
     return {"role": "assistant", "content": text, "metadata": metadata}
 
 
-def show(reply) -> list[dict]:
-    """Return the messages of a reply as far as it is written: its thinking is open until the answer begins."""
-    thinking, answer = reply.thinking.rstrip("\ufffd"), reply.answer.rstrip("\ufffd")  # half a character
-    state = {"status": "done"} if answer else {}
-    messages = [say(thinking, title="思考", **state), say(answer)]
+def to_chat(reply) -> list[dict]:
+    """Return the messages of a reply as far as it is written: its thinking is open until the answer
+    begins."""
+    # Of a character that is not whole yet, this sign stands for what is there.
+    thinking, answer = reply.thinking.rstrip("\ufffd"), reply.answer.rstrip("\ufffd")
+    state = {"status": "done"} if answer else {}  # which folds it
+    messages = [chat_message(thinking, title="思考", **state), chat_message(answer)]
     return [message for message in messages if message["content"]]
 
 
 def read_history(messages: list[dict]) -> list[list[str]]:
-    """Return [[question, answer], …] of the messages on the page: without what folds, which is not read back to the
-    model, and without a question that got no answer."""
+    """Return [[question, answer], …] of the messages on the page: without what folds, which is not read back
+    to the model, and without a question that got no answer."""
     turns: list[list[str]] = []
     for message in messages:
+        # The content of a message is a list of parts; a file is one without a text.
         text = "".join(part.get("text", "") for part in message["content"])
         if message["role"] == "user":
             turns.append([text, ""])
@@ -65,47 +70,49 @@ def read_history(messages: list[dict]) -> list[list[str]]:
     return [turn for turn in turns if turn[1].strip()]
 
 
-def open_page(
-    conversation, host: str, port: int, auth, title: str, notice: str, example: str, out_of_memory: str
-):
-    """Show a page on which the conversation is asked what a person types; return what closes it, and its URL."""
+def open_page(conversation, host: str, port: int, auth, title, notice, example, out_of_memory):
+    """Show a page on which the conversation is asked what a person types; return what closes it, and its URL.
+    `out_of_memory` is said in place of a reply for which memory is not enough."""
     import gradio
 
     def answer(question: str, messages: list[dict]):
-        """Yield the messages of the reply, again and again as it is written. gradio closes the iterator where the
-        person stops it or leaves."""
+        """Yield the messages of the reply, again and again as it is written. gradio closes the iterator where
+        the person stops it or leaves."""
         try:
             asked = conversation.to_messages(terminal.some_text(question), history=read_history(messages))
             with terminal.explain_out_of_memory(out_of_memory):
                 for reply in conversation.stream(asked):
-                    yield show(reply)
+                    yield to_chat(reply)
+        # One question that is empty, or too long, does not end the page for everybody.
         except (SystemExit, ArgumentTypeError) as refused:
-            yield [say(str(refused), title="提示")]
+            yield [chat_message(str(refused), title="提示")]
             return
         if not reply.complete:
-            yield [*show(reply), say(conversation.unfinished, title="提示")]
+            yield [*to_chat(reply), chat_message(conversation.unfinished, title="提示")]
 
     look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
     chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)
     box = {"show_label": False, "submit_btn": True, "stop_btn": True, "max_lines": 8, "autofocus": True}
     textbox = gradio.Textbox(label="问题", placeholder="输入问题，回车发送", **box)
-    texts = {"title": title, "description": notice, "editable": True, "analytics_enabled": False}
-    interface = gradio.ChatInterface(answer, chatbot=chatbot, textbox=textbox, **texts)
+    words = {"title": title, "description": notice, "editable": True, "analytics_enabled": False}
+    interface = gradio.ChatInterface(answer, chatbot=chatbot, textbox=textbox, **words)
     # No link to another server, and no questions kept in the browser, where the next person would find them.
     private = {"share": False, "run_history": False, "footer_links": [], "quiet": True, "ssr_mode": False}
+    # By default gradio's themes fetch their fonts from Google.
     theme = gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-    where = {"server_name": host, "server_port": port, "auth": auth, "prevent_thread_lock": True}
-    _, url, _ = interface.launch(theme=theme, head=HEAD, **where, **private)
+    server = {"server_name": host, "server_port": port, "auth": auth, "prevent_thread_lock": True}
+    _, url, _ = interface.launch(theme=theme, head=HEAD, **server, **private)
     return interface, url
 
 
-def serve(conversation, host: str, port: int, auth, *texts: str) -> None:
-    """Show the page until Ctrl-C, which also ends a reply that is being written. `texts` are those of open_page."""
-    interface, url = open_page(conversation, host, port, auth, *texts)
+def serve(conversation, host: str, port: int, auth, **texts: str) -> None:
+    """Show the page until Ctrl-C, which also ends a reply that is being written. `texts` are open_page's."""
+    interface, url = open_page(conversation, host, port, auth, **texts)
     print(f"网页：{url}（按 Ctrl-C 停止）", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
+    # Python waits at its end for the thread that writes a reply: it is stopped first.
     conversation.closed.set()
     interface.close(verbose=False)
     print("\n已停止。")

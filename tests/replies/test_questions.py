@@ -43,8 +43,6 @@ def answer(likeliest, tokenizer, monkeypatch):
         generate = conversation.generate
 
         def generate_and_note(prompts):
-            if len(asked) >= run.most:  # a person's Ctrl-C
-                raise KeyboardInterrupt
             asked.extend(prompt[-1]["content"] for prompt in prompts)
             return generate(prompts)
 
@@ -53,12 +51,12 @@ def answer(likeliest, tokenizer, monkeypatch):
 
     def run(rows: list[dict]) -> list[dict]:
         asked.clear()
-        questions.answer(rows, [Candidate("tiny", "r.jsonl")], SETTINGS, begin)
+        questions.answer_all(rows, [Candidate("tiny", "r.jsonl")], SETTINGS, begin)
         return read_lines("r.jsonl")
 
     monkeypatch.setattr(weights, "find_trained", lambda *_: None)
     monkeypatch.setattr(weights, "load", lambda _: (likeliest, tokenizer))
-    run.asked, run.most = asked, 1000
+    run.asked = asked
     return run
 
 
@@ -83,15 +81,14 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL, process.stdout
-    before = path.read_bytes().splitlines()
+    before = read_lines(path)
     assert len(before) in (3, 6, 9)
     again = run_script("inference.py", *flags, cwd=finished)
     assert again.returncode == 0, again.stdout
     assert f"replies.jsonl 里已有 {len(before)} 条" in again.stdout and "full（前）与 lora（后）相比" in again.stdout
-    replies_of = [file.read_bytes().splitlines() for file in (path, Path("replies.lora.jsonl"))]
-    assert [len(lines) for lines in replies_of] == [10, 10] and set(before) <= set(replies_of[0])
-    for lines in replies_of:
-        assert [json.loads(line)["question"] for line in lines] == [row["question"] for row in rows]
+    assert not [line for line in before if line not in read_lines(path)]
+    for file in (path, "replies.lora.jsonl"):
+        assert [line["question"] for line in read_lines(file)] == [row["question"] for row in rows]
     [full, lora] = json.loads(Path("replies.scores.json").read_text(encoding="utf-8"))["models"]
     assert full["by"]["weights"] != lora["by"]["weights"] and lora["differences"]
     page = Path("replies.scores.html").read_text(encoding="utf-8")
@@ -123,29 +120,15 @@ def test_it_goes_on_where_it_stopped(folder, answer):
     rows.append({"question": "感冒？", "history": [["头痛？", "先休息。"]]})
     answer(rows)
     lines = Path("r.jsonl").read_bytes().splitlines()
-    kept = []
-    for place, line in enumerate([lines[2], lines[4]]):
-        kept.append(json.dumps(json.loads(line) | {"answer": f"第 {place} 行"}).encode())
+    known = as_jsonl(json.loads(lines[i]) | {"answer": f"第 {i} 行"} for i in (2, 4)).encode()
     for last in (b"", lines[1][:40], lines[1][:5], lines[1][:-2], b"\0" * 40, b'{"ques\0\0', b'{"question": "\0'):
-        Path("r.jsonl").write_bytes(b"\n".join(kept) + b"\n" + last)
-        assert [row["question"] for row in answer(rows)] == [row["question"] for row in rows]
+        Path("r.jsonl").write_bytes(known + last)
+        written = answer(rows)
+        assert [row["question"] for row in written] == [row["question"] for row in rows]
         assert sorted(answer.asked) == ["失眠？", "头痛？", "感冒？"]
-        assert [read_lines("r.jsonl")[i]["answer"] for i in (0, 4)] == ["第 0 行", "第 1 行"]
+        assert (written[0]["answer"], written[4]["answer"]) == ("第 2 行", "第 4 行")
     assert len(answer(rows)) == 5 and answer.asked == []
     assert [path.name for path in folder.iterdir()] == ["r.jsonl"]
-
-
-def test_interrupted_again_and_again_it_still_goes_on(folder, answer):
-    rows = [{"question": f"第 {i} 问：" + LONG} for i in range(9)]
-    answer.most = 3
-    for known in (3, 6):
-        with pytest.raises(KeyboardInterrupt):
-            answer(rows)
-        assert len(read_lines("r.jsonl")) == known
-        with open("r.jsonl", "ab") as file:
-            file.write(Path("r.jsonl").read_bytes()[:50])
-    answer.most = 1000
-    assert len(answer(rows)) == 9
 
 
 def test_a_full_disk_keeps_what_is_answered(folder, answer):
@@ -167,7 +150,7 @@ def test_a_full_disk_keeps_what_is_answered(folder, answer):
 
 def test_what_cannot_be_answered_or_written_is_refused_before_anything_is(folder, likeliest, answer):
     likeliest.config.max_position_embeddings = 300
-    refused("第 2 个问题连同之前的对话有 ~ 个 token~", answer, [{"question": "头痛？"}, {"question": "头" * 600}])
+    refused("第 2 个问题~有 ~ 个 token~", answer, [{"question": "头痛？"}, {"question": "头" * 600}])
     with contextlib.ExitStack() as stack:
         questions.hold("r.jsonl", stack)
         refused("另一个进程~正在写 r.jsonl；~", answer, ROWS)
@@ -186,20 +169,19 @@ def test_models_are_loaded_one_after_another(finished):
         loaded.append(weakref.ref(model))
         return Conversation(model, tokenizer, data.to_messages, True, 3, seed=42)
 
-    questions.answer(ROWS, candidates, SETTINGS | {"max_new_tokens": 3}, begin)
+    questions.answer_all(ROWS, candidates, SETTINGS | {"max_new_tokens": 3}, begin)
     assert [len(candidate.replies) for candidate in candidates] == [3, 3] and len(loaded) == 2
 
 
-@pytest.mark.parametrize("other", ["output/none", "lora"])
-def test_a_model_that_cannot_be_asked_is_refused_before_another_answers(finished, other):
+def test_a_model_that_cannot_be_asked_is_refused_before_another_answers(finished):
     config = Path("lora/adapter_config.json")  # now an adapter of another base than it was trained on
-    settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": "full"}
+    settings = json.loads(config.read_bytes()) | {"base_model_name_or_path": "full"}
     config.write_text(json.dumps(settings), encoding="utf-8")
     Path("q.txt").write_text("\ufeff头痛？\r\n\n", encoding="utf-8")
-    flags = ("--model_path", "full", "--questions", "q.txt", "--max_new_tokens", "3", "--compare_with", other)
+    flags = ("--model_path", "full", "--questions", "q.txt", "--max_new_tokens", "3", "--compare_with", "lora")
     result = run_script("inference.py", *flags, cwd=finished)
     last = result.stdout.splitlines()[-1]
-    assert result.returncode == 1 and last.startswith("错误：") and other in last, result.stdout
+    assert result.returncode == 1 and last.startswith("错误：") and "lora" in last, result.stdout
     assert not Path("replies.jsonl").exists()
 
 
@@ -238,19 +220,17 @@ def test_files_that_cannot_be_compared_are_named(folder):
         (["a/b", "a-b"], "~另一个 --compare_with，正在写 r.a-b.jsonl；~"),
     ):
         candidates = questions.list_candidates("some/model", None, "r.jsonl", others)
-        refused(message, questions.answer, ROWS, candidates, SETTINGS, None)
+        refused(message, questions.answer_all, ROWS, candidates, SETTINGS, None)
     assert not Path("r.jsonl").exists()
 
 
-@pytest.mark.parametrize("path", ["r.jsonl", "r.scores.json", "r.scores.html", "/proc/none/r.jsonl"])
+@pytest.mark.parametrize("path", ["r.jsonl", "r.scores.json", "r.scores.html"])
 def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_looked_for(folder, path):
-    """A folder is in the place of one of the three files; or nobody may write there."""
+    """A folder is in the place of one of the three files."""
     Path("q.txt").write_text("头痛？", encoding="utf-8")
-    if not path.startswith("/proc"):
-        Path(path).mkdir()
-    replies = path if path.endswith("r.jsonl") else "r.jsonl"
+    Path(path).mkdir()
     before = sorted(folder.iterdir())
-    result = run_script("inference.py", "--questions", "q.txt", "--replies", replies, cwd=folder)
+    result = run_script("inference.py", "--questions", "q.txt", "--replies", "r.jsonl", cwd=folder)
     assert result.returncode == 1 and result.stdout.splitlines()[-1].startswith(f"错误：无法写入 {path}"), result.stdout
     assert sorted(folder.iterdir()) == before
 
@@ -258,27 +238,22 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_looked_for(
 def test_places_and_batches():
     assert questions.result_paths("r.v1") != questions.result_paths("r.v2")
     assert questions.path_beside("out/r.jsonl", "Qwen/Qwen3-1.7B") == "out/r.Qwen-Qwen3-1.7B.jsonl"
-    lengths = dict(enumerate([10, 3000, 40, 500, 500, 7] * 20))
-    batches = questions.make_batches(lengths, new_tokens=2000, max_tokens=10_000)
-    assert sorted(sum(batches, [])) == list(lengths)
+    lengths = [10, 3000, 40, 500, 500, 7] * 20
+    batches = questions.make_batches(range(120), lengths, new_tokens=2000, max_tokens=10_000)
+    assert sorted(sum(batches, [])) == list(range(120))
     assert all(len(batch) * (max(lengths[i] for i in batch) + 2000) <= 10_000 for batch in batches)
 
 
 def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
     rows = [{"question": "甲？", "answer": "答\udcff", "seen": True}, {"question": "乙？", "answer": " ", "seen": 1}]
-    Path("q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    first, second = questions.read("q.jsonl")
-    assert first == {"question": "甲？", "history": [], "answer": "答?", "seen": True}
-    assert second == {"question": "乙？", "history": [], "seen": False}
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = [{"question": "甲？", "history": [], "seen": True, "answer": "答?"}]
+    assert questions.read("q.jsonl") == [*expected, {"question": "乙？", "history": [], "seen": False}]
+    refused("无法读取 --questions missing.jsonl~", questions.read, "missing.jsonl")
     for name, content, message in (
-        ("missing.jsonl", None, "无法读取 --questions missing.jsonl~"),
-        ("q.docx", b"x", "--questions q.docx 应是 .txt~"),
         ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),
-        ("q.txt", "头痛？".encode("gbk"), "q.txt 第 1 行不是 UTF-8~"),
         ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：缺少字段 question；~"),
-        ("q.jsonl", b'{"question": 3}', "q.jsonl 第 1 行：question 不是文本；~"),
         ("q.scores.json", b"[]", "--questions q.scores.json 应是 .txt~"),
     ):
-        if content is not None:
-            Path(name).write_bytes(content)
+        Path(name).write_bytes(content)
         refused(message, questions.read, name)

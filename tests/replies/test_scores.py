@@ -25,18 +25,14 @@ REPLIES = [
 # rouge-score 0.1.2 with rjieba's words says so of the third and the fourth row, and of a text that repeats words.
 MEASURED = {
     ("规律作息，不喝咖啡。", "规律作息，少喝咖啡。"): [0.8333333333333334, 0.6, 0.8333333333333334],
-    ("Drink two litres of water every day.", "Drink about two litres of water a day."): [
-        *(0.823529411764706, 0.5333333333333333, 0.823529411764706),
-    ],
-    ("多喝水，多休息，多喝水。", "多喝水。多喝水，休息。"): [
-        *(0.7692307692307692, 0.3636363636363636, 0.6153846153846153),
-    ],
+    (REPLIES[3].answer, ROWS[3]["answer"]): [0.823529411764706, 0.5333333333333333, 0.823529411764706],
+    ("多喝水，多休息，多喝水。", "多喝水。多喝水，休息。"): [0.769230769230769, 0.363636363636364, 0.615384615384615],
     ("", "多喝水。"): [0, 0, 0],
 }
 
 
 def lines(rows=ROWS, replies=REPLIES, thinking: bool = True) -> dict[str, dict]:
-    return {score.key: score.as_json() for score in scores.measure(rows, replies, thinking, SEED)}
+    return {key: score.as_json() for key, score in scores.measure(rows, replies, thinking, SEED).scores.items()}
 
 
 def share(values, of=None) -> Score:
@@ -49,55 +45,41 @@ def test_rouge_is_what_rouge_score_says():
 
 
 def test_five_rows_worked_out_by_hand():
-    found = lines()
+    measured = lines()
     third, fourth = list(MEASURED.values())[:2]
-    by_hand = {  # (n, value)
-        "whole": (5, 2 / 5),
-        "stopped": (5, 4 / 5),
-        "loops": (5, 0),
-        "traces": (5, 1 / 5),
-        "traces_answer": (5, 1 / 5),
-        "traces_process": (5, 0),
-        "think_length": (5, (26 + 9 + 4 + 6 + 1) / 5),
-        "answer_length": (4, (0 + 10 + 36 + 4) / 4),  # the second one got to no answer
-        "speed": (5, 100 / 8),
-    }
+    by_hand = {"whole": (5, 2 / 5), "stopped": (5, 4 / 5), "loops": (5, 0)}  # (n, value)
+    by_hand |= {"traces": (5, 1 / 5), "traces_answer": (5, 1 / 5), "traces_process": (5, 0)}
+    by_hand |= {"think_length": (5, (26 + 9 + 4 + 6 + 1) / 5), "speed": (5, 100 / 8)}
+    by_hand["answer_length"] = (4, (0 + 10 + 36 + 4) / 4)  # the second one got to no answer
     for i, kind in enumerate(scores.ROUGE):
         by_hand[f"answer_{kind}"] = (4, (third[i] + fourth[i]) / 4)
         by_hand[f"answer_{kind}_new"] = (3, fourth[i] / 3)  # without the row that stands in the training part too
     for key, (n, value) in by_hand.items():
-        assert (found[key]["n"], found[key]["value"]) == (n, pytest.approx(value)), key
-    assert found.keys() - by_hand.keys() == {"traces_doctor", "traces_two", "traces_covert"}
-    others = scores.strangers(ROWS[:4], SEED)
-    floors = [scores.rouge(reply.answer, other["answer"])[0] for reply, other in zip(REPLIES, others)]
-    assert found["answer_rouge1"]["floor"] == pytest.approx(sum(floors) / 4) and found["whole"]["floor"] is None
+        assert (measured[key]["n"], measured[key]["value"]) == (n, pytest.approx(value)), key
+    assert measured.keys() - by_hand.keys() == {"traces_doctor", "traces_two", "traces_covert"}
+    others = scores.draw_references(ROWS[:4], SEED)
+    floors = [scores.rouge(reply.answer, other)[0] for reply, other in zip(REPLIES, others)]
+    assert (measured["answer_rouge1"]["floor"], measured["whole"]["floor"]) == (pytest.approx(sum(floors) / 4), None)
     without = lines(ROWS[:3], [Reply("", "多喝水。", True, "none"), REPLIES[4], Reply("", "", True, "none")], False)
     assert without["whole"]["value"] == pytest.approx(1 / 3)  # where no thinking was asked for
     assert not [key for key in without if key.startswith(("traces", "think"))]
 
 
-def test_rows_without_a_reference_are_left_out_of_the_overlaps_alone():
-    found = lines([{"question": "头痛？", "answer": "多喝水。"}, {"question": "感冒？"}], [REPLIES[4]] * 2)
-    assert found["answer_rouge1"]["n"] == 1 and found["whole"]["n"] == 2
-
-
 def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
     """Not even with the words that it wrote before it began to think."""
     text = ROWS[0]["answer"]
-    found = lines(ROWS[:1], [Reply(text, text, False, "unclosed")])
-    assert [found[f"answer_{kind}"]["value"] for kind in scores.ROUGE] == [0, 0, 0]
-    assert (found["answer_length"]["n"], found["answer_length"]["value"]) == (0, None)
+    measured = lines(ROWS[:1], [Reply(text, text, False, "unclosed")])
+    assert [measured[f"answer_{kind}"]["value"] for kind in scores.ROUGE] == [0, 0, 0]
+    assert (measured["answer_length"]["n"], measured["answer_length"]["value"]) == (0, None)
 
 
 def test_loops_are_found_wherever_they_are():
-    for text in (
-        "用户可能需要更多的信息。" * 20,
-        "想到这里，" + "哈" * 80,
-        "".join(f"{number}. 多喝水，注意休息，按时吃药。\n" for number in range(12)),
-        "先说别的。" * 2 + "The patient should rest and drink water. " * 8 + "然后结束了，就这样。",
-    ):
+    advice, english = "多喝水，注意休息，按时吃药。", "The patient should rest and drink water. " * 8
+    listed = "".join(f"{number}. {advice}\n" for number in range(12))
+    ended = "先说别的。" * 2 + english + "然后结束了，就这样。"
+    for text in ("用户可能需要更多的信息。" * 20, "想到这里，" + "哈" * 80, listed, ended):
         assert scores.loops(text)
-    for text in ("", "多喝水，注意休息，按时吃药。" * 2, "| 药 | 量 |\n|" + "-" * 200 + "|", "每日3次，每次1片。" * 4):
+    for text in ("", advice * 2, "| 药 | 量 |\n|" + "-" * 200 + "|", "每日3次，每次1片。" * 4):
         assert not scores.loops(text)
 
 
@@ -106,9 +88,6 @@ def test_an_interval_is_about_as_wide_as_the_formula_says():
     width = 1.96 * (1 / 3 * 2 / 3 / 240) ** 0.5  # of a share, by the normal distribution
     assert (line["value"], line["n"]) == (pytest.approx(1 / 3), 240)
     assert [line["low"], line["high"]] == pytest.approx([1 / 3 - width, 1 / 3 + width], abs=0.008)
-    assert share([1] * 80 + [0] * 160).as_json() == line  # seeded
-    few = share([5, 0, 7], of=[1, 0, 1]).as_json()  # the second row does not count
-    assert (few["n"], few["value"]) == (2, 6)
     assert share([0, 0], of=[0, 0]).compare(share([1, 1]))["differs"] is False
 
 
@@ -118,8 +97,8 @@ def test_pairs_show_a_difference_that_two_intervals_would_hide():
     values = generator.random(100)
     better = share(values + 0.02 + generator.normal(0, 0.01, 100))
     assert better.as_json()["low"] < share(values).as_json()["high"]
-    found = better.compare(share(values))
-    assert found["differs"] and 0 < found["low"] < found["difference"] < found["high"] < 0.03
+    line = better.compare(share(values))
+    assert line["differs"] and 0 < line["low"] < line["difference"] < line["high"] < 0.03
 
 
 def test_chance_is_called_a_difference_about_once_in_twenty():
