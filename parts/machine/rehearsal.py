@@ -84,7 +84,7 @@ def measure(trainer) -> str:
     batch = trainer.data_collator([data[i] for i in by_length[-args.per_device_train_batch_size :]])
     tokens = batch["input_ids"].numel()
     supervised = (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
-    # The optimizer has no states before its first step, and that would change the weights.
+    # It stands for the optimizer's states, which are made in its first step; that would change the weights.
     held = trainer.plan.parts["优化器"]
     if args.world_size > 1 and not args.fsdp:
         held += trainer.trained_bytes()  # DistributedDataParallel's copies of the gradients
