@@ -17,23 +17,24 @@ LINE = re.compile(r'^([\w-]+)(?:\[.*\])?>=([\d.]+)[^;#\n]*(?:; sys_platform == "
 
 
 def numbers_of(version):
-    """2.13.0+cpu -> [2, 13, 0]"""
-    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+    """Return the numbers of a version: 2.13.0+cpu -> [2, 13, 0]. Lists of them compare as versions do."""
+    return list(map(int, re.findall(r"\d+", version.partition("+")[0])))
 
 
 def check_installation():
-    """Raises SystemExit where something is missing or too old."""
+    """Raise SystemExit where something is missing or too old, with all of it in one sentence."""
+    # ruff takes it for settled by target-version, which an older Python has not read.
     if sys.version_info < (3, 11):  # noqa: UP036
-        found = sys.version.split()[0]
-        raise SystemExit(f"错误：需要 Python 3.11 或更新的（现在是 {found}）；请先换用它，再{REMEDY}")
+        current = sys.version.split()[0]
+        raise SystemExit(f"错误：需要 Python 3.11 或更新版本（当前 {current}）；请先升级 Python，再{REMEDY}")
     lacking = []
     for name, floor, system in LINE.findall(REQUIREMENTS.read_text(encoding="utf-8")):
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            version = ""
+            version = ""  # whose numbers are below every floor
         if system in ("", sys.platform) and numbers_of(version) < numbers_of(floor):
-            lacking.append(f"{name} {floor} 或更新的（现在是 {version}）" if version else name)
+            lacking.append(f"{name} {floor} 或更新版本（当前 {version}）" if version else name)
     if lacking:
         raise SystemExit(f"错误：需要 {'、'.join(lacking)}；请{REMEDY}")
 

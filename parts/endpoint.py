@@ -9,8 +9,9 @@ import re
 from urllib.parse import urlsplit
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the key, where the address wants one
-REPLY = 180  # seconds for a reply with all its retries, as some models think first
+TIMEOUT = 180  # seconds for a reply with all its retries, as some models think first
 RETRIES = 3  # of what a moment may mend: no connection, 429, 5xx
+# No name or password before the host, and no query behind the path: addresses are printed and recorded.
 ADDRESS = r"https?://([^\s/:@?#\[\]]+|\[[\da-f:]+\])(:[1-9]\d{0,4})?(/[^\s@?#]*)?"
 THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 
@@ -20,11 +21,11 @@ class Failed(Exception):
 
 
 def address(text: str) -> str:
-    """The address of an endpoint, for argparse."""
+    """Return the base address of an endpoint, as its client wants it, for argparse. Raises ArgumentTypeError,
+    which does not repeat the text: a key may be in it."""
     if not re.fullmatch(ADDRESS, text):
-        raise argparse.ArgumentTypeError(
-            f"要一个 http://127.0.0.1:8000/v1 这样的地址；密钥放在环境变量 {KEY} 里"
-        )
+        form = "要一个 http://127.0.0.1:8000/v1 这样的地址"
+        raise argparse.ArgumentTypeError(f"{form}；密钥放在环境变量 {KEY} 里")
     return text.rstrip("/").removesuffix("/chat/completions")
 
 
@@ -34,7 +35,7 @@ class Endpoint:
     def __init__(self, url: str, model: str | None = None):
         self.url, self.model, self.key = url, model, os.environ.get(KEY, "").strip()
         if importlib.util.find_spec("openai") is None:
-            raise SystemExit(f"错误：问 {url} 的模型要用 openai；请先运行 pip install openai")
+            raise SystemExit(f"错误：访问 {url} 的模型需要 openai；请先运行 pip install openai")
 
     def ask(self, request):
         """Return what the coroutine `request(client)` returns. Raises Failed."""
@@ -46,7 +47,7 @@ class Endpoint:
             http = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=elsewhere)
             options = {"api_key": self.key or "none", "max_retries": RETRIES, "http_client": http}
             # The client's own time-out is one of each pause: a server that drips would never reach it.
-            async with openai.AsyncOpenAI(base_url=self.url, **options) as client, asyncio.timeout(REPLY):
+            async with openai.AsyncOpenAI(base_url=self.url, **options) as client, asyncio.timeout(TIMEOUT):
                 return await request(client)
 
         try:
@@ -60,7 +61,8 @@ class Endpoint:
         except UnicodeEncodeError:
             reason = f"环境变量 {KEY} 里有不能发送的字符"
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
-            reason = "回复不是这种接口的格式"
+            # A server that speaks something else: its JSON lacks fields that the client takes for granted.
+            reason = "返回的内容不符合这种接口的格式"
         raise Failed(reason)  # not inside the except: that would carry the library's error along
 
     def find_model(self) -> None:
@@ -75,7 +77,7 @@ class Endpoint:
         [self.model] = names
 
     def reply(self, messages: list[dict[str, str]]) -> str:
-        """Return the model's text, with its thinking. Raises Failed where there is none, or it was cut off."""
+        """Return the model's text, with its thinking. Raises Failed where there is none or it was cut off."""
 
         async def complete(client):
             # No temperature and no limit: each is refused by some models, and greedy thinking would loop.
@@ -85,4 +87,5 @@ class Endpoint:
         text, reason = self.ask(complete)
         if reason == "length" or not isinstance(text, str):
             raise Failed("回复没有写完")
+        # The server knows the key, and what it writes is recorded.
         return text.replace(self.key, "***") if self.key else text

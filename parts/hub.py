@@ -11,7 +11,7 @@ from typing import NamedTuple
 from parts.terminal import first_line, shorten
 
 CONFIG = "config.json"  # of a model
-# owner/name, perhaps with a hub before it, hf:// or ms://, and a path of it behind
+# owner/name, perhaps with a hub before it, hf:// or ms://, and a path of it behind.
 NAME = re.compile(r"(?:(hf|ms)://(?=.))?([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+))?")
 # Names that a client would write outside its folder, on one system or another.
 LEAVES_FOLDER = re.compile(r"[/\\].*|[A-Za-z]:.*|(.*[/\\])?\.\.([/\\].*)?", re.DOTALL)
@@ -27,8 +27,9 @@ LIMITS = {
     "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "21600",  # seconds a file; an hour is short for 3.4 GB
 }
 NOT_REACHED = "连不上，或服务器出错"
-OF_STATUS = {404: "没有这个名称、版本或文件", 429: NOT_REACHED}  # what an answer's status means
-OF_STATUS |= dict.fromkeys((401, 403), "没有这个名称，或没有权限：私有的要先登录，有条款的要先在网页上同意")
+# To those who may not see it a hub does not tell whether a name is there.
+NOT_ALLOWED = "没有这个名称，或没有权限：私有的需要先登录，有使用条款的需要先在网页上同意"
+STATUS_MEANINGS = {401: NOT_ALLOWED, 403: NOT_ALLOWED, 404: "没有这个名称、版本或文件", 429: NOT_REACHED}
 NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2", "httpcore")  # one of them is under each client
 
 
@@ -78,9 +79,8 @@ class ModelScope:
         from modelscope_hub.errors import CacheNotFound
 
         try:
-            folder = self.api.download_repo(
-                repository, "model", revision=revision or "master", local_files_only=True
-            )
+            options = {"revision": revision or "master", "local_files_only": True}
+            folder = self.api.download_repo(repository, "model", **options)
         except CacheNotFound:
             return None
         # The folders of older clients do not tell the revision.
@@ -128,25 +128,24 @@ def split(name: str) -> HubName | None:
 
 
 def forms(text: str) -> str:
-    """Return how to write the name of something on a hub, where `text` looks like an address."""
-    return (
-        "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。"
-        if ":/" in text
-        else ""
-    )
+    """Return how to write the name of something on a hub where `text` looks like an address, else ""."""
+    if ":/" not in text:
+        return ""
+    return "hub 上的请写 hf://owner/name（Hugging Face）或 ms://owner/name（ModelScope）。"
 
 
 def find_cause(error: Exception) -> tuple[str, Exception]:
     """Return what an error of a client means in the user's words, and the one among its causes that tells it:
     an answer's status tells most, and the library that it comes from whether the network failed."""
+    # Clients wrap what happened in errors of their own, whose words tell less.
     link = error
     while link:
         # ModelScope's client has the status on its own errors, Hugging Face's on the answer that it keeps.
         answer = getattr(link, "response", None)
         status = getattr(link, "status_code", None) or getattr(answer, "status_code", 0)
         library = type(link).__module__.partition(".")[0]
-        if status in OF_STATUS:
-            return OF_STATUS[status], link
+        if status in STATUS_MEANINGS:
+            return STATUS_MEANINGS[status], link
         # ModelScope's code for it, and how Hugging Face's sentence begins.
         if getattr(link, "error_code", "") == "E2020" or str(link).startswith("Consistency check failed"):
             return "内容与文件列表不符", link
@@ -192,9 +191,11 @@ def download(name: str, kind: str, remedy: str, choose, folder=None, revision: s
         failures = getattr(error, "failed_files", None) or {"": error}
         path, error = next(iter(failures.items()))
         meaning, cause = find_cause(error)
+        # Once there is a list, an earlier download may be of another version than what has come by now.
         ending = Unreachable if files is None and meaning == NOT_REACHED else SystemExit
-        what = "数据集" if kind == "dataset" else "模型"
+        noun = "数据集" if kind == "dataset" else "模型"
         remedies = f"请检查名称和网络后重试同一命令，或用环境变量 {hub.variable} 换一个镜像，或{remedy}"
-        said = shorten(f"{path} {first_line(cause).rpartition('Caused by ')[2]}", 160)
-        refusal = f"错误：无法从 {hub.endpoint} 下载{what} {name}（{meaning}）；{remedies}。"
-        raise ending(f"{refusal}{hub.title} 的客户端说：{said}") from None
+        refusal = f"错误：无法从 {hub.endpoint} 下载{noun} {name}（{meaning}）；{remedies}。"
+        # urllib3 names the pool, the address and the retries before what happened.
+        details = shorten(f"{path} {first_line(cause).rpartition('Caused by ')[2]}", 160)
+        raise ending(f"{refusal}{hub.title} 客户端的报错：{details}") from None

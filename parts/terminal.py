@@ -33,7 +33,7 @@ def sha256(*paths: str | Path) -> str:
     from tqdm import tqdm
 
     digest, size = hashlib.sha256(), sum(Path(path).stat().st_size for path in paths)
-    hidden = size < 4e9 or not sys.stderr.isatty()
+    hidden = size < 4e9 or not sys.stderr.isatty()  # 4 GB take two seconds or three
     with tqdm(desc="SHA-256", total=size, unit="B", unit_scale=True, disable=hidden) as progress:
         for path in paths:
             with open(path, "rb") as file:
@@ -51,24 +51,27 @@ def in_main_thread() -> bool:
 def run_main(main) -> None:
     """Run a script's `main`: on terminals of any encoding, without a traceback after Ctrl-C or `| head`. Of
     several processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
-    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"  # launchers set both
+    # Launchers set both; RANK alone may be left over from something else.
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
     if rank != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    # A reply may hold what a terminal in GBK or ASCII cannot show: a question mark, and no traceback.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+    # A shell reports a process that a signal ended as 128 + its number: SIGINT is 2, SIGPIPE 13.
     try:
         main()
     except KeyboardInterrupt:
         print("\n已中断。", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # Nobody reads what is still to be flushed.
+        # Python flushes once more as it ends, and nobody reads that either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except SystemExit as ended:
-        if rank == "0" or not isinstance(ended.code, str):
+    except SystemExit as error:
+        if rank == "0" or not isinstance(error.code, str):
             raise
-        raise SystemExit(f"（进程 {rank}）{ended.code}") from None
+        raise SystemExit(f"（进程 {rank}）{error.code}") from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -90,19 +93,18 @@ def explain_out_of_memory(message: str):
 
 
 @contextlib.contextmanager
-def explain_failed_write(path: str | Path, kept: str = "此前的检查点"):
-    """Turn a write that failed, on a full disk say, into one sentence. `kept`: what is there still."""
+def explain_failed_write(path: str | Path, intact: str = "此前的检查点"):
+    """Turn a write that failed, on a full disk say, into one sentence. `intact`: what is there still."""
     try:
         yield
     except Exception as error:
-        # safetensors, torch.save and tokenizers have errors of their own for it.
-        if not isinstance(error, OSError | SafetensorError) and not re.search(
-            "inline_container|os error", str(error)
-        ):
+        # safetensors has a class of its own for it; torch.save and tokenizers have only words.
+        known = isinstance(error, OSError | SafetensorError)
+        if not known and not re.search("inline_container|os error", str(error)):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
-        raise SystemExit(f"{failure}。{kept}都还在；请腾出空间，再用同一命令继续。") from None
+        raise SystemExit(f"{failure}。{intact}都还在；请腾出空间，再用同一命令继续。") from None
 
 
 @contextlib.contextmanager
@@ -111,6 +113,7 @@ def hold(lock: str | Path, message: str):
     system lets go of it when the process ends, however it ends."""
     import filelock
 
+    # A file that is merely there holds nothing: after a crash nobody has to delete it by hand.
     try:
         lock_held = filelock.FileLock(lock).acquire(timeout=0)
     except filelock.Timeout:
@@ -130,8 +133,10 @@ class Parser(argparse.ArgumentParser):
     """argparse in Chinese: a wrong flag names the nearest one, and a flag that is gone says what there is
     instead."""
 
-    WORDS = (  # what argparse says, and what is said here; its words are the same in Python 3.11 to 3.15
-        ("argument ([^:]+): not allowed with argument (.+)", r"\1 和 \2 不能一起写"),
+    # What argparse says, and what is said here; its words are the same in Python 3.11 to 3.15. The last line
+    # takes what is left: errors of the functions below, which are in Chinese already.
+    WORDS = (
+        ("argument ([^:]+): not allowed with argument (.+)", r"\1 和 \2 不能同时使用"),
         ("argument ([^:]+): expected (at least )?one argument", r"\1 后面要有一个值"),
         ("argument ([^:]+): invalid int value: (.+)", r"\1：要一个整数，不是 \2"),
         ("argument ([^:]+): invalid float value: (.+)", r"\1：要一个数，不是 \2"),
@@ -140,6 +145,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110)
+        # argparse's own line for --help is in English.
         super().__init__(formatter_class=formatter, allow_abbrev=False, add_help=False, **options)
         self.add_argument_group("帮助").add_argument("-h", "--help", action="help", help="显示这些说明")
         self.gone: dict[str, str] = {}  # {flag: what to do instead}
@@ -148,21 +154,22 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            # argparse keeps a table of its flags, but has no public way to it.
             names = [name.lstrip("-") for name in self._option_string_actions]
             nearest = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
             hint = f"你是不是想写 --{nearest[0]}？" if nearest else ""
-            self.error(f"{flag}：{self.gone.get(flag) or f'没有这个参数。{hint}全部参数见 --help'}")
+            self.error(f"{flag}：{self.gone.get(flag, f'没有这个参数。{hint}全部参数见 --help')}")
         return values
 
     def error(self, message: str):
-        """Ends with exit status 2. Of several processes on a machine the first one speaks."""
+        """Ends with exit status 2, argparse's own. Of several processes on a machine the first one speaks."""
         for pattern, words in self.WORDS:
             message = re.sub(f"^{pattern}", words, message)
         self.exit(2, f"错误：{message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def true_or_false(text: str) -> bool:
-    """Read a switch, for argparse."""
+    """Return what a switch says, for argparse. Raises ArgumentTypeError."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"只能是 true 或 false，不是 {text!r}")
@@ -170,21 +177,25 @@ def true_or_false(text: str) -> bool:
 
 
 def one_of(words: tuple[str, ...], text: str) -> str:
-    """Read one of these words, for argparse: its own `choices` would be told in English."""
+    """Return `text` where it is one of these words, for argparse: its own `choices` would be told in
+    English. Raises ArgumentTypeError."""
     if text not in words:
         raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)}，不是 {text!r}")
     return text
 
 
 def whole_number(least: int, text: str) -> int:
-    """Read a whole number from `least` on, as large as seeds may be, for argparse."""
+    """Return a whole number from `least` on, as large as seeds may be, for argparse. Raises
+    ArgumentTypeError."""
+    # The length first: int() refuses thousands of digits with an error of its own.
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"要一个 {least} 到 {2**32 - 1} 的整数，不是 {text!r}")
     return int(text)
 
 
 def some_text(text: str) -> str:
-    """Read a text that is not empty, for argparse."""
+    """Return a text that is not empty, without the space around it, for argparse. Raises
+    ArgumentTypeError."""
     if not text.strip():
         raise argparse.ArgumentTypeError("问题是空的")
     return text.strip()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Event
+
+from hub_server import Loopback
 
 
 def text(content: object, **choice) -> bytes:
@@ -17,7 +19,7 @@ class Handler(BaseHTTPRequestHandler):
     """HTTP/1.0, the base's default, on purpose: no open connection outlives the server's stop."""
 
     def answer(self) -> None:
-        server = self.server.chat
+        server = self.server.owner
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null")
         server.requests.append((self.command, self.path, dict(self.headers), body))
         if self.path == "/v1/models":
@@ -27,14 +29,13 @@ class Handler(BaseHTTPRequestHandler):
             status, content = said if isinstance(said, tuple) else (200, said)
         self.send_response(status)
         # The client waits as long as it is told before it asks again.
-        headers = {"Location": server.elsewhere, "Content-Type": "application/json", "Retry-After-Ms": "1"}
-        for name in headers:
-            self.send_header(name, headers[name])
+        for header in (("Location", server.elsewhere), ("Content-Type", "application/json"), ("Retry-After-Ms", "1")):
+            self.send_header(*header)
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # a client that gave up
-            for start in range(0, len(content), step := 10 if server.pause else len(content) or 1):
+            for start in range(0, len(content), 10):
                 server.stopped.wait(server.pause)
-                self.wfile.write(content[start : start + step])
+                self.wfile.write(content[start : start + 10])
 
     do_GET = do_POST = answer
 
@@ -42,26 +43,19 @@ class Handler(BaseHTTPRequestHandler):
         """Stay silent."""
 
 
-class ChatServer:
-    """On 127.0.0.1, inside `with`. `speak(body)` gives the bytes of a reply, or (status, bytes); `requests` holds
-    (method, path, headers, body) as sent. `pause` seconds pass before every 10 bytes. The url stays after the stop,
-    when connections are refused."""
+class ChatServer(Loopback):
+    """`speak(body)` gives the bytes of a reply, or (status, bytes); `requests` holds (method, path, headers, body) as
+    sent. `pause` seconds pass before every 10 bytes."""
 
     pause, elsewhere = 0.0, "/"
     models = b'{"data": [{"id": "judge"}]}'
 
     def __init__(self, speak=None):
+        super().__init__(Handler)
+        self.url += "/v1"
         self.speak = speak or (lambda body: text("好"))
         self.requests, self.stopped = [], Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads, self.server.chat = True, self
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self) -> ChatServer:
-        Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
 
     def __exit__(self, *error) -> None:
         self.stopped.set()
-        self.server.shutdown()
-        self.server.server_close()
+        super().__exit__(*error)

@@ -22,11 +22,11 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from helpers import contents
+
 # What a fault is put on, of either hub.
-LISTING, FILE = (
-    r"/repo/(files|tree)\?|/api/(models|datasets)/\w+/\w+(/revision/\w+|/tree/\w+.*)?$",
-    r"/repo\?|/resolve/",
-)
+LISTING = r"/repo/(files|tree)\?|/api/(models|datasets)/\w+/\w+(/revision/\w+|/tree/\w+.*)?$"
+FILE = r"/repo\?|/resolve/"
 LIMITS = {  # of ModelScope's client, so that a test of a fault takes seconds
     "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3",
     "MODELSCOPE_REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS": "1",
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Note the request and route it; what is not known is missing."""
-        hub, url = self.server.hub, urlsplit(self.path)
+        hub, url = self.server.owner, urlsplit(self.path)
         path, query = unquote(url.path), {key: values[-1] for key, values in parse_qs(url.query).items()}
         hub.requests.append(self.path)
         if hub.fault and hub.fault(self):
@@ -107,9 +107,10 @@ class Handler(BaseHTTPRequestHandler):
     def listing(self, files: dict[str, bytes], step: str | None) -> None:
         """The list of files in ModelScope's form, in Hugging Face's, or what that hub says of a repository."""
         if step in ("/files", "/tree"):
-            entries = [{"Path": path, "Type": "blob", "Size": len(data)} for path, data in files.items()]
-            for entry in entries:
-                entry["Sha256"] = hashlib.sha256(files[entry["Path"]]).hexdigest()
+            entries = []
+            for path, data in files.items():
+                digest = hashlib.sha256(data).hexdigest()
+                entries.append({"Path": path, "Type": "blob", "Size": len(data), "Sha256": digest})
             self.reply({"Code": 200, "Success": True, "Data": {"Files": entries}})
         elif step == "tree":
             self.reply([{"type": "file", "path": p, "size": len(d), "oid": "0"} for p, d in files.items()])
@@ -166,10 +167,27 @@ class Handler(BaseHTTPRequestHandler):
         """Stay silent: Hub.requests has what came in."""
 
 
-class Hub:
-    """A hub on 127.0.0.1: 'owner/name' -> folder, read anew at each request.
+class Loopback:
+    """A server on 127.0.0.1, inside `with`. Its `url` stays after the stop, when connections are refused."""
 
-    `requests` holds the addresses as sent, query included. `url` stays after the stop, when connections are refused.
+    def __init__(self, handler: type[BaseHTTPRequestHandler]):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.owner = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Hub(Loopback):
+    """A hub: 'owner/name' -> folder, read anew at each request.
+
+    `requests` holds the addresses as sent, query included.
     `outside` holds files, {path: content}, that are listed and served with any path, also one that leaves the folder.
     `made` holds what was asked for at the making of a repository.
     """
@@ -178,16 +196,13 @@ class Hub:
     inbox: Path | None = None
 
     def __init__(self, models: dict[str, Path] | None = None, datasets: dict[str, Path] | None = None):
+        super().__init__(Handler)
         self.folders = {"models": models or {}, "datasets": datasets or {}}
-        self.requests: list[str] = []
-        self.outside: dict[str, bytes] = {}
-        self.blobs: dict[str, bytes] = {}
-        self.made: dict[str, dict] = {}
+        self.requests, self.outside, self.blobs, self.made = [], {}, {}, {}
 
     def files(self, folder: Path) -> dict[str, bytes]:
         """{path: content} of a repository."""
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths} | self.outside
+        return dict(sorted(contents(folder).items())) | self.outside
 
     def env(self, home: Path) -> dict[str, str]:
         """The environment for a client's process; no proxy and no client setting of the caller's leaks in."""
@@ -196,14 +211,3 @@ class Hub:
             if not key.lower().endswith("_proxy") and not key.startswith("MODELSCOPE_"):
                 own.setdefault(key, value)
         return LIMITS | own
-
-    def __enter__(self) -> Hub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.hub = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.server.shutdown()
-        self.server.server_close()

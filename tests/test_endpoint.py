@@ -16,12 +16,8 @@ MESSAGES = [{"role": "user", "content": "问"}]
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch):
+def server(monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
-
-
-@pytest.fixture
-def server():
     with ChatServer() as server:
         yield server
 
@@ -66,7 +62,7 @@ def test_redirect_takes_neither_key_nor_texts_elsewhere(server):
 def test_reply_that_is_none(server):
     for said in (b"<html>sk-very-secret</html>", b"null", b'{"choices": []}', b'{"choices": ["A"]}'):
         server.speak = lambda body, said=said: said
-        assert fails(server) == "回复不是这种接口的格式"
+        assert fails(server) == "返回的内容不符合这种接口的格式"
     for said in (text(None), text("好", finish_reason="length")):
         server.speak = lambda body, said=said: said
         assert fails(server) == "回复没有写完"
@@ -80,7 +76,7 @@ def test_what_a_moment_mends_is_asked_again_and_what_is_slow_given_up(server, mo
     assert Endpoint(server.url, "judge").reply(MESSAGES) == "好"
     server.speak = lambda body: (502, b"")
     assert fails(server) == "HTTP 502" and len(server.requests) == 8
-    monkeypatch.setattr(endpoint, "REPLY", 1)
+    monkeypatch.setattr(endpoint, "TIMEOUT", 1)
     server.speak, server.pause, start = (lambda body: text("好" * 1000)), 0.1, time.monotonic()
     assert fails(server) == "没有及时回复" and time.monotonic() - start < 3  # each pause is short, their sum is not
     monkeypatch.setattr(endpoint, "RETRIES", 0)
@@ -92,9 +88,9 @@ def test_model_is_the_only_one_or_the_one_that_was_named(server, monkeypatch):
     (alone := Endpoint(server.url)).find_model()
     assert alone.model == "judge"
     server.models = b'{"data": [{"id": "a"}, {"id": "b"}]}'
-    with pytest.raises(Failed, match="^有 2 个模型（a、b），请用 --judge_model 指定一个$"):
+    with pytest.raises(Failed, match="^有 2 个模型（a、b）"):
         Endpoint(server.url).find_model()
     (named := Endpoint(server.url, "c")).find_model()
     assert named.model == "c"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where the client is not installed
-    refused(f"问 {server.url} 的模型要用 openai；请先运行 pip install openai", Endpoint, server.url)
+    refused("访问 ~openai；请先运行 pip install openai", Endpoint, server.url)

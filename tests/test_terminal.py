@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, make_rows, run_script, save
+from helpers import ROOT, run_script
 
 from parts import terminal
 
@@ -20,35 +20,19 @@ def test_out_of_memory_of_any_device_is_recognised():
         raise RuntimeError("shape mismatch")
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [(KeyboardInterrupt, 130, "\n已中断。\n"), (BrokenPipeError, 141, ""), (None, 0, "")],
-    ids=["Ctrl-C", "| head", "all well"],
-)
-def test_a_script_ends_without_a_traceback(error, status, said, tmp_path):
-    code = f"from parts.terminal import run_main\ndef main():\n    {f'raise {error.__name__}' if error else 'pass'}\n"
-    result = subprocess.run([sys.executable, "-c", f"{code}run_main(main)"], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (status, "", said)
+def run_main(body: str, **env: str) -> tuple[int, str, str]:
+    """The exit status and the two outputs of a script whose main is `body`."""
+    command = [sys.executable, "-c", f"from parts.terminal import run_main\ndef main():\n    {body}\nrun_main(main)"]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, encoding="utf-8")
+    return ended.returncode, ended.stdout, ended.stderr
 
 
-def test_of_several_processes_only_the_first_speaks():
-    code = "from parts.terminal import run_main\ndef main():\n    print('so')\n"
-    code += "    raise SystemExit('错误：so')\nrun_main(main)"
-    said = []
-    for rank in ("0", "1"):
-        env = os.environ | {"RANK": rank, "LOCAL_RANK": rank}
-        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-        said.append((ended.returncode, ended.stdout, ended.stderr))
-    assert said == [(1, "so\n", "错误：so\n"), (1, "", "（进程 1）错误：so\n")]
-
-
-@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
-def test_terminals_of_other_encodings(tmp_path, encoding):
-    save([row | {"answer": "♥"} for row in make_rows(20)], tmp_path / "rows.jsonl")
-    env = {"PYTHONIOENCODING": encoding, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    command = [sys.executable, ROOT / "data.py", "--dataset", "rows.jsonl"]
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
-    assert result.returncode == 0 and b"?" in result.stdout, result.stderr
+def test_a_script_ends_without_a_traceback_and_of_several_processes_only_the_first_speaks():
+    assert run_main("raise KeyboardInterrupt") == (130, "", "\n已中断。\n")
+    assert run_main("raise BrokenPipeError") == (141, "", "")
+    assert run_main("print('头痛')", PYTHONIOENCODING="ascii") == (0, "??\n", "")
+    both = [run_main("print('so'); raise SystemExit('错误：so')", RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    assert both == [(1, "so\n", "错误：so\n"), (1, "", "（进程 1）错误：so\n")]
 
 
 def test_a_reply_on_a_terminal_of_another_encoding(finished):

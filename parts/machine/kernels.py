@@ -32,37 +32,37 @@ def choose(model, sharded: bool = False) -> Kernels:
     packing.use(model)
     attention, layers = varlen_missing(model), fused.layers_missing(model)
     if not (attention and layers):
+        # On a small model with the same heads: the model itself would keep gradients of all its weights.
         probe = fused.shrink(model)
         plain = attempt(fused.outcome, probe, LENGTHS, lengths=LENGTHS)
         if not attention:
             starts = packing.starts_of(LENGTHS, probe.device)
             attention = compare(plain, attempt(fused.outcome, probe, LENGTHS, lengths=LENGTHS, starts=starts))
+        # Last, as the probe's layers are exchanged for good.
         layers = layers or fused.try_layers(probe, plain, LENGTHS, lengths=LENGTHS)
     if layers.runs:
         fused.fuse_layers(model)
-    step = missing("它不认识分片的权重") if sharded else try_step("kahan", model.device, triton=True)
+    step = missing("不支持分片的权重") if sharded else try_step("kahan", model.device, triton=True)
     return Kernels(attention, layers, step)
 
 
 def varlen_missing(model) -> Verdict | None:
     """Tell why torch's attention kernel for packed batches cannot run here, or None."""
     if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-        return missing("它只在 sm80 及以上的 NVIDIA GPU 上")
-    return missing("它只算 bfloat16 和 float16") if model.dtype == torch.float32 else None
+        return missing("只支持 sm80 及以上的 NVIDIA GPU")
+    return missing("只支持 bfloat16 和 float16") if model.dtype == torch.float32 else None
 
 
 def describe(kernels: Kernels) -> str:
     """Return what runs, in one line."""
     attention, layers, step = kernels
-    parts = [
-        "注意力：torch varlen"
-        if attention.runs
-        else f"注意力：逐条 sdpa（不用 torch varlen：{attention.why}）"
-    ]
-    parts.append("融合算子：Liger" if layers.runs else f"融合算子：不用（{layers.why}）")
+    plain = f"逐条 sdpa（未启用 torch varlen：{attention.why}）"
+    line = f"注意力：{'torch varlen' if attention.runs else plain}"
+    line += f"；融合算子：{'Liger' if layers.runs else f'未启用（{layers.why}）'}"
+    # What cannot be there, on a CPU say, is not worth a word.
     if step.expected:
-        parts.append("优化器：Triton" if step.runs else f"优化器：不用 Triton（{step.why}）")
-    return "；".join(parts)
+        line += f"；优化器：{'Triton' if step.runs else f'未启用 Triton（{step.why}）'}"
+    return line
 
 
 def require(model, in_4bit: bool) -> dict[str, Verdict]:
@@ -72,31 +72,35 @@ def require(model, in_4bit: bool) -> dict[str, Verdict]:
         verdicts["4 位层"] = try_4bit_layer(model.device, model.dtype)
     for name, verdict in verdicts.items():
         if not verdict.runs:
-            raise SystemExit(
-                f"错误：{name}在这里算不对（{verdict.why}）；请升级驱动，或换 torch、bitsandbytes 版本。"
-            )
+            remedy = "请升级驱动，或更换 torch、bitsandbytes 的版本"
+            raise SystemExit(f"错误：{name}在这台机器上的结果不对（{verdict.why}）；{remedy}。")
     return verdicts
 
 
 @functools.cache  # compiled once a process
 def try_step(name: str, device: torch.device, triton: bool = False) -> Verdict:
-    """Tell whether this optimizer's steps run here, and are AdamW's. `triton`: with its kernel."""
+    """Tell whether the steps of this optimizer (its name in OPTIMIZERS) run here, and are AdamW's. `triton`:
+    with its kernel."""
     package = "triton" if triton else "torchao" if name.startswith("8bit") else "optimi"
     if importlib.util.find_spec(package) is None or triton and device.type != "cuda":
-        return missing("它要 GPU 和 triton" if triton else f"没有 {package}，请先运行 pip install {package}")
+        return missing("需要 GPU 和 triton" if triton else f"没有 {package}，请先运行 pip install {package}")
     if package == "torchao":
+        # torchao compiles its step; without this line a person would take the program for hung.
         print("检查 8 位优化器：第一次要编译，可能要一两分钟……", flush=True)
     share = attempt(optimizers.share_of_way, name, device, triton)
     if isinstance(share, Exception):
         return Verdict(False, fused.reason(share))
-    return Verdict(abs(share - 1) < ROUNDING, f"与算式相差 {abs(share - 1):.1%}")
+    deviation = abs(share - 1)
+    return Verdict(deviation < ROUNDING, f"与算式相差 {deviation:.1%}")
 
 
 def try_loss(device: torch.device, dtype: torch.dtype) -> Verdict:
-    """Tell whether the loss without logits is that of all logits here, its gradients too."""
+    """Tell whether the loss without logits is that of all logits here, its gradients too: of 128 tokens of 64
+    dimensions and a vocabulary of 1,024."""
     tensors = draw((128 + 1024, 64), dtype).to(device).split((128, 1024))  # hidden states, weight
     labels = (torch.arange(128) * 7).to(device)
 
+    # Logits are sums of 64 products, with a standard deviation of 8; divided by it they have one of 1.
     def plain(hidden, weight):
         return torch.nn.functional.cross_entropy((hidden @ weight.T).float() / 8, labels, reduction="sum")
 
@@ -108,25 +112,27 @@ def try_loss(device: torch.device, dtype: torch.dtype) -> Verdict:
 
 def try_4bit_layer(device: torch.device, dtype: torch.dtype) -> Verdict:
     """Tell whether a linear layer in NF4 gives here what it gives in `dtype`, but for the four bits."""
+    # Not at the top: it is installed only where it is wanted, and its import starts CUDA.
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     weight, inputs, direction = draw((3, 256, 256), dtype)
     layer = Linear4bit(256, 256, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
-    layer, weight = layer.to(device), weight.to(device)
+    layer, weight = layer.to(device), weight.to(device)  # the layer is quantized on its way to the device
     given = ([inputs.to(device)], direction.to(device))
-    return compare(
-        attempt(gradients, lambda x: x @ weight.T, *given), attempt(gradients, layer, *given), FOUR_BITS
-    )
+    plain = attempt(gradients, lambda x: x @ weight.T, *given)
+    return compare(plain, attempt(gradients, layer, *given), FOUR_BITS)
 
 
 def gradients(function, inputs, direction=None) -> list[torch.Tensor]:
-    """Return what `function` makes of the inputs, and its gradients to each of them."""
+    """Return what `function` makes of the inputs, and its gradients to each of them: those of its sum along
+    `direction`, which a function of one number does not need."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*inputs)
     return [output.detach(), *torch.autograd.grad(output, inputs, direction)]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return random numbers, always the same, in the CPU's memory."""
+    """Return standard normal numbers, always the same, in the CPU's memory."""
+    # A generator of their own: the training's random numbers are the same with and without these checks.
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

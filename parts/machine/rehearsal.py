@@ -24,46 +24,51 @@ def settle(trainer, plans: list[Plan]) -> None:
     args = trainer.args
     while plans:
         first = plans[0]
-        if first.optimizer.startswith("8bit"):
-            verdicts = accelerate.utils.gather_object([kernels.try_step("8bit", args.device)])
-            if why := next((verdict.why for verdict in verdicts if not verdict.runs), None):
-                plans = [other for other in plans if not other.optimizer.startswith("8bit")]
-                if not plans:
-                    raise SystemExit(
-                        f"错误：放得下的方案都要 8 位优化器（{first.optimizer}），它在这里用不了：{why}。"
-                    )
-                print(f"不用 8 位优化器：{why}。")
-                continue
+        if first.optimizer.startswith("8bit") and (problem := problem_of_8bit(args.device)):
+            plans = [other for other in plans if not other.optimizer.startswith("8bit")]
+            if not plans:
+                needed = f"放得下的方案都需要 8 位优化器（{first.optimizer}）"
+                raise SystemExit(f"错误：{needed}，而它在这里用不了：{problem}。")
+            print(f"8 位优化器在这里用不了：{problem}。")
+            continue
         plan.apply(first, trainer.model)
         trainer.follow(first)
-        kind = "显存" if plan.is_own(args.device) else "内存"
+        kind = "显存" if plan.has_own_memory(args.device) else "内存"
         print(plan.describe(first, f"每张卡的{kind}" if args.fsdp else kind))
         if not args.rehearse:
             return
         rehearsed = rehearse(trainer)
+        # Where one process has no room all go on to the next plan, as they train by the same one.
         if all(accelerate.utils.gather_object([rehearsed is not None])):
             print(rehearsed)
             return
+        # A later rung may be larger than the one that failed, and would fail too.
         plans = [other for other in plans if other.total < first.total]
-        print(
-            f"预演：显存不足，这个方案在这里放不下{'；换一个小一些的。' if plans else '，也没有更小的了。'}"
-        )
+        print(f"预演：{kind}不足，放不下这个方案；{'换一个更小的。' if plans else '没有更小的方案了。'}")
     raise torch.OutOfMemoryError("out of memory in the rehearsal of the smallest plan")
 
 
+def problem_of_8bit(device: torch.device) -> str | None:
+    """Return why 8-bit steps do not run in one of the processes, or None where they run in all."""
+    for verdict in accelerate.utils.gather_object([kernels.try_step("8bit", device)]):
+        if not verdict.runs:
+            return verdict.why
+    return None
+
+
 def rehearse(trainer) -> str | None:
-    """Return what the plan that `trainer` follows took here, or None: it does not fit. Of a sharded model
-    that raises the error and ends the training, in all processes."""
+    """Return what the plan that `trainer` follows took here, in a few words, or None where it does not fit.
+    A sharded model raises the error instead, which ends the training in all processes."""
     device = trainer.args.device
     try:
         with same_random_states(device):
             return measure(trainer)
     except RuntimeError as error:
-        if (
-            not is_out_of_memory(error) or trainer.args.fsdp
-        ):  # the others wait for this one's part of the model
+        # Of a sharded model the others still wait for this process's part.
+        if not is_out_of_memory(error) or trainer.args.fsdp:
             raise
-    finally:  # an error that was caught is gone by now, and with it the graph that its traceback held
+    finally:
+        # An error that was caught is gone by now, and with it the graph that its traceback held.
         trainer.drop_gradients()
         trainer.model.eval()
         if device.type == "cuda":
@@ -77,7 +82,9 @@ def measure(trainer) -> str:
     args, data = trainer.args, trainer.train_dataset
     by_length = sorted(range(len(data)), key=lengths_of(data).__getitem__)
     batch = trainer.data_collator([data[i] for i in by_length[-args.per_device_train_batch_size :]])
-    tokens, supervised = batch["input_ids"].numel(), (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
+    tokens = batch["input_ids"].numel()
+    supervised = (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
+    # It stands for the optimizer's states, which are made in its first step; that would change the weights.
     held = trainer.plan.parts["优化器"]
     if args.world_size > 1 and not args.fsdp:
         held += trainer.trained_bytes()  # DistributedDataParallel's copies of the gradients
@@ -85,6 +92,7 @@ def measure(trainer) -> str:
     inputs = trainer._prepare_inputs(batch)
     for _ in range(2):  # the first one loads kernels
         seconds = seconds_of(args.device, trainer.training_step, trainer.model, inputs, supervised)
+        # Where a step is several passes, the second one adds to the gradients of the first.
         if args.gradient_accumulation_steps == 1:
             trainer.drop_gradients()
     trainer.drop_gradients()
@@ -95,7 +103,7 @@ def measure(trainer) -> str:
         rows = next(filter(None, reversed(batches)), [])
         eval_seconds = seconds_of(args.device, trainer.evaluate_rows, trainer.eval_dataset, rows)
         if rows:
-            eval_speed = sum(len(trainer.eval_dataset[i]["input_ids"]) for i in rows) / eval_seconds
+            eval_speed = sum(lengths_of(trainer.eval_dataset[rows])) / eval_seconds
     del placeholder
     minutes = math.ceil(seconds_of_run(trainer, tokens / seconds, eval_speed) / 60)
     memory = f"峰值 {peak(args.device) / 1e9:.2f} GB（估算 {trainer.plan.total / 1e9:.2f}）"
@@ -106,6 +114,7 @@ def measure(trainer) -> str:
 def seconds_of(device: torch.device, run, *args) -> float:
     """Return how long `run(*args)` takes, until the device has done all that it was asked for."""
     backend = torch.get_device_module(device)
+    # A GPU works on after the call that asked for it: without waiting one would time the asking.
     backend.synchronize()
     begin = time.perf_counter()
     run(*args)
@@ -115,11 +124,11 @@ def seconds_of(device: torch.device, run, *args) -> float:
 
 def seconds_of_run(trainer, train_speed: float, eval_speed: float) -> float:
     """Estimate, from above, the whole training and its evaluations, without optimizer steps and saving. The
-    speeds, of one device, are in tokens/s."""
+    speeds, of one device, are in tokens/s; that of the evaluation may be infinite."""
     args, data = trainer.args, trainer.train_dataset
-    epoch = math.ceil(len(data) / args.examples_per_step)  # steps
-    steps = args.max_steps if args.max_steps > 0 else epoch * args.num_train_epochs
+    steps = args.max_steps
+    if steps <= 0:  # Trainer's word for: as many as the epochs have
+        steps = math.ceil(len(data) / args.examples_per_step) * args.num_train_epochs
     tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
     eval_tokens = sum(lengths_of(trainer.eval_dataset)) * steps / args.eval_steps
-    # A speed may be infinite.
     return (tokens / train_speed + eval_tokens / eval_speed) / args.world_size

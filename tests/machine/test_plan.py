@@ -26,8 +26,8 @@ LENGTHS = [700] * 50 + [2048] * 4
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_layer_keeps_the_bytes_that_the_plan_counts(dtype, kind):
     shape = {name: size for name, size in SMALL.items() if kind == "Qwen3" or name != "head_dim"}
-    two, four = (build_model(dtype, layers, shape, kind) for layers in (2, 4))
-    assert plan.layer_bytes(four, False, 0) == pytest.approx((bytes_kept(four) - bytes_kept(two)) / 2, rel=0.01)
+    one, two = (build_model(dtype, layers, shape, kind) for layers in (1, 2))
+    assert plan.layer_bytes(two, False, 0) == pytest.approx(bytes_kept(two) - bytes_kept(one), rel=0.01)
 
 
 def bytes_kept(model) -> float:
@@ -72,16 +72,11 @@ def peak(layers: int, tokens: int, every: int, optimizer: str, shape: dict) -> f
     return snapshot["Total"]
 
 
-@pytest.mark.parametrize(
-    ("layers", "tokens", "every", "optimizer", "shape"),
-    [
-        (8, 2048, 0, "kahan", FEW_WORDS),
-        (8, 8192, 4, "kahan", FEW_WORDS),
-        (10, 8192, 3, "kahan", FEW_WORDS),
-        (8, 8192, 1, "8bit_in_backward", FEW_WORDS),
-        (2, 2048, 1, "8bit_in_backward", UNTIED),
-    ],
-)
+PEAKS = [(8, 2048, 0, "kahan", FEW_WORDS), (8, 8192, 4, "kahan", FEW_WORDS), (7, 8192, 3, "kahan", FEW_WORDS)]
+PEAKS += [(8, 8192, 1, "8bit_in_backward", FEW_WORDS), (2, 2048, 1, "8bit_in_backward", UNTIED)]
+
+
+@pytest.mark.parametrize(("layers", "tokens", "every", "optimizer", "shape"), PEAKS)
 def test_the_estimate_is_never_below_the_peak_and_at_most_15_percent_above(layers, tokens, every, optimizer, shape):
     model = on_meta(layers=layers, shape=shape)
     estimate = plan.estimate(model, card_arguments(), False, tokens, every, False, optimizer, tokens)
@@ -139,22 +134,17 @@ def plans_of(lora: bool = False, **flags) -> list[plan.Plan]:
     return plan.choose(args, model, LENGTHS, True, plan.free_bytes(args.device, model, args.memory_gb))
 
 
-@pytest.mark.parametrize(
-    ("memory_gb", "most", "every", "offload", "optimizer"),
-    [
-        (140, 8192, 0, False, "kahan"),
-        (32, 4096, 0, False, "kahan"),
-        (24, 2048, 0, False, "kahan"),
-        (12, 8192, 1, False, "8bit_in_backward"),
-        (10, 8192, 1, True, "8bit_in_backward"),
-    ],
-)
-def test_each_card_gets_the_fastest_plan_that_fits(monkeypatch, memory_gb, most, every, offload, optimizer):
+CARDS = [(140, 8192, 0, False, "kahan"), (32, 4096, 0, False, "kahan"), (24, 2048, 0, False, "kahan")]
+CARDS += [(12, 8192, 1, False, "8bit_in_backward"), (10, 8192, 1, True, "8bit_in_backward")]
+
+
+@pytest.mark.parametrize(("memory_gb", "tokens", "every", "offload", "optimizer"), CARDS)
+def test_each_card_gets_the_fastest_plan_that_fits(monkeypatch, memory_gb, tokens, every, offload, optimizer):
     """Without torchao, which is asked for only where nothing else fits. Its table fits a terminal."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     fastest, *_ = plans_of(memory_gb=memory_gb)
     assert fastest.total <= memory_gb * 1e9
-    assert fastest[:4] == (most, every, offload, optimizer)
+    assert fastest[:4] == (tokens, every, offload, optimizer)
     text = plan.describe(fastest, "显存")
     assert max(map(rich.cells.cell_len, text.splitlines())) <= 80
     assert ("输入放内存" in text) == offload
@@ -176,7 +166,7 @@ def test_a_plan_that_turns_out_too_large_can_give_way_to_smaller_ones():
 
 
 def test_lora_fits_where_full_training_does_not():
-    lora, full = (plans_of(flag, memory_gb=5)[0] for flag in (True, False))
+    [lora, *_], [full] = plans_of(lora=True, memory_gb=5), plans_of(memory_gb=5)
     assert lora.total <= 5e9 < full.total and lora.optimizer == "kahan"
 
 
@@ -189,7 +179,7 @@ def test_flags_are_obeyed():
 
 def test_steps_in_the_backward_pass_need_the_whole_step_at_once():
     flags = {"optimizer": "8bit_in_backward", "gradient_accumulation_steps": 4, "memory_gb": 12}
-    refused("--optimizer 8bit_in_backward 要一个进程把一步的样本一次算完；~", plans_of, **flags)
+    refused("--optimizer 8bit_in_backward 要求一个进程一次算完一步的全部样本；~", plans_of, **flags)
 
 
 @pytest.mark.parametrize("kind", ["npu", "mps"])
@@ -208,13 +198,8 @@ def test_other_devices_are_planned_without_what_wants_cuda(kind):
 def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
     """The CPU's memory stands for a GPU's here, and copies of tensors for those that would be moved out of
     it."""
-    moved, inputs = [], []
-
-    def move(tensor):
-        moved.append(tensor.shape)
-        return tensor.clone()
-
-    to_cpu = torch.autograd.graph.saved_tensors_hooks(move, torch.clone)
+    inputs = []
+    to_cpu = torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)
     monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", lambda **_: to_cpu)
     gradients, ids = {}, torch.arange(64)[None]
     model = build_model(torch.float32, 2, SMALL)
@@ -228,7 +213,6 @@ def test_inputs_of_layers_in_the_cpus_memory_change_no_gradient(monkeypatch):
         assert [storage() is not None for storage in inputs] == [not offload] * 2
         output.square().sum().backward()
         gradients[offload] = [p.grad.clone() for p in model.model.parameters()]
-    assert [shape for shape in moved if shape.numel()] == [(1, 64, 128)] * 2  # before torch 2.13 an empty tensor, too
     assert all(map(torch.equal, *gradients.values()))
 
 

@@ -4,6 +4,7 @@ way."""
 import math
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -68,9 +69,8 @@ class Card(TorchDispatchMode):
 def test_on_a_card_that_is_too_small_a_smaller_plan_is_found_by_itself(workspace, tiny_model, tokenizer, capsys):
     trainer = build_trainer(tiny_model, tokenizer, rehearse=True)
     plans, peaks = [], []
-    for place, (tokens, every) in enumerate([(600, 0), (130, 0), (130, 1)]):
-        parts = {"优化器": 0.0, "一步之内": 1e9 - place}  # each is smaller than the one before, as the formula has it
-        plans.append(plan.Plan(tokens, every, False, "adamw", parts, 2e9))
+    for tokens, every, total in ((600, 0, 3.0), (130, 0, 2.0), (130, 1, 1.0)):
+        plans.append(plan.Plan(tokens, every, False, "adamw", {"优化器": 0.0, "一步之内": total}, 4.0))
         with Card() as card:
             rehearsal.settle(trainer, plans[-1:])
         peaks.append(card.peak)
@@ -79,7 +79,7 @@ def test_on_a_card_that_is_too_small_a_smaller_plan_is_found_by_itself(workspace
     with Card((peaks[1] + peaks[2]) / 2):
         rehearsal.settle(trainer, plans)
     printed = capsys.readouterr().out
-    assert printed.count("预演：显存不足，这个方案在这里放不下；换一个小一些的。") == 2 and "都放得下" in printed
+    assert printed.count("不足，放不下这个方案；换一个更小的。") == 2 and "都放得下" in printed
     assert trainer.plan == plans[2]
     assert all(layer.gradient_checkpointing for layer in trainer.model.get_decoder().layers)
 
@@ -95,19 +95,11 @@ def test_what_the_failed_step_held_is_free_before_the_next_is_tried(workspace, t
 
 
 def test_a_card_too_small_for_every_plan_ends_in_one_sentence_and_writes_nothing(workspace, tiny_model, monkeypatch):
-    def fail(_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(rehearsal, "measure", fail)
+    monkeypatch.setattr(rehearsal, "measure", measure := Mock(side_effect=torch.OutOfMemoryError("out of memory")))
     refused(train.OUT_OF_MEMORY.removeprefix("错误："), run, tiny_model, rehearse=True)
     assert not any(Path("output/qwen3-medical").iterdir())
-
-
-def test_other_errors_of_the_step_are_not_taken_for_memory(workspace, tiny_model, monkeypatch):
-    def fail(_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(rehearsal, "measure", fail)
+    # Other errors of the step are not taken for memory.
+    measure.side_effect = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(tiny_model, rehearse=True)
 
@@ -137,6 +129,5 @@ def test_plans_whose_optimizer_does_not_run_here_are_left_out(workspace, tiny_mo
     kahan, *eight = (trainer.plan._replace(optimizer=name) for name in ("kahan", "8bit", "8bit_in_backward"))
     rehearsal.settle(trainer, [*eight, kahan])
     assert trainer.plan == kahan
-    assert capsys.readouterr().out.count(f"不用 8 位优化器：{fused.COMPILER}。") == 1
-    message = f"放得下的方案都要 8 位优化器（8bit），它在这里用不了：{fused.COMPILER}。"
-    refused(message, rehearsal.settle, trainer, eight)
+    assert capsys.readouterr().out.count(f"8 位优化器在这里用不了：{fused.COMPILER}。") == 1
+    refused(f"~都需要 8 位优化器（8bit）~{fused.COMPILER}。", rehearsal.settle, trainer, eight)
