@@ -91,7 +91,7 @@ def find_model(args):
         remedy = "请先下载，或去掉 --fsdp"
         raise SystemExit(f"错误：--check 和 --fsdp 一起用时需要模型，而 {name} 还没有下载；{remedy}。")
     shrunk = args.device.type == "cpu"
-    note = "，缩到 2 层，用时没有参考意义" if shrunk else ""
+    note = "，缩到 2 层" if shrunk else ""
     print(f"模型：{name} 还没有下载，用形状相同的随机权重代替{note}")
     config = shape_of(name, **SMALL if shrunk else {})
     weights.quiet_libraries()
