@@ -1,7 +1,7 @@
-"""Ask the model that train_lora.py made: its adapter, merged in memory into the base model that the adapter names.
+"""Ask the model that train_lora.py made: its adapter, merged in memory into the base model that it names.
 
     python inference_lora.py                            # as inference.py, with the same flags
-    python inference_lora.py --merge_to output/merged   # write a plain model, then: python inference.py --model_path …
+    python inference_lora.py --merge_to output/merged   # write a plain model for inference.py --model_path
 
 The replies are a language model's and may be wrong. They are not medical advice.
 """
@@ -19,25 +19,26 @@ from parts.run import checkpoints
 
 
 def merge_to(folder: str, name: str, revision: str | None = None) -> None:
-    """Save the adapter `name`, merged into its base, in the dtype of the base, so that inference.py and any other tool
-    can load it, with what its training left; the mark of a finished run comes last. It raises SystemExit unless
-    `folder` is new or empty and can be written: merging never writes over a model."""
+    """Save the adapter `name`, merged into its base, as a model that inference.py and other tools can load.
+
+    It has the dtype of the base, and with it what its training left. The mark of a finished run comes last.
+    Raises SystemExit unless `folder` is new or empty and can be written: merging never writes over a model.
+    """
     try:
         if os.path.isdir(folder):
             os.rmdir(folder)  # which only removes what is empty
         os.makedirs(folder)
     except OSError:
         raise SystemExit(f"错误：{folder} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。") from None
-    import torch
+    import torch  # which takes seconds, and a folder that is refused should not
     from transformers import AutoConfig
 
     from parts.model import weights
 
     trained = weights.find_trained(name, revision)
     if trained.base_path is None:
-        raise SystemExit(
-            f"错误：{name} 里是完整的模型，不是 LoRA 适配器，不用合并；请直接用 inference.py 提问。"
-        )
+        reason = f"{name} 里是完整的模型，不是 LoRA 适配器，不需要合并"
+        raise SystemExit(f"错误：{reason}；请直接用 inference.py 提问。")
     # On the CPU, in float32: in bfloat16 the product of the adapter's matrices would be rounded.
     model, tokenizer = weights.load(trained, torch.device("cpu"))
     model.to(AutoConfig.from_pretrained(trained.base_path).dtype or model.dtype).save_pretrained(folder)
@@ -45,13 +46,12 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
     export.translate(folder)
     export.write_modelfile(folder, tokenizer, model.generation_config)
     adapter, run_folder = Path(trained.path), weights.run_folder(trained.path)
-    cards = (
-        [adapter / "README.md", adapter / "loss.png"] if adapter == run_folder else []
-    )  # a checkpoint's is peft's
-    for file in (*cards, run_folder / checkpoints.RUN_FILE, adapter / checkpoints.FINISHED_MARK):
-        if file.is_file():
-            shutil.copy(file, folder)
-    print(f"合并后的模型在 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
+    files = [run_folder / checkpoints.RUN_FILE, adapter / checkpoints.FINISHED_MARK]
+    if adapter == run_folder:  # a checkpoint's README.md is peft's, and the run's is about other weights
+        files = [adapter / "README.md", adapter / "loss.png", *files]
+    for file in filter(Path.is_file, files):
+        shutil.copy(file, folder)
+    print(f"合并后的模型已保存到 {folder}，提问：python inference.py --model_path {shlex.quote(folder)}")
 
 
 def main() -> None:

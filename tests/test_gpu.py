@@ -135,8 +135,8 @@ def test_all_that_should_run_here_does(folder, script):
 def test_the_whole_way_from_training_to_a_reply(workspace, tiny_model):
     flags = ("--model_name", tiny_model, "--max_steps", "20", "--eval_steps", "10", "--sample_tokens", "300")
     trained = run_script("train.py", *flags, "--report_to", "none", cwd=workspace, fresh=True)
-    assert trained.returncode == 0 and "CUDA graph 用不了" not in trained.stdout, trained.stdout
+    assert trained.returncode == 0 and "无法使用 CUDA graph" not in trained.stdout, trained.stdout
     folder = workspace / data.OUTPUT_DIR
     assert any("eval_loss" in log for log in history(folder))
     asked = run_script("inference.py", "头痛怎么办？", "--max_new_tokens", 300, cwd=workspace, fresh=True)
-    assert asked.returncode == 0 and "CUDA graph 用不了" not in asked.stdout, asked.stdout
+    assert asked.returncode == 0 and "无法使用 CUDA graph" not in asked.stdout, asked.stdout

@@ -254,7 +254,7 @@ def test_address_that_is_no_name_is_told_the_right_form(name):
 
 def test_folder_that_is_not_whole_is_named(folder):
     Path("Qwen/Qwen3-1.7B").mkdir(parents=True)
-    assert "./Qwen/Qwen3-1.7B 是这里的一个文件夹，但不完整" in ends(find_model, "Qwen/Qwen3-1.7B")
+    assert "./Qwen/Qwen3-1.7B 是一个本地文件夹，但缺少 .safetensors" in ends(find_model, "Qwen/Qwen3-1.7B")
 
 
 # ---- uploading, by the client's own commands ----------------------------------------------------------------------

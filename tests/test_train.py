@@ -103,7 +103,7 @@ def test_a_template_that_does_not_think_is_refused_before_data_and_weights(works
     Path("train.jsonl").write_text("no data", encoding="utf-8")
     template = Path("r1/chat_template.jinja")
     template.write_text(template.read_text(encoding="utf-8").replace("loop.index0 > last.user", "false"))
-    message = "r1 的对话模板不写思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
+    message = "r1 的对话模板不支持思考；请换一个会思考的模型，例如 Qwen/Qwen3-1.7B。"
     refused(message, train.check if check else train.train, arguments("r1"))
 
 
@@ -153,7 +153,7 @@ def test_rows_without_thinking_need_a_model_that_can_do_without(workspace, tiny_
     template = Path("thinking_only/chat_template.jinja")
     template.write_text(opening(template.read_text(encoding="utf-8")), encoding="utf-8")
     refused(
-        "数据里有没有思考的行（think 为空），而这个模型的对话模板不能关闭思考；~",
+        "数据中有 think 为空的行，而这个模型的对话模板不能关闭思考；~",
         run,
         "thinking_only",
         train_file=save(conversations(12), "turns.jsonl"),

@@ -1,5 +1,5 @@
 """What training and asking share of fast paths: whether a fast form gives here what its plain form gives,
-norms as one kernel, and Liger's layers. Knows no plan, no flag and no prompt."""
+norms as one kernel, and Liger's layers. It knows no plan, no flag and no prompt."""
 
 import copy
 import importlib.util
@@ -23,37 +23,38 @@ class Verdict(NamedTuple):
 
     runs: bool
     why: str  # how far its outcome is from the plain one's, or why it is left out
-    expected: bool = True  # that it runs: what the device or the installation does not have is no fault
+    expected: bool = True  # False where the device or the installation does not have it, which is no fault
 
 
 def missing(why: str) -> Verdict:
-    """The verdict on what cannot run here, and need not."""
+    """Return the verdict on what cannot run here, and need not."""
     return Verdict(False, why, expected=False)
 
 
 def attempt(run, *args, **kwargs):
-    """Return what `run` returns, or the error that it raised: whatever a kernel, its compiler or the driver
-    raises."""
+    """Return what `run` returns, or the error that it raised."""
     try:
         return run(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # a kernel, its compiler and the driver each raise what they like
         return error
 
 
 def compare(plain, fast, most: float = ROUNDING) -> Verdict:
-    """Tell whether the outcome `fast` differs from `plain` by `most` at the most. Each is a list of tensors,
-    or the error that came in its place."""
+    """Tell whether the outcome `fast` differs from `plain` by less than `most`, relatively, in every tensor.
+    Each is a list of tensors, or the error that came in its place."""
     for outcome in (plain, fast):
         if isinstance(outcome, Exception):
             return Verdict(False, reason(outcome))
-    # NaN, if one of them is: it counts as too large.
-    worst = torch.tensor([difference(*pair) for pair in zip(plain, fast)]).max().item()
+    # torch's maximum is NaN where one of them is, and NaN is never less; Python's max may pass over it.
+    worst = torch.tensor(list(map(difference, plain, fast))).max().item()
     return Verdict(worst < most, f"与普通算子相差 {worst:.1%}")
 
 
 def difference(plain: torch.Tensor, fast: torch.Tensor) -> float:
-    """Return the norm of the difference, relative to the plain tensor's; of two tensors of zeros it is 0."""
-    return 0.0 if plain.equal(fast) else ((plain - fast).float().norm() / plain.float().norm()).item()
+    """Return the norm of the difference, relative to the norm of the plain tensor."""
+    if plain.equal(fast):  # two tensors of zeros would give 0/0
+        return 0.0
+    return ((plain - fast).float().norm() / plain.float().norm()).item()
 
 
 def reason(error: Exception) -> str:
@@ -66,6 +67,7 @@ def fuse_norms(model) -> None:
     instead of eight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
+            # On "meta" it takes no memory: its weight of ones is replaced at once.
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
             norm.weight = module.weight
             model.set_submodule(name, norm)
@@ -74,22 +76,23 @@ def fuse_norms(model) -> None:
 def layers_missing(model) -> Verdict | None:
     """Tell why Liger's layers cannot run in place of the model's here, or None."""
     if model.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
-        return missing("它要 GPU 和 liger-kernel")
+        return missing("需要 GPU 和 liger-kernel")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    kind = model.config.model_type
-    return None if kind in MODEL_TYPE_TO_APPLY_LIGER_FN else missing(f"liger-kernel 没有 {kind} 的")
+    family = model.config.model_type
+    return None if family in MODEL_TYPE_TO_APPLY_LIGER_FN else missing(f"liger-kernel 不支持 {family}")
 
 
 def fuse_layers(model) -> None:
-    """Put Liger's norms, rotary embedding and SwiGLU in place of transformers', in this model; its loss
-    stays. Liger exchanges the classes of transformers' module too, for models that are still to be made:
-    those stay plain."""
+    """Put Liger's norms, rotary embedding and SwiGLU in place of transformers', in this model alone."""
     from transformers.integrations.liger import apply_liger_kernel
 
     module = vars(sys.modules[class_of(model).__module__])
     classes = {name: value for name, value in module.items() if isinstance(value, type)}
+    # The loss stays: training has one of its own, which needs no logits.
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    # Liger exchanges the classes of transformers' module too, for models that are still to be made: those
+    # stay plain, as what Liger gives was only compared for this one.
     module.update(classes)
 
 
@@ -112,32 +115,31 @@ def shrink(model):
     config.vocab_size, config.hidden_size, config.intermediate_size = PROBE_VOCABULARY, 256, 512
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = (
-        None  # these may lie outside the vocabulary
-    )
+    # These may lie outside the small vocabulary.
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     probe = class_of(model)(config).to(model.device, model.dtype)
+    # Set anew: it lies in a private field, and with another attention the trial would prove nothing.
     probe.set_attn_implementation(model.config._attn_implementation)
     return probe
 
 
 def class_of(model) -> type:
-    """Return transformers' class of the model, without its adapter; a sharded one has a class of FSDP2's
-    before it."""
+    """Return transformers' class of the model, without its adapter."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # FSDP2 gives a sharded model a class of its own, which stands before transformers'.
     return next(cls for cls in type(base).__mro__ if cls.__module__.startswith("transformers."))
 
 
 def outcome(probe, sizes: tuple[int, ...], **attention) -> list[torch.Tensor]:
-    """Return what the layer gives for examples of `sizes` tokens, end to end in [1, T], and the gradients of
-    its sum along a random direction for all weights. `attention`: what its attention is told besides.
-
-    The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
-    """
+    """Return the hidden states [1, T, hidden] of random examples of `sizes` tokens, end to end in [1, T], and
+    the gradients of all weights along a random direction. `attention` is handed to its attention."""
+    # Drawn on the CPU, so that every device is asked the same.
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(PROBE_VOCABULARY, (1, sum(sizes)), generator=generator).to(probe.device)
-    positions = torch.cat([torch.arange(size) for size in sizes])[None].to(probe.device)
+    positions = torch.cat(list(map(torch.arange, sizes)))[None].to(probe.device)  # [1, T], from 0 in each
     decoder = probe.get_decoder()
     hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
+    # The squared sum would not do: behind a norm it is a constant, whose gradients are nothing but rounding.
     direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
     total = (hidden.float() * direction).sum()
     return [hidden.detach(), *torch.autograd.grad(total, list(decoder.parameters()))]

@@ -1,9 +1,10 @@
 """Conversations to replies, sampled in one batch, and the loop that generates them with a static cache and
-CUDA graphs. Knows prompts, sampling and a model, not where questions come from."""
+CUDA graphs. It knows prompts, sampling and a model, not where questions come from."""
 
 import sys
 import time
 from functools import partial
+from itertools import takewhile
 
 import torch
 import transformers
@@ -35,40 +36,38 @@ def generate(
     stop=None,
     fast_kernels=True,
 ) -> list[Reply]:
-    """Return a Reply to each conversation, a list of Messages, sampled as one left-padded batch: never
-    greedily, which makes thinking loop.
+    """Return a Reply to each conversation, a list of Messages, sampled as one batch.
 
     All replies are cut off where `stop()` returns True. `streamer` is transformers'. Without `fast_kernels`
-    the loop is transformers' too.
+    the loop is transformers' too. It is never greedy, which makes thinking loop.
     """
     prompts = [encode_messages(tokenizer, messages, True, thinking) for messages in conversations]
+    # [batch, prompt]: padding stands on the left, so that all rows go on at the same place.
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    criteria = [lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool)] if stop else []
+    settings = {} if thinking else dict(NO_THINKING_SAMPLING)
+    if fast_kernels:
+        settings["custom_generate"] = fast_loop(model, max_new_tokens, streamer)
+    if stop:  # transformers asks at each token, for [batch] answers
+        settings["stopping_criteria"] = [lambda ids, _: torch.full_like(ids[:, 0], stop(), dtype=torch.bool)]
+    settings |= {"max_new_tokens": max_new_tokens, "use_cache": True, "streamer": streamer}
     began = time.perf_counter()
     with torch.inference_mode():
-        output = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-            streamer=streamer,
-            custom_generate=fast_loop(model, max_new_tokens, streamer) if fast_kernels else None,
-            stopping_criteria=criteria,
-            **({} if thinking else NO_THINKING_SAMPLING),
-        )
+        output = model.generate(**inputs.to(model.device), **settings)  # [batch, prompt + new]
     generated = output[:, inputs.input_ids.shape[1] :].tolist()  # which waits for the GPU
     seconds = (time.perf_counter() - began) / len(prompts)
     replies, stops = [], model.generation_config.eos_token_id
     for prompt, ids in zip(prompts, generated):
-        length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        complete = length < len(ids)
-        reply = split_reply(tokenizer, ids[:length], complete, opens_thinking(tokenizer, prompt))
-        replies.append(reply._replace(tokens=length + complete, seconds=seconds))
+        # Behind a stop token there is padding, up to the end of the batch's longest reply.
+        written = list(takewhile(lambda token: token not in stops, ids))
+        complete = len(written) < len(ids)
+        reply = split_reply(tokenizer, written, complete, opens_thinking(tokenizer, prompt))
+        replies.append(reply._replace(tokens=len(written) + complete, seconds=seconds))
     return replies
 
 
 def room_in_memory(model) -> int:
-    """Return the tokens of prompts and replies that a batch may have: their keys and values have to fit the
-    GPU."""
+    """Return how many tokens of prompts and replies, padding included, a batch may have, so that their keys
+    and values fit the GPU."""
     if model.device.type != "cuda":
         return BATCH_TOKENS
     config = model.config
@@ -85,7 +84,7 @@ class Decoder:
     the launches are recorded once as a graph and then replayed at once. When the cache is full it grows, and
     the graph is recorded anew.
 
-    input_ids and position_ids are [rows, prompt], left-padded; attention_mask is the same, or None without
+    input_ids and position_ids are [batch, prompt], left-padded; attention_mask is the same, or None without
     padding.
     """
 
@@ -94,25 +93,27 @@ class Decoder:
         self.capturable = input_ids.is_cuda
         self.used = input_ids.shape[1]  # tokens in the cache
         self.room = (self.used // CACHE_STEP + 1) * CACHE_STEP
+        # Keys and values of each layer: [batch, key heads, room, head].
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=self.room)
-        self.logits = self.forward(input_ids, position_ids, attention_mask)  # [rows, vocabulary]
+        self.logits = self.forward(input_ids, position_ids, attention_mask)  # [batch, vocabulary]
+        # What a step reads is written into these two, [batch, 1]: a graph knows addresses, no values.
         self.token = torch.zeros_like(input_ids[:, -1:])
         self.position = position_ids[:, -1:].clone()
-        # What is yet to come is left out by its position, so the mask is the padding alone and never changes.
+        # What is yet to come is left out by its position, so the mask [batch, room] is the padding alone and
+        # never changes.
         self.mask = attention_mask
         if attention_mask is not None:
             self.mask = pad(attention_mask.bool(), (0, self.room - self.used), value=True)
 
     def forward(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
-        """Return the logits [rows, vocabulary] after the last token of `input_ids`, whose keys and values
-        join the cache."""
+        """Return the logits [batch, vocabulary] after the last of `input_ids` [batch, tokens], whose keys and
+        values join the cache."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[
-            :, -1
-        ]
+        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]  # of [batch, 1, vocabulary]
 
     def advance(self, token: torch.Tensor) -> None:
-        """Put the logits after `token` [rows] into `self.logits`."""
+        """Put the logits after `token` [batch] into `self.logits`."""
         if self.used == self.room:
             self.grow()
         self.token.copy_(token[:, None])
@@ -129,7 +130,7 @@ class Decoder:
         """Make room for CACHE_STEP more tokens. The addresses change, so the graph is of no use any more."""
         self.graph, self.warm_steps = None, 0
         self.room += CACHE_STEP
-        for layer in self.cache.layers:
+        for layer in self.cache.layers:  # pad counts from the last dimension: the last but one is the tokens
             layer.keys = pad(layer.keys, (0, 0, 0, CACHE_STEP))
             layer.values = pad(layer.values, (0, 0, 0, CACHE_STEP))
             layer.max_cache_len = self.room
@@ -137,12 +138,14 @@ class Decoder:
             self.mask = pad(self.mask, (0, CACHE_STEP), value=True)
 
     def capture(self) -> None:
-        """Record one step without running it, and run the last one again by it, which has to give the same.
-        Where either fails, say why and go on step by step."""
+        """Record one step, and run the last one again by it, which has to give the same. Where either fails,
+        say why and go on step by step."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 logits = self.forward(self.token, self.position, self.mask)
+            # Recording runs nothing: token and position are still the last step's. One token back, the replay
+            # writes its keys and values over those that the step itself wrote.
             for layer in self.cache.layers:
                 layer.cumulative_length -= 1
             graph.replay()
@@ -153,15 +156,17 @@ class Decoder:
         except RuntimeError as error:
             self.capturable, self.verdict = False, Verdict(False, first_line(error))
             torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
-            print(f"（CUDA graph 用不了，改为逐步计算，会慢一些：{first_line(error)}）", file=sys.stderr)
+            print(
+                f"（无法使用 CUDA graph，改为逐步计算，速度会慢一些：{first_line(error)}）", file=sys.stderr
+            )
 
 
 @torch.inference_mode()
 def try_graph(model) -> Verdict:
     """Tell whether a step can be recorded here, and then gives what it gives by itself."""
     if model.device.type != "cuda":
-        return missing("它要 GPU")
-    ids = torch.arange(100, 120, device=model.device)[None]
+        return missing("需要 GPU")
+    ids = torch.arange(100, 120, device=model.device)[None]  # [1, 20]
     decoder = Decoder(model, ids, torch.arange(20, device=model.device)[None])
     for token in ids[0, :WARM_UP]:
         decoder.advance(token[None])
@@ -171,25 +176,27 @@ def try_graph(model) -> Verdict:
 def decode(
     model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs
 ):
-    """The loop of `model.generate`, which prepares these arguments (`custom_generate`) and returns what this
-    returns: prompts and replies as [rows, prompt + new], padded on the right; the last tokens may all be
-    padding."""
+    """The loop that `model.generate` runs as its `custom_generate`, with arguments that it has prepared.
+
+    `input_ids` [batch, prompt] are left-padded. It returns prompts and replies as [batch, prompt + new],
+    padded on the right; the last tokens may all be padding.
+    """
     prompt, longest = input_ids.shape[1], generation_config.max_length
     padding = generation_config.pad_token_id
-    sequence = pad(input_ids, (0, longest - prompt), value=padding)
-    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-    # Its own: in torch 2.11 a capture that fails leaves the default one unusable.
+    sequence = pad(input_ids, (0, longest - prompt), value=padding)  # [batch, longest]
+    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # [batch]
+    # A generator of its own: in torch 2.11 a capture that fails leaves the default one unusable.
     generator = torch.Generator(input_ids.device).manual_seed(int(torch.randint(2**62, ())))
     # Arguments with names of their own would be taken for settings that generate need not prepare.
     decoder = Decoder(model, input_ids, model_kwargs["position_ids"], model_kwargs.get("attention_mask"))
     shown = prompt
     for length in range(prompt + 1, longest + 1):
-        scores = logits_processor(sequence[:, : length - 1], decoder.logits.float())
+        scores = logits_processor(sequence[:, : length - 1], decoder.logits.float())  # [batch, vocabulary]
         if generation_config.do_sample:
-            # The largest of p / Exponential(1) is a sample of p; torch.multinomial checks p first, and so
-            # waits.
+            # The largest of p / Exponential(1) is a sample of p. torch.multinomial would check p first, and
+            # so wait for the GPU at each token.
             scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
-        token = scores.argmax(-1).masked_fill(finished, padding)
+        token = scores.argmax(-1).masked_fill(finished, padding)  # [batch]
         sequence[:, length - 1] = token
         finished |= stopping_criteria(sequence[:, :length], None)
         if (length - prompt) % READ_EVERY == 0 or length == longest:
@@ -213,5 +220,5 @@ def fast_loop(model, max_new_tokens: int, streamer=None):
     layers = set(getattr(model.config, "layer_types", None) or ())
     fits = layers == {"full_attention"} and model.config._attn_implementation == "sdpa"
     pays = model.device.type == "cuda" and max_new_tokens >= SHORT_REPLY
-    # `model.generate` keeps the streamer to itself.
+    # `model.generate` does not hand the streamer on.
     return partial(decode, streamer=streamer) if fits and pays else None

@@ -1,6 +1,6 @@
 """A model: where it is, whether it can be trained here, its tokenizer, its weights on this machine's device,
-the adapter that is merged into them, and the settings with which it is asked. Knows Qwen3's end of turn and
-peft's files, no question."""
+the adapter that is merged into them, and the settings with which it is asked. It knows Qwen3's end of turn
+and peft's files, and no question."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ OUTPUTS = "output/"  # below it the trainings write: a name that begins so is ne
 THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them
 BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
-# Weights in other forms, which are neither needed nor safe to load
+# Weights in other forms, which are neither needed nor safe to load: most of them are pickles, which run code.
 NOT_DOWNLOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
@@ -51,29 +51,30 @@ class Trained(NamedTuple):
 
 def check_family(folder: str | Path, name: str, tokenizer=None) -> None:
     """Raise SystemExit unless the model in `folder`, which the user calls `name`, is trained rightly here,
-    also with this tokenizer if there is one. Nothing is read but config.json."""
+    also with `tokenizer` if there is one. It reads nothing but config.json, so it can refuse a model before
+    its weights are downloaded."""
     path = Path(folder, hub.CONFIG)
     try:
-        settings = {**json.loads(path.read_text(encoding="utf-8"))}
+        settings = {**json.loads(path.read_text(encoding="utf-8"))}  # which raises unless it is an object
         family = settings.get("model_type")
         config = CONFIG_MAPPING[family].from_dict(settings) if family in FAMILIES else None
-    except Exception as error:  # of a field, each configuration raises its own
+    except Exception as error:  # each configuration raises errors of its own for a field
         raise SystemExit(f"错误：{path} 无法读取（{first_line(error)}）；请重新下载或换一个模型。") from None
 
     tokens = 1 + max(tokenizer.get_vocab().values()) if tokenizer else 0
     if not config:
-        why = f"它的 model_type 是 {family}，这里只训练 {'、'.join(FAMILIES)}"
+        reason = f"它的 model_type 是 {family}，这里只支持训练 {'、'.join(FAMILIES)}"
     elif getattr(config, "quantization_config", None):
-        why = "它的权重已经量化，不能照原样训练"
+        reason = "它的权重已经量化，不能直接训练"
     elif not attends_to_all(config):
-        why = "它的注意力不是每层都看到全部上文（滑动窗口或线性注意力）"
+        reason = "它有的层看不到全部上文（滑动窗口或线性注意力）"
     elif (rope := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
-        why = f"它的位置编码（rope_type {rope}）随一批里最长的样本改变"
+        reason = f"它的位置编码（rope_type {rope}）随一批中最长的样本变化"
     elif tokens > config.vocab_size:
-        why = f"分词器有 {tokens} 个 token，而模型的词表只有 {config.vocab_size}"
+        reason = f"分词器有 {tokens} 个 token，而模型的词表只有 {config.vocab_size}"
     else:
         return
-    raise SystemExit(f"错误：{name} 不能在这里正确训练：{why}；请换一个模型，例如 Qwen/Qwen3-1.7B。")
+    raise SystemExit(f"错误：{name} 不能在这里正确训练：{reason}；请换一个模型，例如 Qwen/Qwen3-1.7B。")
 
 
 def attends_to_all(config) -> bool:
@@ -84,7 +85,7 @@ def attends_to_all(config) -> bool:
 
 
 def head_dim(config) -> int:
-    """Return the size of one attention head, which Qwen2's configuration does not tell."""
+    """Return the size of one attention head, which Qwen2's configuration does not give."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -100,23 +101,21 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def quiet_libraries() -> None:
-    """Keep off the screen what libraries tell each other: progress of weight files, deprecations, tied
-    weights."""
+    """Keep off the screen what libraries tell each other: progress of files, deprecations, tied weights."""
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    # It is the embedding, and is loaded.
+    # The Trainer misses it in a checkpoint, although it is the embedding, which is loaded.
     tied = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
     logging.getLogger("transformers.trainer").addFilter(lambda record: tied not in record.getMessage())
 
 
 def load_tokenizer(path: str):
-    """Return the tokenizer of a model folder, which ends turns and has padding. Raises SystemExit when it is
-    not there, or writes no such turns."""
+    """Return the tokenizer of a model folder, set to end turns with END_OF_TURN and to have padding. Raises
+    SystemExit where it is not there, or its template writes no such turns."""
     try:
+        # Without one of them transformers would make an empty tokenizer.
         if not any(Path(path, file).is_file() for file in TOKENIZER_FILES):
-            raise ValueError(
-                f"缺少 {'、'.join(TOKENIZER_FILES)} 之一"
-            )  # transformers would make an empty one
+            raise ValueError(f"缺少 {'、'.join(TOKENIZER_FILES)} 之一")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise ValueError("没有对话模板，缺少 chat_template.jinja 或 tokenizer_config.json")
@@ -126,24 +125,28 @@ def load_tokenizer(path: str):
     except Exception as error:  # tokenizers and jinja raise what they like
         remedy = "请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
         raise SystemExit(f"错误：{path} 里的分词器不能用（{first_line(error)}）；{remedy}") from None
-    tokenizer.eos_token = END_OF_TURN  # a base model, Qwen3-1.7B-Base for one, names <|endoftext|>
+    # A base model, such as Qwen3-1.7B-Base, names <|endoftext|>, at which no reply would end.
+    tokenizer.eos_token = END_OF_TURN
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TURN
     return tokenizer
 
 
 def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = False, on_cpu: bool = False):
-    """Return the model of a folder, in `best_dtype(device)`, in eval mode, on `device` or where accelerate,
-    and so the Trainer, computes here. `in_4bit`: its linear layers are in NF4, for training adapters on it.
-    `on_cpu`: it stays in the CPU's memory, from which it is cut for several devices."""
+    """Return the model of a folder, in `best_dtype(device)` and eval mode, on `device` or where accelerate,
+    and so the Trainer, computes here.
+
+    `in_4bit`: its linear layers are in NF4, for training adapters on it. `on_cpu`: it stays in the CPU's
+    memory, from which it is cut for several devices. Raises SystemExit where the folder holds no complete
+    model in safetensors.
+    """
     quiet_libraries()
     device = device or accelerate.PartialState().device
     # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not any(Path(path).glob("*.safetensors")):
-        raise SystemExit(
-            f"错误：{path} 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；请换一个模型。"
-        )
+        reason = "没有 safetensors 格式的权重（其他格式可能执行代码，不会读取）"
+        raise SystemExit(f"错误：{path} 里{reason}；请换一个模型。")
     options = {"dtype": best_dtype(device), "output_loading_info": True}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -156,31 +159,29 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
         )
         if missing := sorted(report["missing_keys"]):  # else they would be random, with a warning at most
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
-        if Path(path, "generation_config.json").is_file():
-            transformers.GenerationConfig.from_pretrained(
-                path
-            )  # a broken one would be passed over in silence
+        if Path(path, "generation_config.json").is_file():  # a broken one was passed over without a word
+            transformers.GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(
-            f"错误：{path} 里的模型无法读取（{first_line(error)}）；请重新下载或重新训练。"
-        ) from None
-    return (model if in_4bit or on_cpu else model.to(device)).eval()
+        reason = f"{path} 里的模型无法读取（{first_line(error)}）"
+        raise SystemExit(f"错误：{reason}；请重新下载或重新训练。") from None
+    if not (in_4bit or on_cpu):
+        model.to(device)
+    return model.eval()
 
 
 def load(trained: Trained, device: torch.device | None = None):
-    """Return (model, tokenizer), ready to be asked, as `load_weights` loads them. An adapter is merged into
-    its base's weights."""
+    """Return (model, tokenizer), ready to be asked. An adapter is merged into its base's weights."""
     model = load_weights(trained.base_path or trained.path, device)
     if trained.base_path:
         import peft
 
         try:
-            if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask a hub for it
+            if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask the hub for it
                 raise FileNotFoundError("缺少 adapter_model.safetensors")
             model = peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            refusal = f"{trained.path} 的适配器无法装到 {trained.base} 上（{first_line(error)}）"
-            raise SystemExit(f"错误：{refusal}；请重新运行 python train_lora.py") from None
+            reason = f"{trained.path} 的适配器无法加载到 {trained.base} 上（{first_line(error)}）"
+            raise SystemExit(f"错误：{reason}；请重新运行 python train_lora.py") from None
     tokenizer = load_tokenizer(trained.path)
     settle_generation(model, tokenizer)
     return model, tokenizer
@@ -192,45 +193,50 @@ def load_trained(name: str, revision: str | None = None, thinking: bool = True):
 
 
 def settle_generation(model, tokenizer) -> None:
-    """Make the settings that are saved with `model` those with which it is asked here: a base model's would
-    not stop at the end of turn, and would think greedily, which loops. Generation stops at the end of turn,
-    and at what the model's own settings name besides."""
+    """Make the settings that are saved with `model` those with which it is asked here.
+
+    Generation stops at the end of turn, and at what the model's own settings name besides. A base model's
+    settings would not stop there, and would think greedily, which loops.
+    """
     settings, end = model.generation_config, tokenizer.eos_token_id
-    named = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    settings.eos_token_id = [end, *(token for token in named if token not in (None, end))]
+    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = [end, *(token for token in stops if token not in (None, end))]
     settings.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = end
     greedy = not (settings.do_sample and settings.temperature)
     settings.do_sample = True
     for name, value in THINKING_SAMPLING.items():
-        if greedy or getattr(settings, name) is None:  # what is left out, each tool fills in as it likes
+        # What is left out, each tool fills in as it likes.
+        if greedy or getattr(settings, name) is None:
             setattr(settings, name, value)
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a downloaded model is complete: what belongs beside the weights, all weight files that the
-    index names, each as long as its own header says, and no download that was cut off."""
+    """Tell whether a downloaded model is complete: it has what belongs beside the weights, all weight files
+    of the index, each as long as its own header says, and no download of it was cut off."""
     try:
         for name in weight_files(folder):
             safe_open(folder / name, "pt")  # which compares the header with the file's length
-        beside = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
-        return beside and not any(folder.rglob("*.incomplete"))
+        complete = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
+        return complete and not any(folder.rglob("*.incomplete"))  # clients download into these
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
 
 
 def find_downloaded(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a model that an earlier command downloaded whole, in this revision; else None."""
+    """Return the folder of a model that an earlier command downloaded whole, in this revision, or None."""
     scheme, repository, _ = hub.split(name)
     folder = hub.HUBS[scheme]().find(repository, revision)
     return folder if folder and is_whole(folder) else None
 
 
 def find_model(name: str, remedy: str, revision: str | None = None, to_train: bool = False) -> str:
-    """Return a folder as it is; else the folder into which a hub's client downloads the model `name`, or,
-    when the hub cannot be reached, an earlier command downloaded it whole. `remedy`: what else could be done
-    where that fails. A model that is `to_train` is refused before its weights come if `check_family` refuses
-    it."""
+    """Return the folder of the model `name`, which is a local folder or a hub's name.
+
+    A hub's client downloads it; where the hub cannot be reached, a complete earlier download will do.
+    `remedy` says what else could be done where that fails. A model that is `to_train` is refused before its
+    weights come if `check_family` refuses it. Raises SystemExit where there is no such model.
+    """
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
         if revision:
             raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
@@ -238,10 +244,9 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
             command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
             raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
         if hub.split(name) and not any(Path(name).glob("*.safetensors")):
+            # The hub's model may be meant: a folder of the same name is not passed over in silence.
             remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
-            raise SystemExit(
-                f"错误：./{name} 是这里的一个文件夹，但不完整（缺少 .safetensors 权重）；{remedy}"
-            )
+            raise SystemExit(f"错误：./{name} 是一个本地文件夹，但缺少 .safetensors 权重；{remedy}")
         return str(Path(name).resolve())
     on_hub = hub.split(name)
     if not on_hub or on_hub.inside or name.startswith(OUTPUTS):
@@ -263,23 +268,25 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
 
 
 def find_local(name: str) -> Path | None:
-    """Return the folder with the best weights below `name`, a training's folder or any model's; None where
+    """Return the folder with the best weights below `name`, a training's folder or any model's, or None where
     `name` is a hub's."""
     is_local = os.path.isdir(name) or name.startswith(OUTPUTS)
     return checkpoints.find_trained(name) if is_local else None
 
 
 def find_trained(name: str, revision: str | None = None, thinking: bool = True) -> Trained:
-    """Find what `load` loads. `name` is an output folder of a training, any folder with a model, an adapter
-    or a checkpoint, or a hub's name. `revision` is that of the hub's model, for a local adapter that of its
-    base.
+    """Return where the weights are that `load` loads.
+
+    `name` is an output folder of a training, any folder with a model, an adapter or a checkpoint, or a hub's
+    name. `revision` is that of the hub's model, or of a local adapter's base.
 
     Raises SystemExit for all that can be refused before the weights are read: a model that is not there, an
     adapter whose base is another one than it was trained on, and a model that cannot be asked without
     `thinking`.
     """
     adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
-    local = find_local(name) if adapter or not revision else None  # find_model says what a revision is for
+    # A local model with a revision goes on to find_model, which refuses it.
+    local = find_local(name) if adapter or not revision else None
     path = str(local or find_model(name, "检查 --model_path", revision))
     if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
         raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
@@ -288,12 +295,12 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = find_model(base, remedy, revision if local and revision else trained_revision)
-    expected = read_settings(run_folder(path)).get("model_sha256")  # if its run has a record of the weights
+    # Another base of the same shape would load without an error. An adapter from elsewhere has no record.
+    expected = read_settings(run_folder(path)).get("model_sha256")
     if expected and (actual := checkpoints.weights_sha256(base_path)) != expected:
+        reason = f"{path} 的适配器不是在现在的 {base} 上训练的"
         sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
-        raise SystemExit(
-            f"错误：{path} 的适配器不是在现在的 {base} 上训练的（{sums}）；请放回原来的基础模型。"
-        )
+        raise SystemExit(f"错误：{reason}（{sums}）；请放回原来的基础模型。")
     return Trained(path, base, base_path)
 
 
@@ -308,7 +315,7 @@ def read_base(path: str) -> tuple[str, str | None]:
         return base, None if Path(base).is_dir() else settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "请放回基础模型，或重新运行 python train_lora.py"
-        raise SystemExit(f"错误：{config} 用不了（{first_line(error)}）；{remedy}") from None
+        raise SystemExit(f"错误：{config} 不可用（{first_line(error)}）；{remedy}") from None
 
 
 def run_folder(path: str) -> Path:

@@ -21,6 +21,7 @@ import inference_lora
 from parts.model import encoding, export
 
 TRANSFORMERS_4 = os.environ.get("TRANSFORMERS_4")
+OLDER = {"rope_theta": 1000000, "rope_scaling": None, "torch_dtype": "float32"}  # of config.json
 READER = """
 import json, sys, torch, transformers
 ids, messages = torch.arange(100, 400)[None], [{"role": "user", "content": "感冒"}]
@@ -35,8 +36,8 @@ for folder in sys.argv[1:]:
     if folder != "lora":
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         settings = model.generation_config
-        read[folder]["settings"] = [settings.temperature, settings.top_k, settings.top_p, settings.eos_token_id]
-        read[folder]["settings"] += [str(model.dtype)]
+        sampling = [settings.temperature, settings.top_k, settings.top_p, settings.eos_token_id]
+        read[folder]["settings"] = [*sampling, str(model.dtype)]
         with torch.no_grad():
             read[folder]["logits"] = model(ids).logits[0].tolist()
 print("\\n" + json.dumps([transformers.__version__, read]))
@@ -49,21 +50,25 @@ def trained(tmp_path_factory, tiny_model) -> Path:
     with prepared(tmp_path_factory) as folder:
         shutil.copytree(tiny_model, "base")
         load_attentive(tiny_model).save_pretrained("base")
-        older = {"rope_theta": 1000000, "rope_scaling": None, "torch_dtype": "float32"}
-        change("base/config.json", older, ("rope_parameters", "dtype"))
+        change("base/config.json", OLDER, "rope_parameters", "dtype")
         names = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
         names |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        change("base/tokenizer_config.json", names, ("extra_special_tokens",))
+        change("base/tokenizer_config.json", names, "extra_special_tokens")
         for lora, name in ((False, "full"), (True, "lora")):
             run("base", lora, max_steps=2, output_dir=name)
         inference_lora.merge_to("merged", "lora")
     return folder
 
 
-def change(path: str, new: dict, gone: tuple) -> None:
-    settings = json.loads(Path(path).read_text(encoding="utf-8")) | new
-    kept = {name: value for name, value in settings.items() if name not in gone}
-    Path(path).write_text(json.dumps(kept), encoding="utf-8")
+def change(path: str, new: dict, *gone: str) -> None:
+    settings = read(path) | new
+    for name in gone:
+        settings.pop(name, None)
+    Path(path).write_text(json.dumps(settings), encoding="utf-8")
+
+
+def read(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_with(env: dict) -> tuple[str, dict]:
@@ -86,27 +91,28 @@ def test_transformers_4_reads_what_was_trained(trained, monkeypatch):
 
 def test_what_older_readers_look_for_is_there(trained):
     for folder in ("full", "merged", "lora"):
-        settings = json.loads((trained / folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = read(trained / folder / "tokenizer_config.json")
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
         assert settings["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
         tokens = [token["content"] for token in settings["added_tokens_decoder"].values()]
         assert tokens == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    config = json.loads((trained / "full" / "config.json").read_text(encoding="utf-8"))
-    assert {"rope_theta": 1000000, "rope_scaling": None, "torch_dtype": "float32"}.items() <= config.items()
+    assert OLDER.items() <= read(trained / "full" / "config.json").items()
 
 
 def test_transformers_5_reads_the_same_as_before(tmp_path, tokenizer):
     rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}
-    config, read = transformers.Qwen3Config(rope_parameters=rope, dtype="bfloat16"), []
-    for include in (lambda folder: None, export.translate):
-        config.save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        include(tmp_path)
+    transformers.Qwen3Config(rope_parameters=rope, dtype="bfloat16").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def load() -> list:
         tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        vocabulary = (tokens.get_vocab(), tokens.special_tokens_map, tokens.all_special_tokens, tokens.chat_template)
-        read.append((transformers.AutoConfig.from_pretrained(tmp_path).to_dict(), vocabulary))
-    assert read[0] == read[1]
-    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        vocabulary = [tokens.get_vocab(), tokens.special_tokens_map, tokens.all_special_tokens, tokens.chat_template]
+        return [transformers.AutoConfig.from_pretrained(tmp_path).to_dict(), *vocabulary]
+
+    before = load()
+    export.translate(tmp_path)
+    assert load() == before
+    written = read(tmp_path / "config.json")
     assert (written["rope_theta"], written["rope_scaling"]["factor"], written["torch_dtype"]) == (1e6, 4.0, "bfloat16")
 
 
@@ -136,11 +142,9 @@ def test_it_says_what_was_trained(finished):
     saved = transformers.GenerationConfig.from_pretrained("full")
     assert "FROM ./model.gguf\n" in text and f'TEMPLATE """{export.TEMPLATE}"""\n' in text
     assert f'SYSTEM """{data.SYSTEM_PROMPT}"""\n' in text
-    assert re.findall("PARAMETER (.*)", text) == [
-        *('stop "<|im_end|>"', 'stop "<|endoftext|>"'),
-        *(f"{name} {getattr(saved, name)}" for name in ("temperature", "top_p", "top_k")),
-        *("repeat_penalty 1.0", "num_ctx 8192"),
-    ]
+    sampling = [f"{name} {getattr(saved, name)}" for name in ("temperature", "top_p", "top_k")]
+    expected = ['stop "<|im_end|>"', 'stop "<|endoftext|>"', *sampling, "repeat_penalty 1.0", "num_ctx 8192"]
+    assert re.findall("PARAMETER (.*)", text) == expected
     inference_lora.merge_to("merged", "lora")
     assert Path("merged/Modelfile").read_text(encoding="utf-8") == text and not Path("lora/Modelfile").exists()
 
@@ -152,14 +156,12 @@ def test_a_model_that_ollama_would_ask_otherwise_gets_none(folder, tokenizer, ca
     assert f'\nSYSTEM """{text}"""\n' in Path("Modelfile").read_text(encoding="utf-8")
     other = encoding.with_system(tokenizer, "系统")
     other.chat_template = opening(other.chat_template)
-    for model, reason in (
-        (encoding.with_system(tokenizer, '说"""三个引号"""'), "系统提示词里有 Modelfile 写不了的字符"),
-        (encoding.with_system(tokenizer, "零宽\u200b空格"), "系统提示词里有 Modelfile 写不了的字符"),
-        (other, "它的对话模板与 Qwen3 的不同"),
-    ):
+    quotes, invisible = '说"""三个引号"""', "零宽\u200b空格"
+    for spoilt in (encoding.with_system(tokenizer, quotes), encoding.with_system(tokenizer, invisible), other):
         Path("Modelfile").write_text("of an earlier training")
-        export.write_modelfile(".", model, config)
-        assert not Path("Modelfile").exists() and reason in capsys.readouterr().out
+        export.write_modelfile(".", spoilt, config)
+        assert not Path("Modelfile").exists()
+        assert ("对话模板与 Qwen3 的不同" if spoilt is other else "系统提示词里有") in capsys.readouterr().out
     export.write_modelfile(".", tokenizer, config)
     assert "SYSTEM" not in Path("Modelfile").read_text(encoding="utf-8")
 
@@ -177,8 +179,9 @@ def test_go_makes_of_it_what_the_tokenizers_template_makes(folder, any_tokenizer
         for think in (None, True, False):
             system = "".join(text for role, text in conversation if role == "system")
             # Thinking of earlier turns, which is left out; it stands in the others' messages as well, where none looks.
-            told = [{"Role": role, "Content": text, "Thinking": "想"} for role, text in conversation]
-            values.append({"System": system, "Messages": told, "IsThinkSet": think is not None, "Think": think is True})
+            turns = [{"Role": role, "Content": text, "Thinking": "想"} for role, text in conversation]
+            switch = {"IsThinkSet": think is not None, "Think": think is True}
+            values.append({"System": system, "Messages": turns} | switch)
             messages = [{"role": role, "content": text} for role, text in conversation]
             asked = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": think is not False}
             expected.append(any_tokenizer.apply_chat_template(messages, **asked))

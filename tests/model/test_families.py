@@ -39,24 +39,26 @@ def worst_difference(config) -> float:
     worked out in training."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for weight in model.parameters():  # new ones are so small that nothing but the last token counts
-            weight.normal_(std=1.5 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3)
-            weight += weight.ndim == 1  # of norms
+    for weight in model.parameters():  # new ones are so small that nothing but the last token counts
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=1.5 * weight.shape[-1] ** -0.5)
+        else:  # of norms
+            torch.nn.init.normal_(weight, mean=1, std=0.3)
     ids = torch.randint(TOKENS, (1, sum(LENGTHS)))
-    examples = ids.split(LENGTHS, dim=1)
-    total = sum(model(input_ids=one, labels=one, use_cache=False).loss * (one.numel() - 1) for one in examples)
+    total = 0
+    for example in ids.split(LENGTHS, dim=1):
+        total += model(input_ids=example, labels=example, use_cache=False).loss * (example.numel() - 1)
     alone = [total, *torch.autograd.grad(total, list(model.parameters()))]
 
     packing.use(model)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    positions = torch.cat(list(map(torch.arange, LENGTHS)))[None]
     decoder = model.get_decoder()
     hidden = decoder(ids, position_ids=positions, lengths=LENGTHS, use_cache=False).last_hidden_state
     inside = positions[0, 1:] > 0  # the first token of an example follows from nothing
     output = model.get_output_embeddings().weight
     total = LinearCrossEntropy.apply(hidden[0, :-1][inside], output, ids[0, 1:][inside])[0]
     packed = [total, *torch.autograd.grad(total, list(model.parameters()))]
-    return max(difference(*pair) for pair in zip(alone, packed))
+    return max(map(difference, alone, packed))
 
 
 @pytest.mark.parametrize(("family", "changes"), PROVEN)

@@ -23,7 +23,8 @@ def model(tiny_model):
 def draw(rows: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
     """Random prompts [rows, length]; row r begins with r x `padding` places of padding."""
     generator = torch.Generator().manual_seed(length)
-    ids, mask = torch.randint(10, 4000, (rows, length), generator=generator), torch.ones(rows, length, dtype=torch.long)
+    ids = torch.randint(10, 4000, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
     for row in range(rows):
         mask[row, : row * padding] = 0
     return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
@@ -33,71 +34,71 @@ def both(model, prompts, **settings) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' loop and ours generate for the same prompts, without the prompts."""
     plain = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     settings = {"pad_token_id": PAD, "eos_token_id": [STOP]} | plain | settings
-    loops = (None, generate.decode)
-    found = (model.generate(**prompts, **settings, custom_generate=loop) for loop in loops)
-    return tuple(output[:, prompts["input_ids"].shape[1] :] for output in found)
+    expected, ours = (model.generate(**prompts, **settings, custom_generate=loop) for loop in (None, generate.decode))
+    length = prompts["input_ids"].shape[1]
+    return expected[:, length:], ours[:, length:]
 
 
 @pytest.mark.parametrize(
     ("rows", "length", "padding", "new"),
-    [(1, 1, 0, 20), (1, 5, 0, 1), (1, 510, 0, 8), (1, 511, 0, 8), (1, 512, 0, 8), (1, 700, 0, 700), (3, 500, 40, 90)],
+    [(1, 1, 0, 20), (1, 5, 0, 1), (1, 62, 0, 8), (1, 63, 0, 8), (1, 64, 0, 8), (1, 90, 0, 120), (3, 60, 18, 40)],
 )
-def test_greedy_tokens_are_those_of_generate(model, capfd, rows, length, padding, new):
-    """Also where the cache of 512 tokens grows once or twice, and with rows of unequal length."""
-    expected, found = both(model, draw(rows, length, padding), max_new_tokens=new)
-    assert found.shape == (rows, new) and found.equal(expected)
+def test_greedy_tokens_are_those_of_generate(model, monkeypatch, capfd, rows, length, padding, new):
+    """Also where the cache, here by 64 tokens, grows once or twice, and with rows of unequal length."""
+    monkeypatch.setattr(generate, "CACHE_STEP", 64)
+    expected, ours = both(model, draw(rows, length, padding), max_new_tokens=new)
+    assert ours.shape == (rows, new) and ours.equal(expected)
     assert capfd.readouterr().err == ""  # on a GPU: the graph was captured
 
 
 def test_a_reply_ends_at_its_stop_token_and_the_batch_with_its_last_reply(model):
     prompts = draw(3, 20, 4)
-    free, _ = both(model, prompts, max_new_tokens=200)
+    free, _ = both(model, prompts, max_new_tokens=100)
     stops = [free[0, 3].item(), free[1, 40].item()]  # the first and the second row end, the third goes on
-    expected, found = both(model, prompts, max_new_tokens=200, eos_token_id=stops)
-    assert (expected[0, 4:] == PAD).all() and found.equal(expected)
+    expected, ours = both(model, prompts, max_new_tokens=100, eos_token_id=stops)
+    assert (expected[0, 4:] == PAD).all() and ours.equal(expected)
     stops.append(free[2, 60].item())
-    expected, found = both(model, prompts, max_new_tokens=200, eos_token_id=stops)
-    assert expected.shape[1] <= found.shape[1] < expected.shape[1] + generate.READ_EVERY < 200
-    assert found[:, : expected.shape[1]].equal(expected) and (found[:, expected.shape[1] :] == PAD).all()
+    expected, ours = both(model, prompts, max_new_tokens=100, eos_token_id=stops)
+    assert expected.shape[1] <= ours.shape[1] < expected.shape[1] + generate.READ_EVERY < 100
+    assert ours[:, : expected.shape[1]].equal(expected) and (ours[:, expected.shape[1] :] == PAD).all()
 
 
 def test_sampling_follows_temperature_top_k_and_top_p(model):
-    prompts = {name: tensor.repeat(400, 1) for name, tensor in draw(1, 6).items()}
+    prompt = draw(1, 6)["input_ids"]
+    prompts = {"input_ids": prompt.repeat(400, 1), "attention_mask": torch.ones_like(prompt).repeat(400, 1)}
     settings = {"do_sample": True, "temperature": 0.05, "top_k": 6, "top_p": 0.8, "max_new_tokens": 1}
     torch.manual_seed(0)
-    _, found = both(model, prompts, **settings)
+    _, ours = both(model, prompts, **settings)
     with torch.inference_mode():
-        logits = model(prompts["input_ids"][:1]).logits[0, -1]
-    values, places = (logits / 0.05).topk(6)
+        logits = model(prompt).logits[0, -1]
+    values, tokens = (logits / 0.05).topk(6)
     shares = values.softmax(-1)
     shares = shares * (shares.cumsum(-1) - shares < 0.8)  # the fewest tokens that make up 0.8
     shares /= shares.sum()
     assert 1 < (shares > 0).sum() < 6
-    counts = torch.stack([(found == place).sum() for place in places]) / len(found)
+    counts = (ours == tokens).sum(0) / len(ours)
     assert counts.sum().item() == pytest.approx(1)
-    assert ((counts - shares).abs() <= 4 * (shares * (1 - shares) / len(found)).sqrt()).all()
+    assert ((counts - shares).abs() <= 4 * (shares * (1 - shares) / len(ours)).sqrt()).all()
 
 
 def test_streamed_text_is_the_reply(model, tokenizer):
     prompts = draw(1, 20)
     free, _ = both(model, prompts, max_new_tokens=100)
     streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=1)
-    output = model.generate(
-        **prompts,
-        max_new_tokens=100,
-        do_sample=False,
-        pad_token_id=PAD,
-        eos_token_id=free[0, 40].item(),
-        streamer=streamer,
-        custom_generate=partial(generate.decode, streamer=streamer),
-    )
-    end = free[0].tolist().index(free[0, 40].item()) + 1
+    stop = free[0, 40].item()
+    settings = {"max_new_tokens": 100, "do_sample": False, "pad_token_id": PAD, "eos_token_id": stop}
+    loop = partial(generate.decode, streamer=streamer)
+    output = model.generate(**prompts, **settings, streamer=streamer, custom_generate=loop)
+    end = free[0].tolist().index(stop) + 1
     assert end % generate.READ_EVERY and output.shape[1] > 20 + end  # some padding was generated behind it
     assert "".join(streamer) == tokenizer.decode(free[0, :end])
 
 
-class Recorder(TorchDispatchMode):
-    """A CUDA graph for the CPU: notes each operation with the very tensors that it used, and runs them again."""
+class Graph(TorchDispatchMode):
+    """A CUDA graph for the CPU: it notes each operation with the very tensors that it used, and runs them again;
+    `wrong`: with another outcome."""
+
+    wrong, cache = False, None
 
     def __init__(self):
         super().__init__()
@@ -109,68 +110,41 @@ class Recorder(TorchDispatchMode):
         self.steps.append((function, args, kwargs or {}, result))
         return result
 
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        for layer in self.cache.layers:  # what CUDA records has not run, so the cache is not one step on
+            layer.cumulative_length -= 1
+
     def replay(self):
         for function, args, kwargs, result in self.steps:
             again = function(*args, **kwargs)
             for old, new in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (result, again))):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
-
-
-@pytest.mark.parametrize(("rows", "padding"), [(1, 0), (3, 5)])
-@torch.no_grad()  # in inference mode a look at a value would be dispatched under other names
-def test_a_step_can_be_recorded_once_and_replayed(model, rows, padding):
-    """Nothing of a step may hang on Python: neither its values nor the addresses of its tensors."""
-    prompts = draw(rows, 20, padding)
-    mask = prompts["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    decoder = generate.Decoder(model, prompts["input_ids"], positions, mask if padding else None)
-    tokens = draw(rows, 40)["input_ids"]
-    decoder.token.copy_(tokens[:, :1])
-    decoder.position += 1
-    with Recorder() as recorder:
-        logits = decoder.forward(decoder.token, decoder.position, decoder.mask)
-    for i in range(1, 40):
-        decoder.token.copy_(tokens[:, i, None])
-        decoder.position += 1
-        recorder.replay()
-    whole = torch.cat([prompts["input_ids"], tokens], 1)
-    mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-    expected = model(whole, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, -1]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-
-
-class Graph(Recorder):
-    """As CUDA's: what is recorded has not run, so the cache is not one step on; `wrong`: replays something else."""
-
-    wrong, cache = False, None
-
-    def __exit__(self, *args):
-        super().__exit__(*args)
-        for layer in self.cache.layers:
-            layer.cumulative_length -= 1
-
-    def replay(self):
-        super().replay()
         if self.wrong:
             self.steps[-1][-1].mul_(1.1)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the graph is CUDA's, and test_gpu.py looks at it")
-@pytest.mark.parametrize("wrong", [False, True])
-@torch.no_grad()
-def test_a_graph_is_used_when_its_first_replay_gives_what_the_step_gave(model, monkeypatch, capsys, wrong):
-    ids, tokens = draw(1, 20)["input_ids"], draw(1, 30)["input_ids"]
-    decoder = generate.Decoder(model, ids, torch.arange(20)[None])
+@pytest.mark.parametrize(("rows", "padding", "wrong"), [(1, 0, False), (3, 5, False), (1, 0, True)])
+@torch.no_grad()  # in inference mode a look at a value would be dispatched under other names
+def test_a_graph_is_used_where_its_first_replay_gives_the_same(model, monkeypatch, capsys, rows, padding, wrong):
+    """Nothing of a step may hang on Python: neither its values nor the addresses of its tensors."""
+    ids, mask = draw(rows, 20, padding).values()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    decoder = generate.Decoder(model, ids, positions, mask if padding else None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(Graph, "cache", decoder.cache)
     monkeypatch.setattr(Graph, "wrong", wrong)
     decoder.capturable = True
+    tokens = draw(rows, 30)["input_ids"]
     for token in tokens.T:
         decoder.advance(token)
-    expected = model(torch.cat([ids, tokens], 1)).logits[:, -1]
+    mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(torch.cat([ids, tokens], 1), attention_mask=mask, position_ids=positions).logits[:, -1]
     torch.testing.assert_close(decoder.logits, expected, rtol=1e-4, atol=1e-5)
     assert decoder.verdict.runs == (decoder.graph is not None) == (not wrong)
     assert capsys.readouterr().err.count("与普通算子相差 10.0%") == wrong

@@ -8,30 +8,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import arguments, refused
+from helpers import refused
 
 import data
-import train
 from parts.model import encoding
 from parts.model.weights import best_dtype, load_tokenizer, load_trained, load_weights
 
-MODEL = "bad 里的模型无法读取（~）；请重新下载或重新训练。"
-TOKENIZER = "~bad 里的分词器不能用（~）；请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
-NO_TEMPLATE = "bad 里的分词器不能用（没有对话模板，缺少 chat_template.jinja 或 tokenizer_config.json）；请补齐文件~"
-NO_TOKENIZER = "bad 里的分词器不能用（缺少 tokenizer.json、vocab.json、tokenizer.model 之一）；请补齐文件~"
+MODEL = "bad 里的模型无法读取（~）；~"
+NO_WEIGHTS = "bad 里的模型无法读取（缺少 ~ 个权重，例如 bert.~）；~"
+TOKENIZER = "~bad 里的分词器不能用（~）；~"
+NO_TEMPLATE = "bad 里的分词器不能用（没有对话模板，~）；~"
+NO_TOKENIZER = "bad 里的分词器不能用（缺少 tokenizer.json、~）；~"
 UNTRAINED = "{} 里没有训练好的模型；请先运行 python train.py~"
-NO_MODEL = "找不到模型 {}：既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）。"
+NO_MODEL = "找不到模型 {}：~"
 BAD_MODELS = {  # a file of the model, its content (None: not there), the message
     "configuration missing": ("config.json", None, UNTRAINED.format("bad")),
     "configuration cut": ("config.json", b"{", MODEL),
     "configuration an array": ("config.json", b"[]", MODEL),
     "configuration in GBK": ("config.json", '{"a": "我"}'.encode("gbk"), MODEL),
     "code of its own": ("config.json", b'{"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}', MODEL),
-    "another architecture": (
-        "config.json",
-        b'{"model_type": "bert"}',
-        MODEL.replace("~", "缺少 ~ 个权重，例如 bert.~"),
-    ),
+    "another architecture": ("config.json", b'{"model_type": "bert"}', NO_WEIGHTS),
     "generation settings cut": ("generation_config.json", b"{", MODEL),
     "tokenizer missing": ("tokenizer.json", None, NO_TOKENIZER),
     "tokenizer empty": ("tokenizer.json", b"{}", TOKENIZER),
@@ -62,13 +58,6 @@ def test_model_that_is_not_there(folder, name):
     refused(message.format(name), load_trained, name)
 
 
-@pytest.mark.parametrize(("file", "message"), [("tokenizer.json", TOKENIZER), ("config.json", "~bad~（~）；~")])
-def test_model_that_cannot_be_trained(workspace, tiny_model, file, message):
-    shutil.copytree(tiny_model, "bad")
-    Path("bad", file).write_bytes(b"[]")
-    refused(message, train.train, arguments("bad"))
-
-
 def change_tokens(folder: Path, old: str, new: str, **settings) -> str:
     """Give a token of the model in `folder` another name, and its tokenizer these settings."""
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
@@ -91,15 +80,6 @@ def test_tokens_that_end_turns_and_fill_batches(tiny_model, tmp_path):
     assert tokenizer.decode(example["labels"][-1]) == "<|im_end|>" == tokenizer.eos_token
 
 
-def test_template_that_writes_no_thinking(workspace, tiny_model):
-    shutil.copytree(tiny_model, "silent")
-    template = Path("silent/chat_template.jinja")
-    text = template.read_text(encoding="utf-8")
-    changed = text.replace("message.role == 'assistant' and loop.index0", "loop.index0 < 0 and 0")
-    template.write_text(changed, encoding="utf-8")
-    refused("silent 的对话模板不写思考；请换一个会思考的模型~", train.train, arguments("silent"))
-
-
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("exploded"),)
@@ -111,7 +91,7 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, fold
     Path("bin/model.safetensors").unlink()
     if weights:
         Path("bin", weights).write_bytes(pickle.dumps(Bomb()))
-    refused("bin 里没有 safetensors 格式的权重，其他格式可能执行代码，不读取；~", load_trained, "bin")
+    refused("bin 里没有 safetensors 格式的权重（~）；~", load_trained, "bin")
     assert not Path("exploded").exists()
 
 
