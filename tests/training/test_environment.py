@@ -97,7 +97,7 @@ def card(monkeypatch):
 
 def test_a_card_that_is_too_old_or_too_small_is_said(card):
     why = environment.unusable(CUDA, 8.0)
-    assert "没有为这张卡（GeForce GTX 1080，sm61）编译，它只有 sm_75 sm_90" in why and "--use_cpu true" in why
+    assert "没有为这张卡（GeForce GTX 1080，sm61）编译，只支持 sm_75 sm_90" in why and "--use_cpu true" in why
     assert environment.unusable(CUDA, 12.0) == "--memory_gb 12.0：这张卡只有 8.5 GB"
     assert environment.unusable(torch.device("cpu"), 12.0) is None
 
