@@ -222,9 +222,10 @@ def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, t
     assert "resumed from step 6" in two("stopped", script)[0] and same(weights("stopped"), weights("two"))
     assert "resumed from step 6" in one("parted", script)
     follows("parted", "one")
-    one("joined", HERE, script, call="stop", status=143)
-    assert "resumed from step 6" in two("joined", script)[0]
-    follows("joined", "one")
+    if script != LORA:  # an adapter of one process is the same files as one of two
+        one("joined", HERE, script, call="stop", status=143)
+        assert "resumed from step 6" in two("joined", script)[0]
+        follows("joined", "one")
 
 
 def test_a_cut_model_ends_with_its_best_weights(workspace, tiny_model):
@@ -266,7 +267,7 @@ def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model)
     assert load_weights(str(tiny_model), card, on_cpu=True).device == CPU
 
 
-@pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)
+@pytest.mark.parametrize("case", [(8, 2048, 0, True), (4, 8192, 1, True), (2, 512, 1, False)], ids=str)
 def test_the_plan_of_one_card_is_never_below_the_peak(folder, case):
     output = run_script(HERE, *case, cwd=folder, call="account").stdout
     estimate, peak = json.loads(output.splitlines()[-1])
