@@ -1,5 +1,5 @@
 """What a training was asked to do: transformers.TrainingArguments with the flags of the table, checked at
-once. Knows no recipe: its numbers and files are the script's."""
+once. It knows no recipe: its numbers and files are the script's."""
 
 import gc
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,8 +16,8 @@ gc.enable()
 
 # Fields of TrainingArguments that are no flags, and act for those who call the training from Python
 ACTS_FROM_PYTHON = (
-    "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism train_sampling_strategy disable_tqdm "
-    "dataloader_num_workers log_level logging_first_step"
+    "adam_beta1 adam_epsilon lr_scheduler_kwargs data_seed full_determinism train_sampling_strategy "
+    "disable_tqdm dataloader_num_workers log_level logging_first_step"
 ).split()
 
 
@@ -69,17 +69,18 @@ class Arguments(TrainingArguments):
         self.refuse_unread()
         self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
-        if not (self.use_cpu or torch.accelerator.is_available()) and (why := environment.unused_card()):
-            flags.refuse(why)
+        has_gpu = torch.accelerator.is_available()
+        if not (self.use_cpu or has_gpu) and (reason := environment.unused_card()):
+            flags.refuse(reason)
         # Without this, processes that torchrun starts on a machine without GPUs would not find each other.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu = self.use_cpu or not has_gpu
         sharded, self.fsdp = self.fsdp, None  # accelerate would cut the model its own way, on GPUs only
         super().__post_init__()
         self.fsdp, self.fsdp_config = sharded, {}
         if self.world_size > 1:
             processes.agree(self.facts())
-        if why := environment.unusable(self.device, self.memory_gb):
-            flags.refuse(why)
+        if reason := environment.unusable(self.device, self.memory_gb):
+            flags.refuse(reason)
         if self.offload_activations and self.device.type == "cpu":
             flags.refuse("--offload_activations 要 GPU")
         if self.rehearse is None:
@@ -87,22 +88,24 @@ class Arguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     def refuse_unread(self) -> None:
-        """Raise SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Never
-        with its value, which may be a secret."""
-        for one in fields(self):
-            default = one.default if one.default_factory is MISSING else one.default_factory()
-            value = getattr(self, one.name)
-            known = one.name in flags.FLAGS or one.name in ACTS_FROM_PYTHON
+        """Raise SystemExit for a changed field of TrainingArguments of which nothing here takes notice. Its
+        value, which may be a secret, is never said."""
+        for setting in fields(self):
+            name, default = setting.name, setting.default
+            if setting.default_factory is not MISSING:
+                default = setting.default_factory()
+            value = getattr(self, name)
+            known = name in flags.FLAGS or name in ACTS_FROM_PYTHON
             if not known and value != default and (value or default):
-                flags.refuse(f"{one.name}：这里的训练不看这个设置，请去掉")
+                flags.refuse(f"{name}：这里的训练会忽略这个设置，请去掉")
 
     def facts(self) -> dict[str, object]:
         """Return what all processes have to have in common."""
-        shared = [
-            one.name for one in fields(self) if one.name not in ("local_rank", "use_cpu")
-        ]  # are a machine's
         facts = {"设备": self.device.type} | environment.versions(environment.LIBRARIES)
-        return facts | {f"--{name}": getattr(self, name) for name in shared}
+        for setting in fields(self):
+            if setting.name not in ("local_rank", "use_cpu"):  # these are a machine's own
+                facts[f"--{setting.name}"] = getattr(self, setting.name)
+        return facts
 
     @property
     def trains_adapter(self) -> bool:
@@ -110,11 +113,11 @@ class Arguments(TrainingArguments):
 
     @property
     def examples_per_step(self) -> int:
-        """Examples of an optimizer step, on all devices."""
+        """The number of examples of an optimizer step, on all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def n_gpu(self) -> int:
-        """At most one: libraries that were imported before may have seen all GPUs, and DataParallel would cut
-        a packed batch to pieces."""
+        """The number of GPUs of this process is at most one: libraries that were imported before may have
+        seen all of them, and DataParallel would cut a packed batch to pieces."""
         return min(super().n_gpu, 1)

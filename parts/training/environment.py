@@ -1,6 +1,6 @@
 """What is around a training: the environment variables that libraries read once, when they start; which
-versions are installed; the graphics card, its driver, and what keeps torch from it. Knows no flag; imports
-torch only when asked."""
+versions are installed; the graphics card, its driver, and what keeps torch from it. It knows no flag, and
+imports torch only where it is asked about a card."""
 
 import contextlib
 import importlib.metadata
@@ -12,14 +12,15 @@ import sys
 
 # The setting of torch's allocator, and its older names, which torch still reads
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# Those that every training uses, and that are noted beside its numbers
 DECISIVE = ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope-hub", "swanlab")
-# And those that only some cards or flags need
+# With those that only some cards or flags need
 LIBRARIES = (*DECISIVE, "liger-kernel", "torch-optimi", "triton", "torchao", "bitsandbytes")
 ON_CPU = "如果确实要用 CPU 训练，请加 --use_cpu true"
 
 
 def prepare() -> None:
-    """Set what libraries read at their start. It has to be called before torch is imported: with it come
+    """Set what libraries read at their start. This has to be called before torch is imported: with it come
     others (bitsandbytes, torchao) whose import starts CUDA. What the user has set stays."""
     # Less is lost between blocks of memory. Windows has no such segments, and under WSL drivers before R615
     # crash at the first one (pytorch#192330).
@@ -33,7 +34,7 @@ def prepare() -> None:
 
 
 def versions(names: tuple[str, ...] = DECISIVE) -> dict[str, str]:
-    """Return those of the libraries that are installed, {name: version}."""
+    """Return {name: version} of those libraries that are installed."""
     installed = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -42,7 +43,7 @@ def versions(names: tuple[str, ...] = DECISIVE) -> dict[str, str]:
 
 
 def ask_driver(*flags: str) -> str | None:
-    """Return what nvidia-smi answers; None where there is none, or no card."""
+    """Return what nvidia-smi answers, or None where there is no such program, or no card."""
     program = shutil.which("nvidia-smi")
     if not program:
         return None
@@ -60,10 +61,10 @@ def unused_card() -> str | None:
     if hidden or not listed.startswith("GPU "):
         return None
     card = listed.splitlines()[0].split(" (UUID")[0]
-    why = f"它要支持 CUDA {torch.version.cuda} 的驱动，请升级驱动，或照 PyTorch 网站上的命令装别的 CUDA 版本"
-    if torch.version.cuda is None:
-        why = "它是只有 CPU 的版本，请照 PyTorch 网站上的命令装 CUDA 版"
-    return f"有显卡（{card}），但 torch {torch.__version__} 用不了：{why}；{ON_CPU}"
+    reason = f"它需要支持 CUDA {torch.version.cuda} 的驱动，请升级驱动，或按 PyTorch 网站换一个 CUDA 版本"
+    if torch.version.cuda is None:  # as is what pip installs on Windows
+        reason = "它是只支持 CPU 的版本，请按 PyTorch 网站上的命令安装 CUDA 版"
+    return f"有显卡（{card}），但 torch {torch.__version__} 用不了：{reason}；{ON_CPU}"
 
 
 def unusable(device, memory_gb: float | None) -> str | None:
@@ -77,19 +78,20 @@ def unusable(device, memory_gb: float | None) -> str | None:
     size = card.total_memory / 1e9
     if memory_gb and memory_gb > size:
         return f"--memory_gb {memory_gb}：这张卡只有 {size:.1f} GB"
+    # The list of architectures alone does not tell: what is built for sm_80 runs on sm_86 too.
     try:
         torch.zeros(1, device=device).add_(1).item()
     except RuntimeError as error:
         if "no kernel image" not in str(error) and "not compatible" not in str(error):
             raise
         built = " ".join(torch.cuda.get_arch_list())
-        why = f"没有为这张卡（{card.name}，sm{card.major}{card.minor}）编译，它只有 {built}"
-        return f"torch {torch.__version__} {why}；请照 PyTorch 网站装另一个版本；{ON_CPU}"
+        reason = f"没有为这张卡（{card.name}，sm{card.major}{card.minor}）编译，只支持 {built}"
+        return f"torch {torch.__version__} {reason}；请按 PyTorch 网站的说明换一个版本；{ON_CPU}"
     return None
 
 
 def describe_card(device) -> str:
-    """Return the card, its memory and driver, in one line."""
+    """Return the card, its memory in GB and its driver in one line; without a card, the device."""
     import torch
 
     if device.type != "cuda":

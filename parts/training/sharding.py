@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from parts.model.encoding import IGNORE_INDEX
-from parts.training.packing import split_batch
 from parts.training.trainer import PackedTrainer
 
 
@@ -22,16 +21,18 @@ def shard(model, device: torch.device, world_size: int) -> None:
     with few rows, some keep none. The model lies in the CPU's memory: one layer at a time is moved and cut,
     so that no device ever holds all of it.
 
-    A layer is whole only while it is computed. What is no layer's, the last norm and the output layer, stays
-    whole from the forward pass to the end of the backward one: the loss is made outside of the model, and
-    takes the output layer's weight as it then stands there. So its gradient is added to where the embedding's
-    is, if they are one weight, and is averaged over the processes with all others. An embedding of its own is
-    whole only while it is looked up.
+    A layer is complete only while it is computed. What is no layer's, the last norm and the output layer,
+    stays complete from the forward pass to the end of the backward one: the loss is made outside of the
+    model, and takes the output layer's weight as it then stands there. So its gradient is added to where the
+    embedding's is, if they are one weight, and is averaged over the processes with all others. An embedding
+    of its own is complete only while it is looked up.
     """
     mesh = init_device_mesh(device.type, (world_size,))
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    assert layers, model._no_split_modules
+    names = model._no_split_modules  # of the layers' classes; transformers 5 has no public list
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    assert layers, names
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    # An embedding that is the output layer too has to last until the loss.
     if embedding.weight is not output.weight:
         layers.append(embedding)
     for module in layers:
@@ -40,7 +41,7 @@ def shard(model, device: torch.device, world_size: int) -> None:
 
 
 def reshard(model) -> None:
-    """Give up the weights that are still whole after a forward pass without a backward one: they would not
+    """Give up the weights that are still complete after a forward pass without a backward one: they would not
     follow what is then written into the parts, and are not what the functions below look for."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -50,26 +51,30 @@ def reshard(model) -> None:
 def cut(p: DTensor, tensor: torch.Tensor) -> DTensor:
     """Return `tensor`, which each process has and which has the shape of `p`, cut as `p` is, in memory of its
     own."""
+    # Without a src_data_rank nothing is sent: each process takes its rows of what it has.
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def trained_of(model) -> dict[str, torch.nn.Parameter]:
+    """Return the weights that are trained, by their names."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def collect(tensors: dict, first: bool) -> dict:
-    """Return {name: tensor} with each DTensor as a whole one in the CPU's memory of the `first` process, one
-    after another, and as None in the others; all call this together. Anything else stays as it is."""
+    """Return {name: tensor} with each DTensor as a complete one in the CPU's memory of the `first` process,
+    and as None in the others; all call this together. Anything else stays as it is."""
     collected = dict(tensors)
     for name, value in tensors.items():
         if isinstance(value, DTensor):
+            # One after another, so that a device holds one complete tensor at a time.
             complete = value.detach().full_tensor()
             collected[name] = complete.cpu() if first else None
     return collected
 
 
 def load(model, folder: str | Path) -> None:
-    """Put the trained weights of a saved model or adapter into the parts, one weight after another."""
+    """Put the trained weights of a saved model or adapter into the parts, one weight after another. Raise
+    AssertionError where one is missing."""
     # peft's files leave this part of an adapter's names out.
     missing = {name.replace(".default.", "."): p for name, p in trained_of(model).items()}
     for file in Path(folder).glob("*.safetensors"):
@@ -83,18 +88,22 @@ def load(model, folder: str | Path) -> None:
 def gather_states(optimizer, first: bool) -> dict:
     """Return the optimizer's state_dict as one process would have it, in the CPU's memory of the `first` one;
     without tensors elsewhere. So any number of processes can go on from it, sharded or not."""
-    states = optimizer.state_dict()  # whose dicts are the optimizer's own, which are left as they are
-    return states | {"state": {i: collect(state, first) for i, state in states["state"].items()}}
+    states = optimizer.state_dict()
+    gathered = {i: collect(state, first) for i, state in states["state"].items()}
+    return states | {"state": gathered}  # a new dict: state_dict() gives the optimizer's own
 
 
 def load_states(optimizer, file: str | Path) -> None:
-    """Put the states of a file, which are those of whole weights, into the optimizer of the parts: what is as
-    large as its weight is cut as the weight is."""
+    """Put the states of a file, which are those of complete weights, into the optimizer of the parts: what
+    has the shape of its weight is cut as the weight is."""
+    # Mapped, as all states together are larger than the model.
     states = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = []  # a state_dict numbers them through all groups
+    for group in optimizer.param_groups:
+        weights += group["params"]
     for i, state in states["state"].items():
         for name, value in state.items():
-            # A copy in any case: the file is mapped, and would stay on the disk when it is deleted.
+            # A copy in any case: a mapped file would stay on the disk when it is deleted.
             if isinstance(value, torch.Tensor):
                 state[name] = cut(weights[i], value) if value.shape == weights[i].shape else value.clone()
     optimizer.load_state_dict(states)
@@ -103,7 +112,7 @@ def load_states(optimizer, file: str | Path) -> None:
 class Unwrapped(torch.nn.Module):
     """It stands around a sharded model where Trainer expects DistributedDataParallel: what `_wrap_model`
     gives back Trainer neither moves, cuts nor wraps once more. It has no `no_sync`: each pass reduces its
-    gradients to this process's rows at once, as whole ones would be as large as the model."""
+    gradients to this process's rows at once, as complete ones would be as large as the model."""
 
     def __init__(self, model):
         super().__init__()
@@ -114,46 +123,50 @@ class Unwrapped(torch.nn.Module):
 
 
 class ShardedTrainer(PackedTrainer):
-    """PackedTrainer of a model after `shard`. Each forward and backward pass is one of all processes, which
-    therefore take equally many; weights and states are gathered to be saved, so that a checkpoint can be
-    asked, and continued from, with any number of processes, sharded or not."""
+    """It is the PackedTrainer of a model after `shard`. Each forward and backward pass is one of all
+    processes, which therefore take equally many; weights and states are gathered to be saved, so that a
+    checkpoint can be asked, and continued from, with any number of processes, sharded or not."""
 
     def _move_model_to_device(self, model, device):
-        """It is there already."""
+        """Do nothing: `shard` has moved it."""
 
     def _wrap_model(self, model, training=True, dataloader=None):
         return model if isinstance(model, Unwrapped) else Unwrapped(model)
 
-    def parts_of(self, inputs) -> list[dict]:
-        """Cut the batch into as many passes as the process with the most has: the others add passes over two
-        tokens of which none counts."""
-        parts = split_batch(inputs, self.plan.batch_tokens)
-        count = torch.tensor([len(parts)], device=self.args.device)
-        missing = self.accelerator.gather(count).max().item() - len(parts)
-        idle = {name: inputs[name][:, :2] for name in ("input_ids", "position_ids")} | {"lengths": (2,)}
-        idle["labels"] = torch.full_like(idle["input_ids"], IGNORE_INDEX)
-        return [idle] * missing + parts
+    def passes_of(self, inputs) -> list[dict]:
+        """Split the batch into as many passes as the process with the most has: the others add passes over
+        two tokens of which none counts."""
+        passes = super().passes_of(inputs)
+        count = torch.tensor([len(passes)], device=self.args.device)
+        missing = self.accelerator.gather(count).max().item() - len(passes)
+        # Two, as a token's label is looked for at the token before it.
+        input_ids, position_ids = inputs["input_ids"][:, :2], inputs["position_ids"][:, :2]
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        idle = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "lengths": (2,)}
+        return [idle] * missing + passes
 
     def drop_gradients(self) -> None:
         reshard(self.model)
         super().drop_gradients()
 
     def evaluation_batches(self, dataset) -> list[list[int]]:
-        """This process's share of the rows, and at its end as many empty batches as make all shares equally
-        long."""
+        """Return this process's share of the rows, and at its end as many empty batches as make all shares
+        equally long."""
         own = super().evaluation_batches(dataset)
         counts = accelerate.utils.gather_object([len(own)])
         return own + [[]] * (max(counts) - len(own))
 
     def evaluate_rows(self, dataset, rows: list[int]) -> torch.Tensor:
-        """Of no rows, return [6, 0]; the forward pass is taken nevertheless."""
+        """Return [6, rows] as PackedTrainer does. For an empty batch the forward pass of row 0 is taken
+        nevertheless, as all processes take it together, and [6, 0] returned."""
         sums = super().evaluate_rows(dataset, rows or [0])
         reshard(self.model)
-        return sums if rows else sums[:, :0]
+        return sums[:, : len(rows)]
 
     def check_weights(self) -> None:
         sums = [p.detach().to_local().sum(dtype=torch.float32) for p in trained_of(self.model).values()]
-        total = accelerate.utils.reduce(torch.stack(sums).sum())  # else only one process would stop
+        # Else the process with the ruined part would stop alone.
+        total = accelerate.utils.reduce(torch.stack(sums).sum())
         self.check_finite({"weights": total.item()})
 
     def gather(self) -> dict[str, torch.Tensor | None]:

@@ -1,6 +1,7 @@
 """Each flag that is shown acts; what does not act, or cannot be meant, is refused in one sentence, before
 torch is imported where the command line says it."""
 
+import functools
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ ACTS = {  # seen in the weights or the log of three steps: another value, and wh
     "lora_rank": (4, {"lora": True}),
     "lora_alpha": (8, {"lora": True}),
     "lora_dropout": (0.5, {"lora": True}),
-    "target_modules": (["q_proj"], {"lora": True}),
+    "target_modules": (("q_proj",), {"lora": True}),
     "use_rslora": (True, {"lora": True}),
     "use_dora": (True, {"lora": True}),
 }
@@ -56,9 +57,8 @@ ELSEWHERE = {  # flags that other tests see acting
     "test_fsdp, test_processes": "fsdp ddp_timeout",
     "test_qlora": "load_in_4bit",
 }
-DECIDING = {*folder.SETTINGS, *folder.LORA_SETTINGS}
+DECIDING = {*folder.SETTINGS, *folder.LORA_SETTINGS} - {"eval_steps"}  # which decides which checkpoint is the best
 DECIDING |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # in examples_per_step
-DECIDING -= {"eval_steps"}  # decides which is the best checkpoint
 
 
 def parse(script: str, *words: str, **environment) -> subprocess.CompletedProcess:
@@ -89,19 +89,17 @@ def test_every_flag_of_the_table_is_seen_to_act_somewhere():
 @pytest.fixture(scope="module")
 def outcome(tiny_model, tokenizer, tmp_path_factory):
     """outcome(**flags): the weights after three steps with these flags, and the log but for its times."""
-    file, known = save(make_rows(9), tmp_path_factory.mktemp("rows") / "rows.jsonl"), {}
+    file = save(make_rows(9), tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
+    @functools.cache
     def train_with(**changes):
-        key = str(sorted(changes.items()))
-        if key not in known:
-            values = {"max_steps": 3, "num_train_epochs": 1, "output_dir": str(tmp_path_factory.mktemp("out"))}
-            trainer = build_trainer(tiny_model, tokenizer, file=file, **values | changes)
-            trainer.train()
-            logs = []
-            for log in trainer.state.log_history:
-                logs.append({k: v for k, v in log.items() if not re.search("second|runtime|memory", k)})
-            known[key] = trainer.model.state_dict(), logs
-        return known[key]
+        values = {"max_steps": 3, "num_train_epochs": 1, "output_dir": str(tmp_path_factory.mktemp("out"))}
+        trainer = build_trainer(tiny_model, tokenizer, file=file, **values | changes)
+        trainer.train()
+        logs = []
+        for log in trainer.state.log_history:
+            logs.append({name: log[name] for name in log if not re.search("second|runtime|memory", name)})
+        return trainer.model.state_dict(), logs
 
     return train_with
 
@@ -126,7 +124,6 @@ def test_a_flag_sets_what_it_says(workspace, tiny_model, tokenizer, name):
     ("changes", "stem"),
     [
         ({"learning_rate": float("nan")}, "--learning_rate nan：要一个大于 0 的数"),
-        ({"max_steps": 0}, "--max_steps 0：要一个大于 0 的数"),
         ({"seed": 2**32}, "--seed 4294967296：要一个从 0 到 4294967295 的整数"),
         ({"weight_decay": -0.1}, "--weight_decay -0.1：要一个不小于 0 的数"),
         ({"adam_beta2": 1.0}, "--adam_beta2 1.0：要一个从 0 到 1（不含 1）的数"),
@@ -137,8 +134,7 @@ def test_a_flag_sets_what_it_says(workspace, tiny_model, tokenizer, name):
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "--warmup_steps：constant 不预热"),
         ({"optimizer": "8bit_in_backward", "max_grad_norm": 0.5}, "--max_grad_norm：--optimizer 8bit_in_backward"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere：没有这个文件夹"),
-        ({"hub_token": "a-secret"}, "hub_token：这里的训练不看这个设置，请去掉。"),
-        ({"eval_strategy": "no"}, "eval_strategy：这里的训练不看这个设置"),
+        ({"hub_token": "a-secret"}, "hub_token：这里的训练会忽略这个设置，请去掉。"),
     ],
     ids=str,
 )
@@ -150,7 +146,6 @@ def test_what_cannot_be_meant_is_refused_at_once(changes, stem):
     ("words", "stem"),
     [
         ("--deepspeed true", "--deepspeed：不再支持；放不下时请用 --fsdp true"),
-        ("--seed x", "--seed：要一个整数，不是 'x'"),
         ("--optimizer sgd", "--optimizer：只能是 kahan、8bit、8bit_in_backward、adamw，不是 'sgd'"),
         ("--check maybe", "--check：只能是 true 或 false，不是 'maybe'"),
         ("--optimizer 8bit", "--optimizer 8bit 要用 torchao；请先运行 pip install torchao"),
@@ -167,9 +162,8 @@ def test_the_command_line_is_refused_in_one_sentence(words, stem, capsys, monkey
     assert said.startswith(f"错误：{stem}") and said.count("\n") <= 1
 
 
-@pytest.mark.parametrize("seed", ["x", "-1"])
-def test_of_several_processes_on_a_machine_one_says_it(seed):
-    assert parse("train.py", "--seed", seed, LOCAL_RANK="1").stderr == ""
+def test_of_several_processes_on_a_machine_one_says_it():
+    assert parse("train.py", "--seed", "-1", LOCAL_RANK="1").stderr == ""
 
 
 def test_nothing_is_written_into_what_the_user_wished(workspace, tiny_model):

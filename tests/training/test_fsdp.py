@@ -29,12 +29,10 @@ from parts.training.packing import LinearCrossEntropy
 HERE = "tests/training/test_fsdp.py"
 LORA = "train_lora.py"
 CPU = torch.device("cpu")
-STEPS = {"max_steps": 8, "eval_steps": 4, "logging_steps": 1, "sample_tokens": 2, "learning_rate": 1e-3}
-STEPS |= {"report_to": "none"}
+STEPS = dict(max_steps=8, eval_steps=4, logging_steps=1, sample_tokens=2, learning_rate=1e-3, report_to="none")
 ADAPTER = {"lora_dropout": 0, "lora_rank": 1}  # of half of the adapter's weights the second process has nothing
-# With a rehearsal, passes and recomputed layers on the way
-SHARDED = {"fsdp": "true", "per_device_train_batch_size": 2, "rehearse": "true", "batch_tokens": 130}
-SHARDED |= {"checkpoint_every": 1}
+# With passes and recomputed layers on the way
+SHARDED = {"fsdp": "true", "per_device_train_batch_size": 2, "batch_tokens": 130, "checkpoint_every": 1}
 
 
 def flags(script: str, model, output_dir: str, **changes) -> list[str]:
@@ -84,26 +82,26 @@ def ruin(model_path: str) -> None:
 def stop(script: str, *flags) -> None:
     """A training with these flags, whose last process is asked to stop in step 6."""
     sys.argv = [script, *flags]
-    lora = script == LORA
-    script = train_lora if lora else train
-    args = script.arguments(**flags_of.parse("", script.RECIPE))
+    module, add_adapter = (train_lora, train_lora.add_adapter) if script == LORA else (train, None)
+    args = module.arguments(**flags_of.parse("", module.RECIPE))
     asked = [helpers.At(6, helpers.terminate)] if args.process_index == args.world_size - 1 else []
-    train.train(args, train_lora.add_adapter if lora else None, asked)
+    train.train(args, add_adapter, asked)
 
 
-def step(name: str, file: str) -> None:
-    """Into `file`: weights in bfloat16 after four steps of this optimizer, whose states were saved and read
+def step(file: str) -> None:
+    """Into `file`: weights in bfloat16 after twice two steps with Kahan sums, whose states were saved and read
     between."""
     torch.distributed.init_process_group("gloo")
     first = not torch.distributed.get_rank()
     model = build_halves()
     sharding.shard(model, CPU, 2)
-    for states in (None, "states.pt"):
-        optimizer = take_steps(model, name, states)
-        gathered = sharding.gather_states(optimizer, first)
-        if first:
-            torch.save(gathered, "states.pt")
-        torch.distributed.barrier()
+    gathered = sharding.gather_states(take_steps(model, kahan(model)), first)
+    if first:
+        torch.save(gathered, "states.pt")
+    torch.distributed.barrier()
+    optimizer = kahan(model)
+    sharding.load_states(optimizer, "states.pt")
+    take_steps(model, optimizer)
     gathered = sharding.collect(sharding.trained_of(model), first)
     if first:
         save_file(gathered, file)
@@ -114,14 +112,13 @@ def build_halves():
     return build_model(layers=1, shape=helpers.SMALL)
 
 
-def take_steps(model, name: str, states: str | None):
+def kahan(model):
+    cls, options = optimizers.pick("kahan", False, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+    return cls(model.parameters(), **options)
+
+
+def take_steps(model, optimizer):
     """The optimizer after two steps with made-up gradients, the same in all processes."""
-    cls, options = optimizers.pick(name, False, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
-    optimizer = cls(model.parameters(), **options)
-    if states == "one.pt":
-        optimizer.load_state_dict(torch.load(states))
-    elif states:
-        sharding.load_states(optimizer, states)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         for p in model.parameters():
@@ -192,8 +189,7 @@ def follows(folder: str, other: str) -> None:
         for name, most in {"loss": 1e-3, "grad_norm": 1e-3, "eval_loss": 1e-4}.items():
             assert log.get(name, 0) == pytest.approx(expected.get(name, 0), rel=most), name
     saved, wanted = weights(folder), weights(other)
-    assert saved.keys() == wanted.keys()
-    assert all(saved[name].allclose(wanted[name], atol=2e-5) for name in wanted)
+    assert saved.keys() == wanted.keys() and all(saved[name].allclose(wanted[name], atol=2e-5) for name in wanted)
 
 
 @pytest.mark.parametrize("script", ["train.py", LORA])
@@ -206,11 +202,12 @@ def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, t
         assert ended.returncode == status, ended.stdout
         return ended.stdout
 
-    def two(name: str, *script, **more) -> list[str]:
-        return together(*script, *flags(script[-1], tiny_model, name, **SHARDED), cwds=[workspace] * 2, **more)
+    def two(name: str, *script, rehearse: str = "false", **more) -> list[str]:
+        values = flags(script[-1], tiny_model, name, rehearse=rehearse, **SHARDED)
+        return together(*script, *values, cwds=[workspace] * 2, **more)
 
     one("one", script)
-    [said, silent] = two("two", script)
+    [said, silent] = two("two", script, rehearse="true")
     assert said.count("训练完成") == 1 and "提问：python" in said and "【问题】" not in said and not silent
     assert "每张卡的内存计划" in said and "预演：最大的一步" in said
     follows("two", "one")
@@ -225,9 +222,10 @@ def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, t
     assert "resumed from step 6" in two("stopped", script)[0] and same(weights("stopped"), weights("two"))
     assert "resumed from step 6" in one("parted", script)
     follows("parted", "one")
-    one("joined", HERE, script, call="stop", status=143)
-    assert "resumed from step 6" in two("joined", script)[0]
-    follows("joined", "one")
+    if script != LORA:  # an adapter of one process is the same files as one of two
+        one("joined", HERE, script, call="stop", status=143)
+        assert "resumed from step 6" in two("joined", script)[0]
+        follows("joined", "one")
 
 
 def test_a_cut_model_ends_with_its_best_weights(workspace, tiny_model):
@@ -242,10 +240,9 @@ def test_a_cut_model_ends_with_its_best_weights(workspace, tiny_model):
 
 
 def test_an_optimizer_of_parts_takes_the_steps_of_whole_weights(folder):
-    together(HERE, "kahan", "two", cwds=[folder] * 2, call="step")
+    together(HERE, "two", cwds=[folder] * 2, call="step")
     model = build_halves()
-    for states in (None, "one.pt"):
-        torch.save(take_steps(model, "kahan", states).state_dict(), "one.pt")
+    take_steps(model, take_steps(model, kahan(model)))
     assert same(load_file("two"), sharding.trained_of(model))
 
 
@@ -270,7 +267,7 @@ def test_a_model_that_will_be_cut_is_read_into_the_memory_of_the_cpu(tiny_model)
     assert load_weights(str(tiny_model), card, on_cpu=True).device == CPU
 
 
-@pytest.mark.parametrize("case", [(8, 2048, 0, True), (8, 8192, 1, True), (4, 512, 1, False)], ids=str)
+@pytest.mark.parametrize("case", [(8, 2048, 0, True), (4, 8192, 1, True), (2, 512, 1, False)], ids=str)
 def test_the_plan_of_one_card_is_never_below_the_peak(folder, case):
     output = run_script(HERE, *case, cwd=folder, call="account").stdout
     estimate, peak = json.loads(output.splitlines()[-1])

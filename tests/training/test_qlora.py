@@ -4,19 +4,18 @@ import importlib
 
 import pytest
 import torch
-from helpers import history, run_script
+from helpers import as_flags, history, run_script
 
 from parts.model.weights import load_weights
 
-FLAGS = ("--max_steps", "6", "--eval_steps", "3", "--logging_steps", "1", "--sample_tokens", "4")
-FLAGS += ("--report_to", "none", "--model_name")
+STEPS = dict(max_steps=6, eval_steps=3, logging_steps=1, sample_tokens=4, report_to="none", load_in_4bit="true")
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is optional; .ci/run has a run with it"
 )
 
 
 def test_qlora_trains_an_adapter_that_the_plain_model_can_use(workspace, tiny_model):
-    result = run_script("train_lora.py", *FLAGS, tiny_model, "--load_in_4bit", "true", cwd=workspace)
+    result = run_script("train_lora.py", *as_flags(STEPS | {"model_name": tiny_model}), cwd=workspace)
     assert result.returncode == 0, result.stdout
     curve = [log["loss"] for log in history(workspace / "output" / "qwen3-medical-lora") if "loss" in log]
     assert len(curve) == 6 and all(0 < loss < 20 for loss in curve)
