@@ -13,7 +13,7 @@ from parts.machine.plan import Plan
 from parts.model.encoding import IGNORE_INDEX
 from parts.terminal import is_out_of_memory
 from parts.training.packing import lengths_of
-from parts.training.safe_trainer import same_random_states
+from parts.training.safe_trainer import evaluation_steps, same_random_states
 from parts.training.trainer import peak
 
 
@@ -133,5 +133,5 @@ def seconds_of_run(trainer, train_speed: float, eval_speed: float) -> float:
     if steps <= 0:  # Trainer's word for: as many as the epochs have
         steps = math.ceil(len(data) / args.examples_per_step) * args.num_train_epochs
     tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
-    eval_tokens = sum(lengths_of(trainer.eval_dataset)) * steps / args.eval_steps
+    eval_tokens = sum(lengths_of(trainer.eval_dataset)) * steps / evaluation_steps(args, steps)
     return (tokens / train_speed + eval_tokens / eval_speed) / args.world_size

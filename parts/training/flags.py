@@ -76,7 +76,7 @@ TABLE = (  # under the headings of --help
     Flag("save_steps", int, "每多少步保存一次（默认每次评估都保存）", ABOVE_0),
     Flag("save_total_limit", int, "最多保留几个检查点，最好的和最新的始终保留", ABOVE_0),
     "记录",
-    Flag("eval_steps", int, "每多少步评估一次", ABOVE_0),
+    Flag("eval_steps", int, "每多少步评估一次；不超过 100 步的训练默认评估 5 次", ABOVE_0),
     Flag("eval_on_start", bool, "训练前先评估一次"),
     Flag("eval_samples", int, "每次评估时回答几个验证集的问题，0 为不回答", FROM_0),
     Flag("sample_tokens", int, "示例回复最多多少个 token", ABOVE_0),

@@ -13,6 +13,16 @@ import transformers
 from parts.run import checkpoints
 from parts.terminal import explain_failed_write
 
+SHORT_RUN = 100  # steps: as many as the recipe has between two evaluations
+
+
+def evaluation_steps(args, max_steps: int) -> float:
+    """Return the number of steps between evaluations. The recipe's number would leave a run that is no longer
+    with one evaluation, at its end, and so with nothing to choose the best weights from: it gets five."""
+    if args.eval_steps == SHORT_RUN >= max_steps:
+        return math.ceil(max_steps / 5)
+    return args.eval_steps
+
 
 class SafeTrainer(transformers.Trainer):
     """It is a Trainer whose checkpoints count only when they are complete, that saves nothing after a loss
@@ -136,6 +146,9 @@ class Stopping(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.saved_step = state.global_step
+        if args.save_steps == args.eval_steps:
+            state.save_steps = evaluation_steps(args, state.max_steps)
+        state.eval_steps = evaluation_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.trainer.check_space()
 

@@ -17,13 +17,13 @@ EVAL_TOKENS = 8192  # the most in one evaluation batch, which keeps neither acti
 LOG_PARTS = {  # the numbers of a log that are shown, in the order of its line
     "loss": "loss {:.4f}",
     "eval_loss": "评估 eval_loss {:.4f}",
-    "eval_think_loss": "思考 {:.3f}",
-    "eval_answer_loss": "回答 {:.3f}",
-    "grad_norm": "梯度 {:.2f}",
-    "learning_rate": "学习率 {:.3g}",
+    "eval_think_loss": "思考损失 {:.3f}",
+    "eval_answer_loss": "回答损失 {:.3f}",
+    "grad_norm": "梯度范数 {:.1f}",
+    "learning_rate": "lr {:.2g}",
     "tokens_per_second": "{:,.0f} token/秒",
-    "peak_memory_gb": "{:.2f} GB",
-    "eval_runtime": "{:.1f} 秒",
+    "peak_memory_gb": "峰值 {:.1f} GB",
+    "eval_runtime": "用时 {:.1f} 秒",
     "train_runtime": "训练用时 {:.0f} 秒",
 }
 
@@ -45,10 +45,12 @@ class PackedTrainer(SafeTrainer):
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = think_tokens(self.processing_class)[1] if self.processing_class else -1
         self.model.get_decoder().register_forward_hook(self.keep_hidden)
-        # Trainer adds one of these two, or in a notebook a table, which stays.
+        # Trainer adds one of these three by itself.
         bar = self.pop_callback(transformers.ProgressCallback)
         if bar or self.pop_callback(transformers.PrinterCallback):
             self.add_callback(LogLines())
+        else:
+            self.add_callback(replace_table(self))
 
     def follow(self, plan) -> None:
         """Train in passes of the plan's size and with its optimizer from now on. Whether layers are
@@ -243,6 +245,29 @@ class LogLines(transformers.ProgressCallback):
             line += "  " + LOG_PARTS[name].format(logs[name])
         if state.is_world_process_zero and shown:
             tqdm.write(line)
+
+
+def replace_table(trainer) -> transformers.TrainerCallback:
+    """Take from `trainer` the table that transformers shows in a notebook: all that an evaluation returns, in
+    English. Return one with a line for each evaluation: the step and two losses."""
+    # It imports IPython, which is there in a notebook only.
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    class LossTable(NotebookProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.training_tracker.inner_table = [["步", "训练损失", "验证损失"]]
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            training_loss = "—"  # an evaluation before the first log has none
+            for log in state.log_history:
+                training_loss = log.get("loss", training_loss)
+            line = {"步": state.global_step, "训练损失": training_loss, "验证损失": metrics["eval_loss"]}
+            if self.training_tracker:  # else it is evaluated without a training
+                self.training_tracker.write_line(line)
+
+    trainer.pop_callback(NotebookProgressCallback)
+    return LossTable()
 
 
 def peak(device: torch.device) -> int:
