@@ -125,10 +125,10 @@ def from_columns(row: dict, fields: Fields, answered: bool) -> object:
     if isinstance(answer, str) and not values.get("think") and TAG.match(answer.lstrip()):
         return Unusable("answer 开头的 <think> 没有闭合")
 
-    others = dict(zip(map(str.lower, row), row.values()))
-    if "instruction" in others and "instruction" not in map(str.lower, fields["question"]):
-        values["instruction"] = others["instruction"]  # what the writer of the thinking was told
-    history = decode_cell(others.get("history"))
+    lowered = dict(zip(map(str.lower, row), row.values()))
+    if "instruction" in lowered and "instruction" not in map(str.lower, fields["question"]):
+        values["instruction"] = lowered["instruction"]  # what the writer of the thinking was told
+    history = decode_cell(lowered.get("history"))
     if are_pairs(history):
         turns, history = history, []
         for question, reply in turns:

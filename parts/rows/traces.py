@@ -23,7 +23,7 @@ KINDS = {  # kind -> for people
 
 class Trace(NamedTuple):
     kind: str  # one of KINDS
-    start: int  # its place in the thinking, in characters
+    start: int  # where it begins in the thinking, in characters
     end: int
 
 
@@ -43,7 +43,7 @@ ANSWER = re.compile(
     "答案|(?:提供|给出|给定|参考|标准)的?(?:回答|回复)"
     "|(?<!的)回答(?=[里中]?(?:已经|已)?(?:提到|指出|列出|给出|涵盖)[了的])"
 )
-# "根据提供的答案", "答案里已经提到": who writes so was shown one, and each ANSWER of his is looked at.
+# "根据提供的答案", "答案里已经提到": who writes so was shown one, and every ANSWER is looked at.
 SHOWN = re.compile(
     rf"{GIVEN}|(?:用户|题目)[^，。]{{0,6}}(?:给出|提供)了答案|{USED}答案(?!选)"
     rf"|[与和跟]答案[^，]{{0,8}}(?:一致|相符|吻合)|(?:答案|回答)[里中](?:还|也|已经?|没有?)*(?:{SAYS}|说|的)"
@@ -109,7 +109,7 @@ PATTERNS = {"two": (TWO, SEVERAL), "process": (PROCESS, PROCESS), "doctor": (DOC
 
 def bigrams(text: str) -> set[tuple[str, str]]:
     """Return the pairs of neighbouring characters, punctuation left out."""
-    # NFKC makes H2 of H₂: a question and its answer write formulas and full-width letters differently.
+    # NFKC makes H2 of H₂ and half-width letters of full-width ones: texts have either.
     return set(pairwise(re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).lower())))
 
 
