@@ -5,15 +5,16 @@
     python data.py --dataset owner/name hf://owner/name   # sets of ModelScope and Hugging Face, together
     python data.py --dataset my.jsonl owner/name#500      # 500 rows of the second
     python data.py --revision REV --sha256 HEX            # exactly this data, or none
-    python data.py --raw                                  # the thinking as published, traces of its making and all
+    python data.py --raw                                  # the thinking as published, with its leaks
 
-A row has a question, a thinking and an answer, and perhaps earlier turns; the shapes of the leading public sets are
-read as they are. The published set is split as published: seed 42, shuffle, the first 90 % train. Others likewise, but
-rows that begin with the same question go to one side, and what a hub keeps for validation or tests is never trained
-on. A row that cannot be used is left out after the split, so it moves no other row, and is reported.
+A row has a question, a thinking and an answer, and perhaps earlier turns; the shapes of the leading public
+sets are read as they are. The published set is split as published: seed 42, shuffle, the first 90 % train.
+Others are split likewise, but rows that begin with the same question go to one side, and what a hub keeps for
+validation or tests is never trained on. A row that cannot be used is left out after the split, so it moves no
+other row, and is reported.
 
-Most published thinkings show how they were made: their writer had been given the answer. Both files are written without
-that, unless --raw, by which alone losses compare with those of the public run.
+Most published thinkings show how they were made: their writer had been given the answer. Both files are
+written without that, unless --raw, by which alone losses compare with those of the public run.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows
 SYSTEM_PROMPT = "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。"  # the published one
 MAX_LENGTH = 2048  # tokens of prompt and reply together; about 1 example in 240 is longer
+# The published script's: with others its validation rows are trained on, and losses do not compare.
 SEED = 42
 TRAIN_SHARE = 0.9
 TRAIN_FILE = "train.jsonl"
@@ -42,73 +44,90 @@ SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it wa
 
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
-    """Raises SystemExit when one file would be written over another, or over the data."""
+    """Raise SystemExit when one file would be written over another, or over the data."""
     paths = [train_file, val_file, train_file + SOURCE_SUFFIX, *datasets]
+    # By their real paths: one may be a link to another.
     if len(set(map(os.path.realpath, paths))) < len(paths):
-        named = "、".join(paths)
-        raise SystemExit(
-            f"错误：读和写的文件里有两个是同一个（{named}）；请用 --train_file、--val_file 换个文件名。"
-        )
+        named, remedy = "、".join(paths), "请用 --train_file、--val_file 换个文件名"
+        raise SystemExit(f"错误：输入和输出里有两个是同一个文件（{named}）；{remedy}。")
+
+
+def refuse_empty(train: row.LocatedRows, val: row.LocatedRows, problems: row.Problems) -> None:
+    """Raise SystemExit, with the reasons, when no row is left to train on, or none to validate with."""
+    if train and val:
+        return
+    empty, usable = "验证集" if train else "训练集", len(train) + len(val)
+    remedy = "，或加 --raw 保留原文" if traces.TOO_LITTLE in problems else ""
+    error = f"错误：划分后{empty}为空，可用的只有 {usable} 行；请按下面的原因修改，或补充不重复的行{remedy}。"
+    raise SystemExit("\n  ".join([error, *row.describe_problems(problems)]))
 
 
 def prepare(
-    dataset=None,
-    train_file=TRAIN_FILE,
-    val_file=VAL_FILE,
-    revision=None,
-    sha256=None,
-    without_thinking=None,
-    raw=False,
+    dataset: str | list[str] | None = None,
+    train_file: str = TRAIN_FILE,
+    val_file: str = VAL_FILE,
+    revision: str | None = None,
+    sha256: str | None = None,
+    without_thinking: str = "drop",
+    raw: bool = False,
 ) -> None:
-    """Load, check, split and clean each data set, the published one where none is named; write the files, and print the
-    summary. `dataset`: a name, or a list of names. `without_thinking`: "keep" for rows without it too. `raw`: the
-    thinking stays as it was."""
-    named = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
-    counts = sources.read_names(named, revision, sha256)
+    """Write the training and the validation file of a data set, or of several, and print the summary.
+
+    `dataset`: a file or a hub's name, or a list of them; the published set where none is named.
+    `without_thinking`: "keep" for rows without it too. `raw`: the thinking stays as it was. It raises
+    SystemExit, and writes nothing, when the data cannot be read or a file would be empty.
+    """
+    names = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
+    counts = sources.read_names(names, revision, sha256)
     refuse_overwriting(train_file, val_file, list(counts))
+
+    # 1. Load each data set and split it. The published one is split by rows, for the public run's two files.
     loaded = []
     for name in counts:
         published = name.removeprefix("ms://") == DATASET_NAME
         loaded.append(sources.load(name, revision, sha256, len(counts) > 1, published, SEED, TRAIN_SHARE))
+
+    # 2. Check the rows, and put the sets together.
     problems: row.Problems = {}
     train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
+
+    # 3. Leave out of the thinking what its writer could only know from the answer.
     if raw:
-        lines.append("清理      没有（--raw）")
+        lines.append("清理      跳过（--raw）")
     else:
         done = Counter()
-        train, val = (traces.clean_rows(part, problems, done) for part in (train, val))
-        lines.append(f"清理      {traces.describe(done)}")
-    if not train or not val:
-        empty, usable = "验证集" if train else "训练集", len(train) + len(val)
-        remedy = "，或加 --raw 照原文写" if traces.TOO_LITTLE in problems else ""
-        text = f"错误：划分后{empty}为空，可用的只有 {usable} 行；请按下面的原因改正，或提供更多不同的行{remedy}。"
-        raise SystemExit("\n  ".join([text, *row.describe_problems(problems)]))
+        train = traces.clean_rows(train, problems, done)
+        val = traces.clean_rows(val, problems, done)
+        lines.append(f"清理      {traces.describe_cleaning(done)}")
+    refuse_empty(train, val, problems)
+
+    # 4. Write what is left, and say what was done. Where a row stood is of no use any more.
+    _, train = zip(*train)
+    _, val = zip(*val)
     lines.append(sources.mark_seen(train, val))
-    write(train_file, train, val_file, val, {"sources": [source.origin for source in loaded], "raw": raw})
+    origin = {"sources": [source.origin for source in loaded], "raw": raw}
+    write(train_file, train, val_file, val, origin)
     print(row.summary(lines, {train_file: train, val_file: val}, problems))
 
 
-def write(
-    train_file: str, train: list[row.Placed], val_file: str, val: list[row.Placed], origin: dict
-) -> None:
-    """Write both files, and beside the training file its `origin`."""
-    for _, example in train + val:
+def write(train_file: str, train: row.Rows, val_file: str, val: row.Rows, origin: dict) -> None:
+    """Write both files, and beside the training file its `origin`, all or none. It raises SystemExit."""
+    for example in train + val:
         example.pop("instruction", None)  # the cleaning has seen it
-    texts = {
-        train_file: files.to_jsonl(line for _, line in train),
-        val_file: files.to_jsonl(line for _, line in val),
-    }
+    texts = {train_file: files.to_jsonl(train), val_file: files.to_jsonl(val)}
+    # With the checksum read_origin sees whether the file was changed since.
     origin = origin | {"train_sha256": hashlib.sha256(texts[train_file].encode()).hexdigest()}
+    texts[train_file + SOURCE_SUFFIX] = files.to_jsonl([origin])
     try:
-        files.write(texts | {train_file + SOURCE_SUFFIX: files.to_jsonl([origin])})
+        files.write(texts)
     except OSError as error:
-        what = f"无法写入 {train_file}、{val_file}（{error.strerror}）"
-        raise SystemExit(f"错误：{what}；请检查权限和磁盘空间，或换个位置。") from None
+        failure = f"无法写入 {train_file}、{val_file}（{error.strerror}）"
+        raise SystemExit(f"错误：{failure}；请检查权限和磁盘空间，或换个位置。") from None
 
 
 def read_origin(train_file: str) -> dict[str, object]:
-    """{sources: [{source, revision, sha256}], raw, train_sha256}: what `prepare` made the file from. Only the last for
-    a file that it did not write, or that has changed since."""
+    """Return {sources: [{source, revision, sha256}], raw, train_sha256}: what `prepare` made the file from.
+    Only the last for a file that it did not write, or that has changed since."""
     sha256 = terminal.sha256(train_file)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = json.loads(Path(train_file + SOURCE_SUFFIX).read_text(encoding="utf-8"))
@@ -118,23 +137,24 @@ def read_origin(train_file: str) -> dict[str, object]:
 
 
 def read_examples(path: str) -> list[row.Row]:
-    """The rows of a file that `prepare` wrote. Raises SystemExit when a row cannot be trained on."""
+    """Return the rows of a file that `prepare` wrote. It raises SystemExit when one cannot be trained on."""
     examples = []
     for number, raw in files.read(path):
+        # An empty thinking was kept on purpose; one that is missing or null was not written by `prepare`.
+        thinkless = isinstance(raw, dict) and raw.get("think") == ""
         try:
-            examples.append(row.check(raw, thinkless=isinstance(raw, dict) and raw.get("think") == ""))
+            examples.append(row.check(raw, thinkless=thinkless))
         except ValueError as problem:
             remedy = "请用 python data.py --dataset <原始数据> 重新生成"
             raise SystemExit(f"错误：{path} 第 {number} 行 {problem}；{remedy}。") from None
     return examples
 
 
-def to_messages(
-    question: str, think=None, answer=None, history=None, system=SYSTEM_PROMPT
-) -> list[dict[str, str]]:
-    """[system, earlier turns, user], and the assistant's message when there is an answer. `history`: [[question,
-    answer], …]; their thinking is not fed back."""
+def to_messages(question: str, think=None, answer=None, history=None, system=SYSTEM_PROMPT) -> list[dict]:
+    """Return [system, earlier turns, user], and the assistant's message when there is an answer. `history`:
+    [[question, answer], …]."""
     messages = [{"role": "system", "content": system}]
+    # Without their thinking: the model's own template drops it from earlier turns.
     for asked, said in history or []:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     messages.append({"role": "user", "content": question})
@@ -144,38 +164,41 @@ def to_messages(
 
 
 def load_dataset(path: str, tokenizer, max_length: int):
-    """A datasets.Dataset of input_ids and labels from a file that `prepare` wrote; prints its lengths. Too long
-    examples are left out, as a cut would lose the answer, which comes last. Raises SystemExit when none is left."""
+    """Return a datasets.Dataset of input_ids and labels from a file that `prepare` wrote; print its lengths.
+
+    Examples of more than `max_length` tokens are left out, as a cut would lose the answer, which comes last.
+    It raises SystemExit when none is left.
+    """
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    # from_list takes its columns from the first row, which may have no history where others have one.
     examples = datasets.Dataset.from_list([{"history": None} | example for example in read_examples(path)])
     encoded = examples.map(
         lambda example: encoding.encode_example(tokenizer, to_messages(**example)),
         desc=f"编码 {path}",
         remove_columns=examples.column_names,
-        new_fingerprint="encoded",  # else datasets hashes the whole tokenizer: 4 s, for a cache that is not used here
+        # Else datasets hashes the whole tokenizer, 4 s, for a cache that is not used here.
+        new_fingerprint="encoded",
     )
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+    lengths = list(map(len, encoded["input_ids"]))
     print(encoding.describe_lengths(path, lengths, max_length))
-    if (shortest := min(lengths)) > max_length:
-        raise SystemExit(
-            f"错误：{path} 的样本都超过 {max_length} 个 token（最短 {shortest}）；请加大 --max_length。"
-        )
+    shortest = min(lengths)
+    if shortest > max_length:
+        cause = f"{path} 的样本都超过 {max_length} 个 token（最短 {shortest}）"
+        raise SystemExit(f"错误：{cause}；请加大 --max_length。")
     return encoded.select([i for i, length in enumerate(lengths) if length <= max_length])
 
 
 def main() -> None:
-    parser = terminal.Parser(
-        description="下载或读取数据，检查、清理、划分，写出训练集和验证集。例子在 data.py 开头。"
-    )
+    parser = terminal.Parser(description="下载、检查、清理、划分数据。例子在 data.py 开头。")
     flag = parser.add_argument_group("参数").add_argument
     flag("--dataset", nargs="+", action="extend", help="本地文件、ModelScope 名、hf://名；#500 只取 500 行")
     flag("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")
-    flag("--sha256", help="数据必须有的校验和；默认不查")
-    flag("--raw", action="store_true", help="照公布的原文写，不去掉思考里制作的痕迹")
-    flag("--without_thinking", choices=("drop", "keep"), default="drop", help="没有思考的行：默认 drop，不用")
+    flag("--sha256", help="数据的 SHA-256，不一致就报错；默认不检查")
+    flag("--raw", action="store_true", help="保留公布的原文，不清理答案泄露（“看过标准答案”的痕迹）")
+    flag("--without_thinking", choices=("drop", "keep"), default="drop", help="没有思考的行：默认 drop，丢弃")
     flag("--train_file", default=TRAIN_FILE, help="训练集；默认 %(default)s")
     flag("--val_file", default=VAL_FILE, help="验证集；默认 %(default)s")
     prepare(**vars(parser.parse_args()))

@@ -1,5 +1,5 @@
-"""Files of rows (.jsonl, .json, .csv, .tsv, .parquet) to objects and back. Text stays as typed; what cannot be read
-ends with the line and the remedy. Does not look into the rows: that is row.py's."""
+"""Files of rows (.jsonl, .json, .csv, .tsv, .parquet) to objects and back. Text stays as typed; what cannot
+be read ends with the line and the remedy. Does not look into the rows: that is row.py's."""
 
 import codecs
 import contextlib
@@ -13,34 +13,35 @@ from pathlib import Path
 from parts.rows.row import FIELDS, SAME_FIELD_TWICE
 from parts.terminal import first_line
 
-SUFFIXES = (
-    ".jsonl",
-    ".parquet",
-    ".csv",
-    ".tsv",
-    ".json",
-)  # the first kind that a data set on the hub has is taken
+# A hub's data set that comes in several formats is read in the first of these.
+SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv", ".json")
 CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names of a list of rows in an object
 
 
 def read(path: str | Path) -> list[tuple[int, object]]:
-    """All rows of a file as (number, row): the line for .jsonl, else the row's place, both counted from 1.
+    """Return all rows of a file as (number, row): the line for .jsonl, else the row's position, both counted
+    from 1.
 
-    Text stays as typed: nothing is turned into numbers, dates or NaN. Raises SystemExit with the line and the remedy
-    for a file that is missing, unreadable, empty, not UTF-8 or not of its format.
+    Text stays as typed: nothing is turned into numbers, dates or NaN. It raises SystemExit with the line and
+    the remedy for a file that is missing, unreadable, empty, not UTF-8 or not of its format.
     """
     return parse(Path(path), read_bytes(Path(path)))
 
 
+def has_known_suffix(path: str | Path) -> bool:
+    """Tell whether a file's name ends as one of the formats that are read here."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
 def read_bytes(path: Path) -> bytes:
-    """A data file's bytes."""
+    """Return a data file's bytes. It raises SystemExit for a folder, another format or an unreadable file."""
+    # os.path says no to a name that is too long for a file, where Path.is_dir would raise.
     if os.path.isdir(path):
-        names = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        raise SystemExit(
-            f"错误：{path} 是文件夹；请指定里面的一个数据文件：{'、'.join(names[:10]) or '没有'}。"
-        )
-    if path.suffix.lower() not in SUFFIXES:
-        raise SystemExit(f"错误：不认识 {path} 的格式；请解压，转成 UTF-8 的 {'、'.join(SUFFIXES)} 之一。")
+        inside = "、".join(sorted(filter(has_known_suffix, os.listdir(path)))[:10]) or "没有"
+        raise SystemExit(f"错误：{path} 是文件夹；请指定里面的一个数据文件：{inside}。")
+    if not has_known_suffix(path):
+        formats = "、".join(SUFFIXES)
+        raise SystemExit(f"错误：不支持 {path} 的格式；请解压，转成 UTF-8 编码的 {formats} 之一。")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -48,25 +49,24 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse(path: Path, content: bytes) -> list[tuple[int, object]]:
-    """The rows in a file's content; `path` tells the format, and the file in messages."""
+    """Return the rows in a file's content, as `read` does; `path` tells the format, and messages name it."""
     if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise SystemExit(f"错误：{path} 是空文件；请换一个有内容的文件。")
     rows = READERS[path.suffix.lower()](path, content)
     if not rows:
-        raise SystemExit(f"错误：{path} 里没有一行数据；每行需要 {'、'.join(FIELDS)} 三个字段。")
+        raise SystemExit(f"错误：{path} 里没有数据；每行需要 {'、'.join(FIELDS)} 三个字段。")
     return rows
 
 
 def decode_all(path: Path, content: bytes) -> str:
-    """A file's content as text."""
+    """Return a file's content as text. It raises SystemExit with the line that is not UTF-8."""
+    # UTF-16 without its mark decodes as UTF-8 where the text is English: its NULs give it away.
     nul = content.find(b"\0")
     if nul >= 0:
         line = content.count(b"\n", 0, nul) + 1
-        raise SystemExit(
-            f"错误：{path} 第 {line} 行含 NUL 字节：文件损坏，或是 UTF-16 编码；请另存为 UTF-8。"
-        )
+        raise SystemExit(f"错误：{path} 第 {line} 行含 NUL 字节（文件损坏或是 UTF-16）；请另存为 UTF-8。")
     try:
-        # There may be a byte order mark, of files that were joined in the middle too, where nobody sees it.
+        # Files that were joined have a byte order mark in the middle too, where nobody sees it.
         return content.decode().removeprefix("\ufeff").replace("\n\ufeff", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -75,18 +75,19 @@ def decode_all(path: Path, content: bytes) -> str:
 
 
 def load_json(text: str) -> object:
-    """What a JSON text holds. Of a field's two values json alone would keep the last without a word."""
+    """Return what a JSON text holds, with SAME_FIELD_TWICE for an object that has a field twice: json would
+    keep its last value without a word."""
 
     def to_object(pairs: list[tuple[str, object]]) -> object:
         row = dict(pairs)
         return row if len(row) == len(pairs) else SAME_FIELD_TWICE
 
-    # int() would refuse long numbers; no number is used anyway
+    # int() refuses numbers of more than 4,300 digits with a ValueError; no number is used anyway.
     return json.loads(text, parse_int=float, object_pairs_hook=to_object)
 
 
 def parse_json(path: Path, text: str, line: int = 1) -> object:
-    """A JSON text that begins on this line of its file."""
+    """Return what a JSON text holds that begins on this line of its file, or raise SystemExit."""
     try:
         return load_json(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -96,83 +97,86 @@ def parse_json(path: Path, text: str, line: int = 1) -> object:
 
 
 def read_json(path: Path, content: bytes) -> list[tuple[int, object]]:
-    """Of a file named .jsonl or .json: one object a line, or an array of them, whichever it is."""
+    """Read one object a line, or an array of them, whichever a file named .jsonl or .json holds."""
     text = decode_all(path, content)
-    # Split at \n alone: str.splitlines would also break at characters such as U+2028 that JSON allows inside texts.
+    # Split at \n alone: str.splitlines would also break at characters that JSON allows in texts, U+2028 say.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    _, top = lines[0]
     first = None
     with contextlib.suppress(ValueError, RecursionError):
-        first = load_json(lines[0][1])
-    spread = first is None and (path.suffix.lower() == ".json" or lines[0][1].lstrip().startswith("["))
-    if spread or len(lines) == 1:
+        first = load_json(top)
+    # A first line that is no JSON begins a value over many lines, or is damaged: the name decides, or a [.
+    is_one_value = first is None and (path.suffix.lower() == ".json" or top.lstrip().startswith("["))
+    if is_one_value or len(lines) == 1:
         return list(enumerate(rows_in(parse_json(path, text)), 1))
     return [(number, parse_json(path, line, number)) for number, line in lines]
 
 
 def rows_in(value: object) -> list:
-    """The rows of [{…}, …] or {"data": [{…}, …]}; else the value is itself the only row."""
+    """Return the rows of [{…}, …] or {"data": [{…}, …]}; any other value is itself the only row."""
     if isinstance(value, dict):
-        lists = [rows for name, rows in value.items() if name in CONTAINERS and isinstance(rows, list)]
-        if len(lists) == 1 and any(isinstance(row, dict) for row in lists[0]):
+        lists = [value[name] for name in CONTAINERS if isinstance(value.get(name), list)]
+        # A row of its own may have a list in such a field too, but not one of objects.
+        if len(lists) == 1 and dict in map(type, lists[0]):
             return lists[0]
     return value if isinstance(value, list) else [value]
 
 
 def read_csv(path: Path, content: bytes) -> list[tuple[int, object]]:
-    """Of a table under a header, which tells what separates its columns."""
+    """Read a table under a header, which tells what separates its columns."""
     text = decode_all(path, content).lstrip("\r\n")
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     separator = max(",;\t", key=header.count)  # the first of equals, a comma, for a single column
     csv.field_size_limit(2**31 - 1)  # of a cell: 131,072 characters unless told
+    # newline="" leaves line ends to csv, which alone knows those inside quotes.
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = []
     try:
-        rows = list(table)
-        names = table.fieldnames
-        if len(set(names)) < len(names):
+        header_names = table.fieldnames
+        if len(set(header_names)) < len(header_names):
             raise csv.Error("表头里有重复的列名")
-        if any(None in row for row in rows):  # where DictReader puts what is too much
-            raise csv.Error("有的行比表头的列多")
+        for number, row in enumerate(table, 1):
+            if None in row:  # where DictReader puts the cells for which the header has no name
+                raise csv.Error("有的行比表头的列多")
+            # The header of the second of two files that were joined is no row.
+            if list(row.values()) != header_names:
+                rows.append((number, row))
     except csv.Error as error:
-        raise SystemExit(
-            f"错误：{path} 不是合法的 CSV（{error}）；请改正，含分隔符的文字要用双引号括起。"
-        ) from None
-    # The header of the second of two files that were joined is no row.
-    return [(number, row) for number, row in enumerate(rows, 1) if list(row.values()) != names]
+        remedy = "请改正，含分隔符的文字要用双引号括起来"
+        raise SystemExit(f"错误：{path} 不是合法的 CSV（{error}）；{remedy}。") from None
+    return rows
 
 
 def read_parquet(path: Path, content: bytes) -> list[tuple[int, object]]:
-    import pyarrow.parquet
+    """Read the rows of a Parquet file."""
+    import pyarrow.parquet  # here, as `--help` and the other formats do not wait for it
 
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # a text that is not UTF-8 is a ValueError
-        raise SystemExit(
-            f"错误：{path} 不是完整的 Parquet 文件（{first_line(error)}）；请重新导出。"
-        ) from None
+        cause = first_line(error)
+        raise SystemExit(f"错误：{path} 不是完整的 Parquet 文件（{cause}）；请重新导出。") from None
     return list(enumerate(rows, 1))
 
 
-READERS = {
-    ".jsonl": read_json,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-}
+READERS = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
+READERS |= {".csv": read_csv, ".tsv": read_csv}
 
 
-def to_jsonl(rows) -> str:
-    """One JSON object a line, of a list of them or of any other iterable."""
+def to_jsonl(rows: list) -> str:
+    """Return one JSON object a line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write(texts: dict[str, str]) -> None:
-    """Write {path: text}. Each file appears whole, and none before all could be written. Raises OSError."""
-    drafts = {path: Path(f"{path}.{os.getpid()}.tmp") for path in texts}
+    """Write {path: text}. Each file appears whole, none before all could be written. It raises OSError."""
+    drafts = {}
     try:
-        for path, draft in drafts.items():
+        for path, text in texts.items():
+            drafts[path] = draft = Path(f"{path}.{os.getpid()}.tmp")
             draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(texts[path], encoding="utf-8", newline="\n")
+            draft.write_text(text, encoding="utf-8", newline="\n")
+        # os.replace onto a folder fails, and would do so after the first file had its new content.
         for path in texts:
             if os.path.isdir(path):
                 raise IsADirectoryError(0, "是一个文件夹", path)

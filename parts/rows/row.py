@@ -1,4 +1,4 @@
-"""A row of data: question, thinking and answer, checked and cleaned once. Knows no file format and no split."""
+"""A row of data: question, thinking and answer, checked and cleaned once. Knows no file format, no split."""
 
 import json
 import re
@@ -10,144 +10,167 @@ FIELDS = ("question", "think", "answer")
 THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what check says of a row without thinking
 TAG = re.compile(r"</?think(?:ing)?>")
 SURROGATE = re.compile("[\ud800-\udfff]")
-# White space, controls, marks of width 0 and fillers: nothing is seen of them.
-INVISIBLE = r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
+# White space, controls, marks of width 0 and fillers: nothing is seen of them, and str.strip leaves most.
+INVISIBLE = (
+    r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
+)
 Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
-Place = tuple[str, int]  # of a row: the name of its file, "" where there is but one, and its number
-Placed = tuple[Place, object]  # a row, and where it stands
-Problems = dict[str, list[Place]]  # why rows are left out, and where they stand
+Rows = tuple[Row, ...]
+Location = tuple[str, int]  # of a row: the name of its file, "" where there is but one, and its number
+LocatedRows = list[tuple[Location, object]]
+Problems = dict[str, list[Location]]  # reason -> where the rows stand that are left out for it
 
 
 class Unusable(str):
-    """Stands for a row that cannot be read: says why."""
+    """Stands for a row that cannot be read, and says why: a row is left out where it stands, so that the
+    split of all others stays."""
 
 
 SAME_FIELD_TWICE = Unusable("同一字段出现多次")
 
 
 def strip_invisible(text: str) -> str:
-    """Without what cannot be seen at its ends."""
+    """Return a text without what cannot be seen at its ends."""
     return re.sub(rf"\A{INVISIBLE}+|{INVISIBLE}+\Z", "", text)
 
 
 def clean(text: str) -> str:
-    """Strip white space, make line ends `\\n`, Excel's _x000D_ too, and turn a literal backslash-n into the line break
-    it stands for. A text of which nothing can be seen is empty.
+    """Strip white space, make line ends `\\n`, Excel's _x000D_ too, and turn a literal backslash-n into the
+    line break it stands for. A text of which nothing can be seen is empty.
 
     Before a letter the two characters stay: there they begin a LaTeX command (\\nu) or a path.
     """
     text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?", "\n", text)
+    # 8 of 241 published answers have the two characters where a line break was meant.
     text = re.sub(r"\\n(?![A-Za-z])", "\n", text).strip()
     return "" if re.fullmatch(f"{INVISIBLE}*", text) else text
 
 
 def check(row: object, fields: tuple[str, ...] = FIELDS, thinkless: bool = False) -> Row:
-    """The clean row of these fields, and of `history` where there is one. `thinkless`: a row without thinking is taken,
-    its thinking is "". Raises ValueError with what is wrong, as the two functions below do."""
+    """Return the clean row of these fields, and of `history` where there is one. `thinkless`: a row without
+    thinking is taken, its thinking is "". It raises ValueError with what is wrong, as the two functions that
+    it calls do."""
     if not isinstance(row, dict):
         raise ValueError(row if isinstance(row, Unusable) else "不是对象")
     cleaned = {}
     for field in fields:
-        text = row.get(field)
-        if field == "think" and thinkless and (text is None or isinstance(text, str) and not clean(text)):
+        try:
+            if field not in row:
+                raise ValueError(f"缺少字段 {field}")
+            cleaned[field] = clean_field(field, row[field], by_model=field != "question")
+        except ValueError as problem:
+            if not thinkless or str(problem) not in THINKLESS:
+                raise
             cleaned[field] = ""
-        elif field in row:
-            cleaned[field] = clean_field(field, text, answered=field != "question")
-        else:
-            raise ValueError(f"缺少字段 {field}")
     if row.get("history"):
         cleaned["history"] = clean_history(row["history"])
     return cleaned
 
 
 def are_pairs(history: object) -> bool:
-    return isinstance(history, list) and all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
-    )
+    """Tell whether a history has the form [[question, answer], …], whatever the two are."""
+    if not isinstance(history, list):
+        return False
+    for turn in history:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            return False
+    return True
 
 
 def clean_history(history: object) -> list[list[str]]:
+    """Return the clean earlier turns, or raise ValueError with what is wrong."""
     if not are_pairs(history):
         raise ValueError("history 不是 [[问题, 回答], …]")
-    return [
-        [clean_field("history", asked, False), clean_field("history", said, True)] for asked, said in history
-    ]
+    cleaned = []
+    for question, answer in history:
+        question = clean_field("history", question, by_model=False)
+        cleaned.append([question, clean_field("history", answer, by_model=True)])
+    return cleaned
 
 
-def clean_field(field: str, text: object, answered: bool) -> str:
-    """`answered`: by the model, not by a person."""
+def clean_field(field: str, text: object, by_model: bool) -> str:
+    """Return a field's clean text, or raise ValueError with what is wrong. `by_model`: whether a model is to
+    write such a text, as it is not to write questions."""
     if not isinstance(text, str):
         raise ValueError(f"{field} 为 null" if text is None else f"{field} 不是文本")
     text = clean(text)
     if not text:
         raise ValueError(f"{field} 为空")
-    if answered and TAG.search(text):  # the template writes them; these would be learnt as text
+    # The chat template writes the tags around the thinking; further ones would be learnt as text.
+    if by_model and TAG.search(text):
         raise ValueError(f"{field} 含 <think> 或 </think> 标签")
+    # JSON can hold half a character; neither a file in UTF-8 nor a tokenizer can.
     if SURROGATE.search(text):
         raise ValueError(f"{field} 含无效字符（不成对的代理码点）")
     return text
 
 
 def topic(row: dict) -> str:
-    """The question that a conversation begins with."""
+    """Return the question that a conversation begins with."""
     return row["history"][0][0] if row.get("history") else row["question"]
 
 
-def keep_usable(part: list[Placed], problems: Problems, seen: set[str], thinkless: bool) -> list[Placed]:
-    """The clean, distinct rows of one part, in order, with the `instruction` that their writer had beside the question;
-    `problems` gathers what is left out: reason -> places, `seen` the rows that there were."""
-    kept = []
-    for place, raw in part:
+def keep_usable(rows: LocatedRows, problems: Problems, seen: set[str], thinkless: bool) -> LocatedRows:
+    """Return the clean, distinct rows, in order, with the `instruction` that their writer had beside the
+    question. `problems` gathers what is left out, `seen` the rows that there were."""
+    usable = []
+    for location, raw in rows:
         try:
             row = check(raw, thinkless=thinkless)
+            # The clean row: white space makes no other one.
             text = json.dumps(row)
             if text in seen:
                 raise ValueError("与前面的行重复")
         except ValueError as problem:
-            problems.setdefault(str(problem), []).append(place)
+            problems.setdefault(str(problem), []).append(location)
             continue
         seen.add(text)
+        # After the comparison: the same row under another instruction is the same training example.
         if isinstance(raw.get("instruction"), str):
             row["instruction"] = raw["instruction"]
-        kept.append((place, row))
-    return kept
+        usable.append((location, row))
+    return usable
 
 
-def leave_out(part: list[Placed], other: list[Placed], problem: str, problems: Problems) -> list[Placed]:
-    """The rows of `part` that begin with no question of the `other` part; `problems` gets the places of the rest."""
-    topics = {topic(row) for _, row in other}
-    kept = []
-    for place, row in part:
+def drop_overlap(rows: LocatedRows, others: LocatedRows, problem: str, problems: Problems) -> LocatedRows:
+    """Return the rows that begin with no question of the `others`; `problems` gathers the rest."""
+    topics = {topic(row) for _, row in others}
+    remaining = []
+    for location, row in rows:
         if topic(row) in topics:
-            problems.setdefault(problem, []).append(place)
+            problems.setdefault(problem, []).append(location)
         else:
-            kept.append((place, row))
-    return kept
+            remaining.append((location, row))
+    return remaining
 
 
 def describe_problems(problems: Problems, most: int = 5) -> list[str]:
-    """One line per kind of problem: how many rows, and where the first ones are."""
+    """Return one line for each kind of problem: how many rows have it, and where the first ones are."""
     lines = []
-    for problem, places in problems.items():
-        first = [f"{file} 第 {number} 行".lstrip() for file, number in sorted(places)[:most]]
-        more = " 等" if len(places) > most else ""
-        lines.append(f"{problem}：{len(places)} 行（{'、'.join(first)}{more}）")
+    for problem, locations in problems.items():
+        first = [f"{file} 第 {number} 行".lstrip() for file, number in sorted(locations)[:most]]
+        more = " 等" if len(locations) > most else ""
+        lines.append(f"{problem}：{len(locations)} 行（{'、'.join(first)}{more}）")
     if not problems.keys().isdisjoint(THINKLESS):
-        lines.append("没有思考的行加 --without_thinking keep 就会采用，作为不思考的回答来学")
+        lines.append("没有思考的行：加 --without_thinking keep 可以保留，用来学习不思考、直接回答")
     return lines
 
 
-def summary(lines: list[str], parts: dict[str, list[Placed]], problems: Problems) -> str:
-    """What a person wants to know about the data, as text, after the `lines` on where it comes from. `parts`: the rows
-    of each file."""
-    rows = [row for part in parts.values() for _, row in part]
-    lines = lines + [f"已写入    {path}：{len(part)} 行" for path, part in parts.items()]
-    lines += [f"未采用    {line}" for line in describe_problems(problems)] or ["未采用    0 行"]
+def summary(lines: list[str], written: dict[str, Rows], problems: Problems) -> str:
+    """Return what a person wants to know about the data, as text, after the `lines` on where it comes from.
+    `written`: the rows of each file."""
+    lines, rows = list(lines), sum(written.values(), ())
+    for path, part in written.items():
+        lines.append(f"已写入    {path}：{len(part)} 行")
+    for problem in describe_problems(problems) or ["0 行"]:
+        lines.append(f"未采用    {problem}")
     for field in FIELDS:
         lengths = [len(row[field]) for row in rows]
         middle = f"平均 {statistics.mean(lengths):.0f}，中位数 {statistics.median(lengths):.0f}"
         lines.append(f"字符数    {field}：{middle}，最长 {max(lengths)}")
     lines.append(f"多轮对话  {sum('history' in row for row in rows)} 行")
     lines += ["", "示例（训练集第 1 行）"]
-    lines += [f"  {name}：{shorten(rows[0][field])}" for name, field in zip(("问题", "思考", "回答"), FIELDS)]
+    for title, field in zip(("问题", "思考", "回答"), FIELDS):
+        lines.append(f"  {title}：{shorten(rows[0][field])}")
     return "\n".join(lines)

@@ -3,44 +3,41 @@
 import json
 
 import pytest
-from helpers import REAL, make_rows, refused
+from helpers import REAL, make_row, make_rows, refused
 
 from parts.rows import shapes
-from parts.rows.row import FIELDS, Unusable, check
-
-
-def turns(row: dict, role: str, text: str, users: tuple[str, str]) -> list[dict]:
-    return [{role: users[0], text: row["question"]}, {role: users[1], text: block(row)}]
+from parts.rows.row import FIELDS, check
 
 
 def block(row: dict) -> str:
     return f"<think>\n{row['think']}\n</think>\n\n{row['answer']}"
 
 
-CHAT = ("user", "assistant")
+def turns(row: dict, role="role", text="content", users=("user", "assistant")) -> list[dict]:
+    return [{role: users[0], text: row["question"]}, {role: users[1], text: block(row)}]
+
+
 FORMS = {
     "plain": lambda r: r,
     "o1": lambda r: {"Question": r["question"], "Complex_CoT": r["think"], "Response": r["answer"]},
     "chinese r1": lambda r: {"input": r["question"], "reasoning_content": r["think"], "content": r["answer"]},
     "alpaca": lambda r: {"instruction": r["question"], "input": "", "output": block(r)},
     "prompt": lambda r: {"prompt": r["question"], "response": block(r).removeprefix("<think>")},
-    "trl": lambda r: dict(zip(("prompt", "completion"), ([turn] for turn in turns(r, "role", "content", CHAT)))),
-    "messages": lambda r: {"messages": [{"role": "system", "content": "你是"}, *turns(r, "role", "content", CHAT)]},
+    "trl": lambda r: {"prompt": turns(r)[:1], "completion": turns(r)[1:]},
+    "trl, thinking beside": lambda r: {"prompt": turns(r)[:1], "reasoning": r["think"], "response": r["answer"]},
+    "messages": lambda r: {"messages": [{"role": "system", "content": "你是"}, *turns(r)]},
     "both": lambda r: {"question": r["question"], "reasoning": r["think"], "answer": block(r)},
     "empty block": lambda r: r | {"answer": f"<think>\n\n</think>\n\n{r['answer']}"},
-    "turns as text": lambda r: {"messages": json.dumps(turns(r, "role", "content", CHAT))},
+    "turns as text": lambda r: {"messages": json.dumps(turns(r))},
     "turns as columns": lambda r: {"conversations": {"from": ["human", "gpt"], "value": [r["question"], block(r)]}},
-    "trl, thinking beside": lambda r: {
-        "prompt": [{"role": " User ", "content": r["question"]}],
-        "reasoning": r["think"],
-        "response": r["answer"],
-    },
-    "sharegpt": lambda r: {"conversations": turns(r, "from", "value", ("human", "gpt"))},
+    "sharegpt": lambda r: {"conversations": turns(r, "from", "value", (" Human ", "gpt"))},
 }
 
 
-def plain(loaded: list) -> list[dict]:
-    return [{field: text.strip() for field, text in row.items()} for _, row in loaded]
+def convert(*rows: dict) -> tuple[list, str]:
+    """The rows with our fields, and what is said of them."""
+    located, mapping = shapes.to_fields(list(enumerate(rows, 1)), "x.jsonl")
+    return [row for _, row in located], mapping
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -48,66 +45,60 @@ def test_every_form_gives_the_plain_rows(form):
     rows = make_rows(5)
     if REAL.is_dir():
         for line in (REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").splitlines():
-            rows.append({field: json.loads(line)[field].strip() for field in FIELDS})
-    assert plain(shapes.to_fields(list(enumerate(map(form, rows), 1)), "x.jsonl")[0]) == rows
+            row = json.loads(line)
+            rows.append(check({field: row[field] for field in FIELDS}))
+    assert list(map(check, convert(*map(form, rows))[0])) == rows
 
 
-def test_earlier_turns_are_kept_without_thinking():
-    [first, second] = make_rows(2)
-    messages = turns(first, "role", "content", CHAT) + turns(second, "role", "content", CHAT)
-    [(_, row)], _ = shapes.to_fields([(1, {"messages": messages})], "x.jsonl")
-    assert row["question"] == second["question"]
-    assert [[text.strip() for text in turn] for turn in row["history"]] == [[first["question"], first["answer"]]]
+EARLIER = ["问题1？", "回答1。"]
+TABLE = {"Instruction": "问题2？", "Input": "", "Output": block(make_row(2))}
+CONVERSATIONS = {  # what is said of a row, and the row
+    "messages 的各轮": {"messages": turns(make_row(1)) + turns(make_row(2))},
+    "history -> 前几轮": TABLE | {"history": [[EARLIER[0], "<think>想</think>" + EARLIER[1]]]},
+    "History -> 前几轮": TABLE | {"History": json.dumps([EARLIER])},
+}
 
 
-def test_conversation_that_cannot_be_trained_on_is_named():
-    half = turns(make_rows(1)[0], "role", "content", CHAT)[:1]
-    for messages in ([], "x", [3], [{"role": "tool", "content": ""}], [{"role": []}], half):
-        [(_, row)], _ = shapes.to_fields([(1, {"messages": messages})], "x.jsonl")
-        assert isinstance(row, Unusable)
+@pytest.mark.parametrize("said, row", CONVERSATIONS.items(), ids=CONVERSATIONS)
+def test_earlier_turns_are_kept_without_thinking(said, row):
+    [converted], mapping = convert(row)
+    assert check(converted) == make_row(2, history=[EARLIER]) and said in mapping
 
 
 def test_shapes_may_be_mixed():
     """Each row by its own columns."""
     rows = make_rows(4)
-    loaded = [FORMS[form](row) for form, row in zip(("plain", "o1", "messages", "alpaca"), rows)]
-    found, mapping = shapes.to_fields(list(enumerate(loaded, 1)), "x.jsonl")
-    assert plain(found) == rows
+    converted, mapping = convert(*(FORMS[form](row) for form, row in zip(("plain", "o1", "messages", "alpaca"), rows)))
+    assert list(map(check, converted)) == rows
     assert mapping.split("；")[0] == "Question -> question，Complex_CoT -> think，Response -> answer"
 
 
 def test_what_is_not_used_is_said():
-    row = make_rows(1)[0] | {"Response": "x", "system": "你是", "id": 3}
-    [(_, found)], mapping = shapes.to_fields([(1, row)], "x.jsonl")
-    assert plain([(1, found)]) == make_rows(1) and mapping == "不用 Response、system"
+    converted, mapping = convert(make_row(1) | {"Response": "x", "system": "你是", "id": 3})
+    assert converted == [make_row(1)] and mapping == "忽略 Response、system"
 
 
-@pytest.mark.parametrize(
-    "name, value", [("history", [["前？", "<think>想</think>前。"]]), ("History", '[["前？", "前。"]]')]
-)
-def test_earlier_turns_of_a_table(name, value):
-    row = {"Instruction": "问", "Input": "", "Output": "<think>想</think>答", name: value}
-    [(_, found)], mapping = shapes.to_fields([(1, row)], "x.jsonl")
-    assert found == {"question": "问", "think": "想", "answer": "答", "history": [["前？", "前。"]]}
-    assert f"{name} -> 前几轮" in mapping
+ODD = [  # what is wrong with a row, and the row
+    ("answer 开头的 <think> 没有闭合", {"question": "问", "answer": "<think>想"}),
+    ("answer 含 <think> 或 </think> 标签", {"question": "问", "think": "想", "answer": "<thinking>想</thinking>答"}),
+    ("question 不是文本", {"instruction": "算剂量", "input": ["50kg"], "output": "<think>想</think>答"}),
+    ("对话不是消息列表", {"messages": "x"}),
+    ("对话不是消息列表", {"messages": [3]}),
+    ("对话里有工具调用或未知角色", {"messages": [{"role": "tool", "content": ""}]}),
+    ("对话里有工具调用或未知角色", {"messages": [{"role": []}]}),
+    ("对话不是用户和助手交替", {"messages": turns(make_row(1))[1:]}),
+    ("对话没有以助手的回答结束", {"messages": turns(make_row(1))[:1]}),
+    ("对话没有以助手的回答结束", {"messages": []}),
+]
 
 
-ODD = {  # a row, and what is wrong with it
-    "answer 开头的思考没有结束": {"question": "问", "answer": "<think>想"},
-    "answer 含 <think> 或 </think> 标签": {"question": "问", "think": "想", "answer": "<thinking>想</thinking>答"},
-    "question 不是文本": {"instruction": "算剂量", "input": ["50kg"], "output": "<think>想</think>答"},
-}
-
-
-@pytest.mark.parametrize("problem, row", ODD.items())
+@pytest.mark.parametrize("problem, row", ODD)
 def test_odd_row_is_named(problem, row):
-    [(_, found)], _ = shapes.to_fields([(1, row)], "x.jsonl")
     with pytest.raises(ValueError) as raised:
-        check(found)
+        check(convert(row)[0][0])
     assert str(raised.value) == problem
 
 
 def test_two_columns_for_one_field_are_refused():
     row = {"question": "问", "response": "答", "output": "答"}
-    message = "x.jsonl 有几列都可能是 answer：“response”、“output”；请把要用的一列改名为 answer。"
-    refused(message, shapes.to_fields, [(1, row)], "x.jsonl")
+    refused("x.jsonl 有几列都可能是 answer：“response”、“output”；请把要用的一列改名为 answer。", convert, row)

@@ -15,6 +15,7 @@ from parts.rows.row import topic
 pytestmark = pytest.mark.usefixtures("folder")
 DRAWN = random.Random(0)
 PHRASES = ["".join(DRAWN.choices([chr(0x4E00 + i) for i in range(2000)], k=12)) for _ in range(400)]
+ANSWERS = ["，".join(PHRASES[i : i + 4]) for i in range(0, 400, 4)]  # of which no two are alike
 
 
 def download(hub: Hub, *flags: str) -> str:
@@ -27,16 +28,12 @@ def fill(hub: Hub, **files: list[dict]) -> None:
         save(rows, hub.set / f"{name}.jsonl")
 
 
-def place(rows: list) -> list:
-    return list(enumerate(rows, 1))
-
-
 def test_several_sets_are_each_split_by_themselves(capsys):
-    first, second = make_rows(20), [{"prompt": f"另{i}", "response": f"<think>想{i}</think>答{i}"} for i in range(30)]
-    names = [save(first, "a.jsonl"), save(second, "b.csv")]
+    first, second = make_rows(20), make_rows(130, first=101)
+    odd = [{"prompt": r["question"], "response": f"<think>{r['think']}</think>{r['answer']}"} for r in second]
+    names = [save(first, "a.jsonl"), save(odd, "b.csv")]
     data.prepare(names)
-    alike = [{"question": f"另{i}", "think": f"想{i}", "answer": f"答{i}"} for i in range(30)]
-    assert written() == tuple(one + other for one, other in zip(published(first), published(alike)))
+    assert written() == tuple(map(list.__add__, published(first), published(second)))
     out = capsys.readouterr().out
     assert "数据来源  a.jsonl：共 20 行" in out and "采用      训练 18 行，验证 2 行\n" in out
     assert "读作      prompt -> question，response -> answer，response 开头的 <think>…</think> -> think" in out
@@ -50,7 +47,7 @@ def test_sample_of_one_and_all_of_the_other(capsys):
     data.prepare([names[0], f"{names[1]}#50"])
     assert all(part == more[: len(part)] for part, more in zip(smaller, written()))
     train, val = published(make_rows(300, first=101))
-    assert written() == tuple(one + part for one, part in zip(published(make_rows(20)), (train[:45], val[:5])))
+    assert written() == tuple(map(list.__add__, published(make_rows(20)), (train[:45], val[:5])))
     assert "采用      训练 45 行，验证 5 行，最多取 50 行\n" in capsys.readouterr().out
 
 
@@ -64,18 +61,12 @@ def test_no_question_of_one_sets_validation_is_in_anothers_training(capsys):
     assert "未采用    训练集的问题也在验证集里：" in capsys.readouterr().out
 
 
-WRONG = {
-    ("a.jsonl#0",): "--dataset a.jsonl#0：# 后面要一个不小于 2 的整数~",
-    ("a.jsonl#5", "a.jsonl"): "--dataset a.jsonl#5 a.jsonl：同一个数据集写了两次~",
-    ("hf://",): "--dataset hf:// 既不是已有的文件，~hub 上的请写 hf://owner/name~",
-}
-
-
 def test_what_cannot_be_meant_is_refused():
-    files = [save(make_rows(20), "a.jsonl"), save(make_rows(20), "b.jsonl")]
-    for names, message in WRONG.items():
-        refused(message, data.prepare, list(names))
-    refused("~--sha256 只用于一个数据集~", data.prepare, files, sha256="00")
+    save(make_rows(20), "a.jsonl")
+    refused("--dataset a.jsonl#0：# 后面应是不小于 2 的整数~", data.prepare, "a.jsonl#0")
+    refused("--dataset a.jsonl#5 a.jsonl：同一个数据集写了两次~", data.prepare, ["a.jsonl#5", "a.jsonl"])
+    refused("--dataset hf:// 既不是已有的文件，~hub 上的请写 hf://owner/name~", data.prepare, "hf://")
+    refused("~--sha256 只能用于单个数据集~", data.prepare, ["a.jsonl", "b.jsonl"], sha256="00")
     refused("a.jsonl 的 SHA-256 是 ~，不是 --sha256 00~", data.prepare, "a.jsonl", sha256="00")
     assert not Path("train.jsonl").exists()
 
@@ -87,7 +78,7 @@ def test_own_part_of_a_hub_is_never_trained_on(hub, own):
     train, val = written()
     assert sorted(map(str, train)) == sorted(str(row) for row in make_rows(30) if row != make_row(7))
     assert sorted(map(str, val)) == sorted(map(str, [make_row(7, answer="别的"), *make_rows(109, first=101)]))
-    assert "划分      验证集是它自己的，10 行\n" in out
+    assert "划分      使用数据集自带的验证集，10 行\n" in out
 
 
 def test_rows_of_an_own_part_that_cannot_be_used_are_reported_and_its_tests_not_used(hub):
@@ -96,15 +87,15 @@ def test_rows_of_an_own_part_that_cannot_be_used_are_reported_and_its_tests_not_
     out = download(hub, "--dataset", "owner/name", "--without_thinking", "keep")
     assert "未采用    answer 为空：1 行（validation.jsonl 第 1 行）\n" in out
     assert make_row(102, think="") in written()[1] and [len(part) for part in written()] == [30, 8]
-    assert "划分      不用它的 test.jsonl\n" in out
+    assert "划分      不使用数据集自带的 test.jsonl\n" in out
 
 
 def test_tests_without_answers_are_not_used(hub):
     fill(hub, train=make_rows(30), test=[{"question": f"考{i}？"} for i in range(9)])
     out = download(hub, "--dataset", "owner/name")
-    assert written() == published(make_rows(30)) and "划分      不用它的 test.jsonl\n" in out
+    assert written() == published(make_rows(30)) and "划分      不使用数据集自带的 test.jsonl\n" in out
     (hub.set / "train.jsonl").unlink()
-    assert "错误：owner/name 里只有验证或测试的部分，不用来训练；" in download(hub, "--dataset", "owner/name")
+    assert "错误：owner/name 里只有验证集或测试集，" in download(hub, "--dataset", "owner/name")
 
 
 def test_split_of_the_published_set_is_fixed_row_for_row(hub):
@@ -125,7 +116,7 @@ def test_rows_without_thinking_are_kept_where_that_is_asked_for(capsys):
     assert written() == published(kept) == (data.read_examples("train.jsonl"), data.read_examples("val.jsonl"))
     data.prepare("rows.jsonl")
     assert written() == tuple([row for row in part if row["think"]] for part in published(kept))
-    assert "没有思考的行加 --without_thinking keep 就会采用" in capsys.readouterr().out
+    assert "没有思考的行：加 --without_thinking keep 可以保留" in capsys.readouterr().out
 
 
 FILES = {
@@ -135,9 +126,9 @@ FILES = {
 }
 
 
-def test_part_is_read_from_the_files_path():
-    for part, names in FILES.items():
-        assert {sources.part_of(file) for file in names.split()} == {part}
+def test_split_is_read_from_the_files_path():
+    for split, names in FILES.items():
+        assert set(map(sources.split_of, names.split())) == {split}
 
 
 @pytest.mark.parametrize("answers", [2, 30])
@@ -145,7 +136,7 @@ def test_rows_of_one_question_are_in_one_part_and_neither_is_empty(answers):
     odd = [None, "x", {}, {"question": 3}, {"question": "问", "history": 3}, {"history": [3]}]  # each by itself
     rows = [make_row(i, answer=f"回答{j}") for j in range(answers) for i in range(5)] + odd
     rows += [make_row(9, history=[["问题1？", "先答"]])] * 90  # it begins with question 1
-    train, val = sources.by_question(place(rows), 42, 0.9)
+    train, val = sources.divide_questions(list(enumerate(rows, 1)), 42, 0.9)
     questions = [{topic(row) for _, row in part if row not in odd} for part in (train, val)]
     assert train and val and questions[0].isdisjoint(questions[1])
     assert sorted(number for number, _ in train + val) == list(range(1, len(rows) + 1))
@@ -155,20 +146,17 @@ def test_answers_that_share_a_third_of_their_passages_are_near_duplicates_whatev
     first, second, third = PHRASES[:12], PHRASES[20:32], PHRASES[40:52]
     mixed = [first, second, third[:7] + first[:5], second[::-1], third[:10] + first[:2]]
     assert sources.near_duplicates(["，".join(phrases) for phrases in mixed]) == [(0, 2), (1, 3), (2, 4)]
-    others = ["，".join(PHRASES[i * 4 : i * 4 + 4]) for i in range(50)]
-    copies = ["，".join(PHRASES[300:304])] * 30  # each with the first one
-    assert sources.near_duplicates(others + copies) == [(50, number) for number in range(51, 80)]
+    copies = ANSWERS[-1:] * 30  # each with the first one
+    assert sources.near_duplicates(ANSWERS[:50] + copies) == [(50, number) for number in range(51, 80)]
 
 
 def test_short_answers_and_what_all_say_are_no_duplicates():
-    assert sources.near_duplicates(["多喝水，多休息。"] * 3) == []
     closing = "以上内容不能代替医生的诊断，如有不适请及时到正规医院就诊，并按照医生的建议用药和复查"
-    answers = ["，".join(PHRASES[i * 4 : i * 4 + 4]) + closing for i in range(60)]
-    assert sources.near_duplicates(answers) == []
+    assert sources.near_duplicates(["多喝水，多休息。"] * 3 + [text + closing for text in ANSWERS]) == []
 
 
 def test_a_validation_row_whose_answer_stands_in_the_training_part_is_marked(capsys):
-    rows = [make_row(i, answer="".join(PHRASES[i * 5 : i * 5 + 5])) for i in range(20)]
+    rows = [make_row(i, answer=ANSWERS[i]) for i in range(20)]
     data.prepare(save(rows, "rows.jsonl"))
     (other, _), (marked, unmarked) = written()[0][:2], written()[1]
     rows[int(marked["question"][2:-1])]["answer"] = other["answer"][:40] + "另外多休息。"

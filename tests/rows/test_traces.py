@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import time
+from collections import Counter
 
 import pytest
 from helpers import REAL, ROOT, make_row, refused, save, written
@@ -42,7 +43,7 @@ NONE = [
     "用户提到了高血压患者的日常生活，也提到自己头晕。",
     "用户提到的症状是头晕，可能与按时服药、监测血压有关。",
 ]
-LEFT_OUT = {
+REMOVED = {
     "需要说明治疗，但答案里已经提到了，所以没问题。": "需要说明治疗。",
     "答案里提到低盐饮食可以降低血压。这说明重点是盐。因此，要解释钠的作用。": "要解释钠的作用。",
     "如果血压很高，答案里建议及时就医。需要提醒随访。": "需要提醒随访。",
@@ -58,8 +59,8 @@ def kinds(text: str, question: str = QUESTION, instruction: str = "") -> list[st
     return [trace.kind for trace in traces.find(text, question, ANSWER, instruction)]
 
 
-def leave_out(text: str) -> str:
-    return traces.leave_out(QUESTION, text, ANSWER, INSTRUCTION)[0]
+def remove(text: str) -> str:
+    return traces.remove_traces(QUESTION, text, ANSWER, INSTRUCTION)[0]
 
 
 def is_part_of(text: str, other: str) -> bool:
@@ -68,21 +69,20 @@ def is_part_of(text: str, other: str) -> bool:
     return all(character in characters for character in text)
 
 
-@pytest.mark.parametrize("text", FOUND)
-def test_a_trace_is_found_with_its_kind_and_apart_from_others(text):
-    found = traces.find(text, QUESTION, ANSWER)
-    assert [trace.kind for trace in found] == FOUND[text]
-    assert all(before.end <= after.start for before, after in itertools.pairwise(found))
+def test_a_trace_is_found_with_its_kind_and_apart_from_others():
+    for text, expected in FOUND.items():
+        assert kinds(text) == expected, text
+        found = traces.find(text, QUESTION, ANSWER)
+        assert all(before.end <= after.start for before, after in itertools.pairwise(found)), text
 
 
-@pytest.mark.parametrize("text", PLANNED)
-def test_a_reply_that_is_planned_is_no_trace(text):
-    assert kinds(text) == kinds(text, instruction=INSTRUCTION) == []
+def test_a_reply_that_is_planned_is_no_trace():
+    for text in PLANNED:
+        assert kinds(text) == kinds(text, instruction=INSTRUCTION) == [], text
 
 
-@pytest.mark.parametrize("text", NONE)
-def test_other_peoples_thinking_has_no_trace(text):
-    assert kinds(text) == []
+def test_other_peoples_thinking_has_no_trace():
+    assert not [text for text in NONE if kinds(text)]
 
 
 def test_what_is_a_trace_depends_on_the_question():
@@ -94,32 +94,32 @@ def test_what_is_a_trace_depends_on_the_question():
     assert kinds("用户提到限制钠盐摄入。", instruction="说明限制钠盐摄入的作用") == ["covert"]
 
 
-@pytest.mark.parametrize("text", LEFT_OUT)
-def test_a_clause_with_a_trace_goes_and_what_cannot_stand_without_it(text):
-    assert leave_out(text) == LEFT_OUT[text]
+def test_a_clause_with_a_trace_goes_and_what_cannot_stand_without_it():
+    assert {text: remove(text) for text in REMOVED} == REMOVED
 
 
 def test_without_a_trace_not_a_character_changes():
     odd = "嗯，用户问的是高血压。\r\n\n  首先，低盐；其次，“运动……\n\n\n- **监测**：每周2次！所以答案需要涵盖这些。 "
     for text in (odd, "Okay, the answer is not given. 是的", "“答”与“案”分开写，没有句号", ""):
-        assert traces.leave_out(QUESTION, text, ANSWER) == (text, {})
+        assert traces.remove_traces(QUESTION, text, ANSWER) == (text, {})
     for line in (ROOT / "tests" / "demo" / "medical.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)  # written for this project, by nobody who had been shown anything
-        assert traces.leave_out(**row) == (row["think"], {})
+        assert traces.remove_traces(**row) == (row["think"], {})
 
 
 def test_characters_are_only_left_out_and_once_is_enough():
-    pieces, drawn = [*FOUND, *PLANNED, *NONE, *LEFT_OUT, "\n", "比如甲，", "“", "（"], random.Random(0)
+    pieces, drawn = [*FOUND, *PLANNED, *NONE, *REMOVED, "\n", "比如甲，", "“", "（"], random.Random(0)
     for _ in range(300):
         text = "".join(drawn.choices(pieces, k=6))
-        left = leave_out(text)
-        assert is_part_of(left, text) and leave_out(left) == left and not kinds(left), text
+        left = remove(text)
+        assert is_part_of(left, text) and remove(left) == left and not kinds(left), text
 
 
 def test_a_megabyte_takes_seconds():
+    """No pattern's time grows with the square of a text's length."""
     started = time.perf_counter()
     for unit in ("答案里提到，", "如果甲，比如乙，", "答案里已经提到了。要解释钠。\n"):
-        leave_out(unit * (300_000 // len(unit)) + "答案里提到了。")
+        remove(unit * (300_000 // len(unit)) + "答案里提到了。")
     assert time.perf_counter() - started < 10
 
 
@@ -128,28 +128,24 @@ def test_both_files_are_cleaned_unless_raw(folder, capsys):
     rows = [make_row(i, think=rest + "答案里已经提到了。", instruction="说明病因") for i in range(1, 41)]
     rows[0]["think"] = "答案里已经提到了病因和机制，所以可能不需要再解释。完。"
     data.prepare(save(rows, "rows.jsonl"))
-    train, val = written()
-    assert [len(train), len(val)] == [35, 4] and {row["think"] for row in train + val} == {rest}
+    assert list(map(len, written())) == [35, 4] and {row["think"] for row in sum(written(), [])} == {rest}
     out = capsys.readouterr().out
     assert "清理      40/40 行的思考改过" in out and "提到给定的答案 40 处" in out
-    assert "未采用    去掉痕迹后剩下的思考不到 60%：1 行（第 1 行）\n" in out
-    assert data.read_origin("train.jsonl")["raw"] is False
+    assert "未采用    清理答案泄露后，剩下的思考不到 60%：1 行（第 1 行）\n" in out
     data.prepare("rows.jsonl", raw=True)
     assert {row["think"] for row in sum(written(), [])} == {row["think"] for row in rows}
-    assert "清理      没有（--raw）" in capsys.readouterr().out and data.read_origin("train.jsonl")["raw"] is True
+    assert "清理      跳过（--raw）" in capsys.readouterr().out and data.read_origin("train.jsonl")["raw"] is True
     save([row | {"think": "根据用户提供的答案，答案里已经提到了。"} for row in rows], "rows.jsonl")
-    message = "划分后训练集为空，可用的只有 0 行；~加 --raw 照原文写。\n  去掉痕迹后剩下的思考不到 60%：40 行（~）"
+    message = "划分后训练集为空，可用的只有 0 行；~--raw ~\n  清理答案泄露后，剩下的思考不到 60%：40 行（~）"
     refused(message, data.prepare, "rows.jsonl")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the published rows are not part of the project")
 def test_of_the_published_rows_nine_tenths_are_kept():
-    before = after = dropped = 0
-    for line in (REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        asked = (row["question"], row["think"].strip(), row["answer"], row["instruction"])
-        left, _ = traces.leave_out(*asked)
-        assert is_part_of(left, row["think"]) and not traces.find(left, asked[0], *asked[2:])
-        before, after = before + len(asked[1]), after + len(left)
-        dropped += len(left) < traces.KEPT * len(asked[1])
-    assert after >= 0.9 * before and dropped <= 2
+    counts, problems, before = Counter(), {}, {}
+    for number, line in enumerate((REAL / "medical_r1_120.jsonl").read_text(encoding="utf-8").splitlines()):
+        before["", number] = json.loads(line)
+    for location, row in traces.clean_rows(list(before.items()), problems, counts):
+        assert is_part_of(row["think"], before[location]["think"])
+        assert not traces.find(row["think"], row["question"], row["answer"], row["instruction"])
+    assert counts["after"] >= 0.9 * counts["before"] and len(problems.get(traces.TOO_LITTLE, [])) <= 2
