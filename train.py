@@ -199,7 +199,7 @@ def train(args, add_adapter=None, callbacks=()):
     state = args.distributed_state
     tracked = "swanlab" in args.report_to and state.is_main_process
     if tracked:  # wrong settings of SwanLab are said before anything is loaded
-        tracking.read_settings(PROJECT, args.run_name)
+        tracking.configure(PROJECT, args.run_name)
     opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name)
     with processes.explain_loss(LOST), opened as run:
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), plan.limited(args.device):
@@ -230,7 +230,7 @@ def train(args, add_adapter=None, callbacks=()):
 
             # 5. Trainer, with what this card can do
             datasets = train_dataset, eval_dataset
-            trainer = build_trainer(args, model, tokenizer, *datasets, callbacks, **run.kept)
+            trainer = build_trainer(args, model, tokenizer, *datasets, callbacks, **run.resumed_plan)
             if args.eval_samples:
                 questions = rows[: args.eval_samples]
                 asking = samples.Samples(trainer, questions, data.to_messages, args.sample_tokens)

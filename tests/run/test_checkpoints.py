@@ -82,7 +82,7 @@ def test_training_continues_from_the_older_one_and_clears_the_damaged(
     assert f"跳过 {name}/checkpoint-10：" in out and "resumed from step 5" in out.splitlines()
     assert same(weights(name), expected)
     left = checkpoints.folders(name)
-    assert len(left) <= 2 and left == checkpoints.find_whole(name)
+    assert len(left) <= 2 and left == checkpoints.find_intact(name)
 
 
 def test_no_whole_checkpoint_says_so_and_begins_anew(interrupted, tiny_model, straight, capsys):
@@ -111,7 +111,7 @@ def test_a_checkpoint_whose_best_is_damaged_does_not_decide_the_weights(interrup
 
 
 def test_older_checkpoints_stay_until_the_newer_one_is_whole(workspace, tiny_model, straight, monkeypatch):
-    write = checkpoints.write_at_once
+    write = checkpoints.write_atomically
 
     def full_for_the_second(path, text):
         if str(path).endswith("checkpoint-10/manifest.json"):
@@ -119,9 +119,9 @@ def test_older_checkpoints_stay_until_the_newer_one_is_whole(workspace, tiny_mod
         write(path, text)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="写 .*checkpoint-10 失败.*No space left"):
-        patch.setattr(checkpoints, "write_at_once", full_for_the_second)
+        patch.setattr(checkpoints, "write_atomically", full_for_the_second)
         run_steps(tiny_model, save_total_limit=1)
-    assert [path.name for path in checkpoints.find_whole(data.OUTPUT_DIR)] == ["checkpoint-5"]
+    assert [path.name for path in checkpoints.find_intact(data.OUTPUT_DIR)] == ["checkpoint-5"]
     run_steps(tiny_model, save_total_limit=1)
     assert same(weights(data.OUTPUT_DIR), straight())
     assert len(checkpoints.folders(data.OUTPUT_DIR)) == 1

@@ -124,7 +124,7 @@ def test_a_checkpoint_that_is_named_does_not_enter_the_folder_of_another_run(int
     """It would take that run's best weights for its own, and delete its checkpoints."""
     with pytest.raises(SystemExit, match="lora 里有另一个未完成的训练；从 full/checkpoint-10 继续.*--output_dir"):
         run_steps(tiny_model, output_dir="lora", resume_from_checkpoint="full/checkpoint-10")
-    assert len(checkpoints.find_whole("lora")) == 2
+    assert len(checkpoints.find_intact("lora")) == 2
 
 
 def test_other_weights_and_another_precision_do_not_continue_a_run(interrupted, tiny_model, monkeypatch):

@@ -81,7 +81,7 @@ def serve_kills(script: str, seed: str) -> None:
         status = os.waitpid(pid, 0)[1]
         if os.WIFSIGNALED(status):
             kills += 1
-            whole = checkpoints.find_whole(folder)
+            whole = checkpoints.find_intact(folder)
             saving += len(whole) < len(checkpoints.folders(folder))
             print(kills, "saving" if aimed else "time", [path.name for path in whole], flush=True)
         else:
