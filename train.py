@@ -98,9 +98,9 @@ def load_tokenizer(args, base: str):
     return encoding.with_system(tokenizer, data.SYSTEM_PROMPT)
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **kept):
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks=(), **resumed_plan):
     """Return the Trainer over padding-free batches, with the kernels that run here and the plan that fits;
-    an interrupted run has `kept` parts of its plan, which the new one has to agree with."""
+    an interrupted run's `resumed_plan` is what the new one has to agree with."""
     from parts.machine import kernels, plan, rehearsal
     from parts.training import packing, sharding
     from parts.training.safe_trainer import BestCheckpoint
@@ -119,7 +119,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     # Plans from the fastest to the smallest, those left out whose bytes do not fit by the estimate.
     lengths = packing.lengths_of(train_dataset)
     free = plan.free_bytes(args.device, model, args.memory_gb)
-    plans = plan.choose(args, model, lengths, fast.layers.runs, free, **kept)
+    plans = plan.choose(args, model, lengths, fast.layers.runs, free, **resumed_plan)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:

@@ -34,6 +34,8 @@ def test_output_folder_is_complete_and_holds_the_best_weights(workspace, tiny_mo
         *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("chat_template.jinja", "README.md", "loss.png", "run.json", "trainer_state.json", "Modelfile"),
     }
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {Path("train.jsonl").stat().st_mode}  # what the umask gives, as for any file
     evaluations = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
     best = min(evaluations, key=evaluations.get)
     assert best != max(evaluations)

@@ -113,8 +113,11 @@ def holds_adapter(folder: str | Path) -> bool:
     return any(Path(path, ADAPTER_CONFIG).is_file() for path in (folder, *newest))
 
 
-def sync(path: Path) -> None:
-    """Bring a file from the system's memory to the disk, where it stays when the power ends."""
+def settle(path: Path, like: Path) -> None:
+    """Bring a file from the system's memory to the disk, where it stays when the power ends, and let those
+    read it who may read the file `like`."""
+    # safetensors writes into a temporary file, which its owner alone may read whatever the umask is.
+    shutil.copymode(like, path)
     with path.open("rb+") as file:  # Windows syncs only what is open for writing
         os.fsync(file.fileno())
 
@@ -164,7 +167,7 @@ class Sealer(threading.Thread):
             manifest = {}
             for path in files_in(self.checkpoint):
                 # Trainer syncs nothing. Older checkpoints are deleted soon, and the power may end after that.
-                sync(path)
+                settle(path, like=self.checkpoint / FINISHED_MARK)
                 manifest[path.relative_to(self.checkpoint).as_posix()] = path.stat().st_size, sha256(path)
             # The manifest vouches for all other files, so it is the last one. Its folder is not synced: until
             # the rename is on the disk the checkpoint does not count, and file systems with a journal store
