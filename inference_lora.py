@@ -46,7 +46,7 @@ def merge_to(folder: str, name: str, revision: str | None = None) -> None:
     export.translate(folder)
     export.write_modelfile(folder, tokenizer, model.generation_config)
     for file in filter(Path.is_file, Path(folder).iterdir()):
-        checkpoints.settle(file, like=Path(folder, "tokenizer_config.json"))
+        checkpoints.flush_to_disk(file, like=Path(folder, "tokenizer_config.json"))
     adapter, run_folder = Path(trained.path), weights.run_folder(trained.path)
     files = [run_folder / checkpoints.RUN_FILE, adapter / checkpoints.FINISHED_MARK]
     if adapter == run_folder:  # a checkpoint's README.md is peft's, and the run's is about other weights

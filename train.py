@@ -157,7 +157,8 @@ def save(trainer, tokenizer, run) -> None:
     from parts.model import export
     from parts.run import model_card
 
-    args, model = trainer.args, trainer.release()
+    args = trainer.args
+    model = trainer.release()  # Trainer has loaded the best weights into it
     # All processes take part in gathering a sharded model; the first one alone writes.
     gathered = trainer.gather()
     if args.process_index != 0:
@@ -229,8 +230,9 @@ def train(args, add_adapter=None, callbacks=()):
                 model = add_adapter(model, args)
 
             # 5. Trainer, with what this card can do
-            datasets = train_dataset, eval_dataset
-            trainer = build_trainer(args, model, tokenizer, *datasets, callbacks, **run.resumed_plan)
+            trainer = build_trainer(
+                args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.resumed_plan
+            )
             if args.eval_samples:
                 questions = rows[: args.eval_samples]
                 asking = samples.Samples(trainer, questions, data.to_messages, args.sample_tokens)
@@ -242,7 +244,8 @@ def train(args, add_adapter=None, callbacks=()):
                 continued = run.checkpoint is not None
                 tracking.start(PROJECT, args.run_name, args.output_dir, config, goes_on=continued)
             run.begin(trainer.plan.optimizer, trainer.plan.batch_tokens)
-            with Interruption() as trainer.interruption:
+            with Interruption() as interruption:
+                trainer.interruption = interruption
                 trainer.train(resume_from_checkpoint=run.checkpoint)
 
             # 7. Save the best weights

@@ -17,33 +17,42 @@ import torch
 
 from parts.model.weights import head_dim
 from parts.training.optimizers import OPTIMIZERS, state_bytes
-from parts.training.packing import LOSS_BYTES, repeats_heads
+from parts.training.packing import LOGIT_BYTES, LOSS_BYTES, repeats_heads
 
 DRIVER_BYTES = 500_000_000  # of a card, that the driver takes for this process; an estimate
 RESERVE_BYTES = 300_000_000  # for what no formula counts: matrix products' workspace, fragments; an estimate
 
-# Tokens in one pass (all of a step's, half of them, the longest example's), recompute every n-th layer (0:
-# none), keep the recomputed layers' inputs in the CPU's memory, optimizer. Recomputing every layer is a
-# forward pass more, 27 % of the FLOPs; more passes cost less, and 8-bit states hardly any time.
+
+class LadderRow(NamedTuple):
+    """A rung for whatever training."""
+
+    tokens: str  # of one pass: all of a step's, half of them, or the longest example's
+    checkpoint_every: int
+    offload: bool
+    optimizer: str
+
+
+# Recomputing every layer is a forward pass more, 27 % of the FLOPs; more passes cost less, and 8-bit states
+# hardly any time.
 LADDER = [
-    ("all", 0, False, "kahan"),
-    ("half", 0, False, "kahan"),
-    ("longest", 0, False, "kahan"),
-    ("longest", 0, False, "8bit"),
-    ("longest", 4, False, "8bit"),
-    ("longest", 2, False, "kahan"),
-    ("all", 1, False, "kahan"),
-    ("all", 1, False, "8bit"),
-    ("all", 1, False, "8bit_in_backward"),
-    ("all", 1, True, "8bit_in_backward"),
-    ("half", 1, False, "kahan"),
-    ("longest", 1, False, "kahan"),
-    ("longest", 1, True, "kahan"),
+    LadderRow("all", 0, False, "kahan"),
+    LadderRow("half", 0, False, "kahan"),
+    LadderRow("longest", 0, False, "kahan"),
+    LadderRow("longest", 0, False, "8bit"),
+    LadderRow("longest", 4, False, "8bit"),
+    LadderRow("longest", 2, False, "kahan"),
+    LadderRow("all", 1, False, "kahan"),
+    LadderRow("all", 1, False, "8bit"),
+    LadderRow("all", 1, False, "8bit_in_backward"),
+    LadderRow("all", 1, True, "8bit_in_backward"),
+    LadderRow("half", 1, False, "kahan"),
+    LadderRow("longest", 1, False, "kahan"),
+    LadderRow("longest", 1, True, "kahan"),
 ]
 
 
 class Rung(NamedTuple):
-    """What decides over memory and speed."""
+    """What decides over memory and speed, for one training."""
 
     batch_tokens: int  # of one pass, at most
     checkpoint_every: int  # every n-th layer is recomputed in the backward pass; 0: none
@@ -115,16 +124,16 @@ def rungs(
     clips = not optimizer and args.max_grad_norm not in (0, 1)  # a norm that was asked for
     applying = []
     for size, every, offload, name in LADDER:
-        unfit = name != "kahan" and not optimizer and not can_8bit
+        unfit = name.startswith("8bit") and not optimizer and not can_8bit
         tokens = batch_tokens or sizes[size]
         every = every if args.checkpoint_every is None else args.checkpoint_every
         offload = (offload and cuda) if args.offload_activations is None else args.offload_activations
         name = optimizer or (name if rounded else "adamw")
-        alone = args.world_size == 1 and is_whole_step(args, tokens, step_tokens)
+        one_pass_step = args.world_size == 1 and is_whole_step(args, tokens, step_tokens)
         unfit |= offload and not every  # there would be nothing to keep there
         unfit |= args.fsdp and name.startswith("8bit")  # not seen to be right on parts of weights
         # Its gradients are gone before they could be clipped, sent to other processes or added to.
-        unfit |= name.endswith("in_backward") and (clips or not alone)
+        unfit |= name.endswith("in_backward") and (clips or not one_pass_step)
         if not unfit:
             applying.append(Rung(tokens, every, offload, name))
     # Flags make some rungs equal; a dict keeps the first of them, and their order.
@@ -233,7 +242,9 @@ def step_bytes(
     # Last norm, one of its tensors in float32, and the gradient on its way down; beside them the logits, all
     # at once, or a chunk of them in float32 and as much again inside logsumexp.
     tail = tokens * (4 + 4 * size) * hidden
-    loss = tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * 8)
+    loss = (
+        tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * LOGIT_BYTES)
+    )
     # Gradients on their way down through an MLP, while its activations, kept or recomputed, are still there.
     flowing = tokens * size * (4 * inner + 2 * hidden)
 
@@ -249,9 +260,8 @@ def step_bytes(
         second = output_gradient * (2 - tied)
         bottom = gradients + output_gradient + max(second, layer + flowing + complete_gradients)
     else:
-        # Where the output layer is the embedding too, the second gradient of it is added to the first one in
-        # place, unless that had to be added to the sum of earlier passes; else the embedding's own is new
-        # beside that sum alone.
+        # An output layer that is the embedding too gets a second gradient, which is made beside the first one
+        # and added to it. Where earlier passes have left a sum, the first one is not that sum, but one more.
         second = output_gradient * (tied + (not whole_step))
         # Without other gradients, a tied output layer's still waits for the embedding's.
         bottom = max(gradients, output_gradient) + max(second, layer + flowing)

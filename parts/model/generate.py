@@ -39,9 +39,13 @@ def generate(
     """Return a Reply to each conversation, a list of Messages, sampled as one batch.
 
     All replies are cut off where `stop()` returns True. `streamer` is transformers'. Without `fast_kernels`
-    the loop is transformers' too. It is never greedy, which makes thinking loop.
+    the loop is transformers' too. How tokens are sampled is the model's own setting, which
+    weights.settle_generation has seen to: thinking that is written greedily loops.
     """
-    prompts = [encode_messages(tokenizer, messages, True, thinking) for messages in conversations]
+    prompts = [
+        encode_messages(tokenizer, messages, prompt_only=True, thinking=thinking)
+        for messages in conversations
+    ]
     # [batch, prompt]: padding stands on the left, so that all rows go on at the same place.
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     settings = {} if thinking else dict(NO_THINKING_SAMPLING)
@@ -61,7 +65,8 @@ def generate(
         written = list(takewhile(lambda token: token not in stops, ids))
         complete = len(written) < len(ids)
         reply = split_reply(tokenizer, written, complete, opens_thinking(tokenizer, prompt))
-        replies.append(reply._replace(tokens=len(written) + complete, seconds=seconds))
+        tokens = len(written) + (1 if complete else 0)  # the stop token was written too
+        replies.append(reply._replace(tokens=tokens, seconds=seconds))
     return replies
 
 
@@ -187,7 +192,7 @@ def decode(
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # [batch]
     # A generator of its own: in torch 2.11 a capture that fails leaves the default one unusable.
     generator = torch.Generator(input_ids.device).manual_seed(int(torch.randint(2**62, ())))
-    # Arguments with names of their own would be taken for settings that generate need not prepare.
+    # From model_kwargs, not by name: what the loop names itself, generate would not prepare for it.
     decoder = Decoder(model, input_ids, model_kwargs["position_ids"], model_kwargs.get("attention_mask"))
     shown = prompt
     for length in range(prompt + 1, longest + 1):

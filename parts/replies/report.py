@@ -14,7 +14,7 @@ from rich.console import Console
 from parts import terminal
 from parts.replies import judge, questions, scores
 from parts.rows import files, traces
-from parts.rows.row import Row
+from parts.rows.row import Row, all_questions
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
 NOTES = {  # below a table with these scores
@@ -62,7 +62,7 @@ class Comparison:
             pairs = []
             for row, ours, other in zip(self.rows, self.candidates[0].replies, candidate.replies):
                 answers = scores.final_answer(ours), scores.final_answer(other)
-                pairs.append(judge.Pair(scores.all_questions(row), row.get("answer") or "", *answers))
+                pairs.append(judge.Pair(all_questions(row), row.get("answer") or "", *answers))
             # Where some requests failed, or all: the other verdicts are shown, and those are counted.
             verdicts, problem = judge.Judge(endpoint, prompt, record).compare(pairs, self.console)
             if problem:
@@ -92,7 +92,7 @@ class Comparison:
         cases = []
         # Sorted arrays have nan, that of a question without a reference, at their end.
         for i in numpy.argsort(-differences, kind="stable"):
-            case = {"question": scores.all_questions(self.rows[i]), "reference": self.rows[i].get("answer")}
+            case = {"question": all_questions(self.rows[i]), "reference": self.rows[i].get("answer")}
             case["difference"] = scores.none_if_nan(differences[i])
             case["verdicts"] = "；".join(VERDICTS[verdicts[i]] for verdicts in self.verdicts)
             case["replies"] = []

@@ -13,7 +13,7 @@ import numpy
 
 from parts.model.encoding import Reply
 from parts.rows import traces
-from parts.rows.row import Row
+from parts.rows.row import Row, all_questions
 
 # A text loops where LOOP characters in a row stand in it for the third time at least, each with the GRAM - 1
 # that follow. Digits, white space and the signs of lists and tables do not count: "1. 多喝水 2. 多喝水 3. …"
@@ -30,22 +30,22 @@ LEAST_UNLIKE = 6
 
 
 class Score:
-    """One thing that is counted of all replies: the ratio of two sums over them, the mean of what counts,
-    say.
+    """One figure of all replies: the sum of their values by the sum of their weights, which is the mean where
+    all weigh the same.
 
-    `key` is for programs, `name` for people; a share has the unit "%", and is shown in percent. `values` has
-    a number for each reply, `of` how much that reply counts: 1 where nothing is said, 0 for one that does
-    not. `floor` is the score of answers that are held against other questions' references. `seed` is that of
+    `key` is for programs, `name` for people; a share has the unit "%", and is shown in percent. `values` and
+    `weights` have a number for each reply; it weighs 1 where nothing is said, 0 where it does not count, and
+    in tokens a second its seconds. `floor` is the score of answers that are held against other questions' references. `seed` is that of
     the draws.
     """
 
-    def __init__(self, key: str, name: str, unit: str, values, of=None, floor=None, seed: int = 0):
+    def __init__(self, key: str, name: str, unit: str, values, weights=None, floor=None, seed: int = 0):
         self.floor = floor
         self.names = {"key": key, "name": name, "unit": unit}
-        of = numpy.ones(len(values)) if of is None else of
+        weights = numpy.ones(len(values)) if weights is None else weights
         # Both sums are drawn together: in a ratio such as tokens a second the rows that are drawn change
         # both.
-        self.counts = numpy.stack([numpy.array(values, dtype=float), of], axis=1)  # [replies, 2]
+        self.counts = numpy.stack([numpy.array(values, dtype=float), weights], axis=1)  # [replies, 2]
         self.value = ratios(self.counts.sum(axis=0)[None])[0]  # nan where nothing counts
         self.draws = ratios(draw_counts(len(values), seed) @ self.counts)  # [DRAWS]: the value in each draw
 
@@ -118,12 +118,6 @@ def is_whole(reply: Reply, thinking: bool = True) -> bool:
     none, where none was asked for."""
     formed = reply.form == "one" and reply.thinking if thinking else reply.form == "none"
     return bool(formed and reply.answer)
-
-
-def all_questions(row: Row) -> str:
-    """Return the questions of earlier turns, and the one that is answered, a line each."""
-    earlier = [question for question, _ in row.get("history") or []]
-    return "\n".join([*earlier, row["question"]])
 
 
 def final_answer(reply: Reply) -> str:
@@ -222,10 +216,10 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
         found.append(marks)
         kinds.append({trace.kind for trace in marks})
 
-    def add(key: str, name: str, unit: str, values, of=None) -> None:
-        scores[key] = Score(key, name, unit, values, of, seed=seed)
+    def add(key: str, name: str, unit: str, values, weights=None) -> None:
+        scores[key] = Score(key, name, unit, values, weights, seed=seed)
 
-    thinkings, answers, complete, forms, tokens, seconds = zip(*replies)
+    thinkings, answers, complete, forms, tokens, seconds = zip(*replies)  # the fields of Reply
     add("whole", "完整的回复", "%", [is_whole(reply, thinking) for reply in replies])
     add("stopped", "正常结束", "%", complete)
     add("loops", "重复循环", "%", [loops(reply.thinking) or loops(reply.answer) for reply in replies])
@@ -236,7 +230,7 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
         add("think_length", "思考的字数", "字", list(map(len, thinkings)))
     # A reply that was cut off inside its thinking has no answer to measure: it does not count, not even as 0.
     closed = numpy.array(forms) != "unclosed"
-    add("answer_length", "回答的字数", "字", list(map(len, answers)) * closed, closed)
+    add("answer_length", "回答的字数", "字", numpy.where(closed, list(map(len, answers)), 0), closed)
     shares = overlaps(replies, [row.get("answer") for row in rows])
     scores |= overlap_scores(rows, replies, shares, seed)
     # The replies of a batch share one speed, so what is drawn varies less than batches do.

@@ -15,7 +15,9 @@ INVISIBLE = (
     r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f"
     r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
 )
-Row = dict[str, str]  # of FIELDS; after earlier turns also history, [[question, answer], …]
+# FIELDS are texts; after earlier turns there is history, [[question, answer], …]; instruction is a text that
+# the row's writer was told, and seen a bool of validation rows.
+Row = dict[str, object]
 Rows = tuple[Row, ...]
 Location = tuple[str, int]  # of a row: the name of its file, "" where there is but one, and its number
 LocatedRows = list[tuple[Location, object]]
@@ -109,6 +111,12 @@ def clean_field(field: str, text: object, by_model: bool) -> str:
 def topic(row: dict) -> str:
     """Return the question that a conversation begins with."""
     return row["history"][0][0] if row.get("history") else row["question"]
+
+
+def all_questions(row: Row) -> str:
+    """Return the questions of earlier turns, and the one that is answered, a line each."""
+    earlier = [question for question, _ in row.get("history") or []]
+    return "\n".join([*earlier, row["question"]])
 
 
 def keep_usable(rows: LocatedRows, problems: Problems, seen: set[str], thinkless: bool) -> LocatedRows:

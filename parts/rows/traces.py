@@ -10,7 +10,7 @@ from collections import Counter
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from parts.rows.row import LocatedRows, Problems
+from parts.rows.row import LocatedRows, Problems, all_questions
 
 KINDS = {  # kind -> for people
     "answer": "提到给定的答案",
@@ -276,7 +276,8 @@ def clean_rows(rows: LocatedRows, problems: Problems, counts: Counter) -> Locate
     cleaned = []
     for location, row in rows:
         before, instruction = row["think"], row.get("instruction", "")
-        think, kinds = remove_traces(row["question"], before, row["answer"], instruction)
+        # What was said in earlier turns was said: a thinking that speaks of it cites no hidden answer.
+        think, kinds = remove_traces(all_questions(row), before, row["answer"], instruction)
         counts.update(kinds, rows=1, changed=think != before, before=len(before), after=len(think))
         if len(think) < MIN_REMAINING * len(before):
             problems.setdefault(TOO_LITTLE, []).append(location)

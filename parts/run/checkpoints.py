@@ -11,7 +11,8 @@ from pathlib import Path
 from parts.terminal import first_line, sha256
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's
-# Trainer's state: in every checkpoint, and in the output folder itself once all else is there.
+# Trainer's state lies in every checkpoint. In the output folder itself it is written last, and so marks the
+# run as finished.
 FINISHED_MARK = "trainer_state.json"
 # The settings of a run, written before its first checkpoint: who continues one is compared with them.
 RUN_FILE = "run.json"
@@ -61,14 +62,14 @@ def find_damage(checkpoint: Path, hashes: bool) -> str | None:
             path = checkpoint / name
             if not path.is_file():
                 return f"缺少 {name}"
-            if path.stat().st_size != size or hashes and sha256(path) != digest:
+            if path.stat().st_size != size or (hashes and sha256(path) != digest):
                 return f"{name} 与 {MANIFEST} 不符"
     except FileNotFoundError:
         return f"没有写完（缺少 {MANIFEST}）"
     # The manifest may be damaged itself: no UTF-8, no JSON, or JSON that is no table of pairs.
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{MANIFEST} 或它所列的文件无法读取（{first_line(error)}）"
-    # An empty table would agree with any folder.
+    # Trainer's state is in every checkpoint: a table without it, such as an empty one, vouches for nothing.
     return None if FINISHED_MARK in manifest else f"{MANIFEST} 不完整"
 
 
@@ -113,7 +114,7 @@ def holds_adapter(folder: str | Path) -> bool:
     return any(Path(path, ADAPTER_CONFIG).is_file() for path in (folder, *newest))
 
 
-def settle(path: Path, like: Path) -> None:
+def flush_to_disk(path: Path, like: Path) -> None:
     """Bring a file from the system's memory to the disk, where it stays when the power ends, and let those
     read it who may read the file `like`."""
     # safetensors writes into a temporary file, which its owner alone may read whatever the umask is.
@@ -167,7 +168,7 @@ class Sealer(threading.Thread):
             manifest = {}
             for path in files_in(self.checkpoint):
                 # Trainer syncs nothing. Older checkpoints are deleted soon, and the power may end after that.
-                settle(path, like=self.checkpoint / FINISHED_MARK)
+                flush_to_disk(path, like=self.checkpoint / FINISHED_MARK)
                 manifest[path.relative_to(self.checkpoint).as_posix()] = path.stat().st_size, sha256(path)
             # The manifest vouches for all other files, so it is the last one. Its folder is not synced: until
             # the rename is on the disk the checkpoint does not count, and file systems with a journal store

@@ -110,7 +110,7 @@ class Run:
             yield
             # With the mark nobody asks the checkpoints any more: the results come to the disk before it.
             for path in filter(Path.is_file, self.folder.glob("[!.]*")):
-                checkpoints.settle(path, like=self.folder / RUN_FILE)
+                checkpoints.flush_to_disk(path, like=self.folder / RUN_FILE)
             write_atomically(self.folder / FINISHED_MARK, json.dumps(asdict(state), indent=2))
 
 

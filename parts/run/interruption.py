@@ -1,5 +1,11 @@
 """SIGTERM, Ctrl-C and the end of the terminal (SIGHUP) while there are steps to interrupt: they are noted,
-told, and turned into an exit code at the end. This file knows signals and processes, no trainer."""
+told, and turned into an exit code at the end. This file knows signals and processes, no trainer.
+
+What a signal does, in order: `note` takes it down and says so; the step that is under way ends; all processes
+agree in `requested` to stop there (training/safe_trainer.py); an evaluation or a checkpoint that is due at
+this step is made, else a checkpoint is written now; its manifest is waited for; the context ends with the
+exit code. Before there are steps, a signal ends the command at once: there is nothing to save.
+"""
 
 import contextlib
 import os

@@ -38,6 +38,7 @@ def pick(name: str, triton: bool, **common):
 
         # Without its kernel it steps one tensor at a time: foreach would hold copies of all at once.
         return optimi.AdamW, common | {"foreach": False, "triton": triton}
+    assert name.startswith("8bit"), name
     # Imported here: it is optional, and its import starts CUDA.
     from torchao.optim import AdamW8bit
 

@@ -10,8 +10,9 @@ import transformers
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-# Logits and their gradients that exist at a time; those of a whole batch take 14 x vocabulary bytes a token.
+# Logits and their gradients that exist at a time.
 LOSS_BYTES = 500_000_000
+LOGIT_BYTES = 8  # of each logit of such a chunk: float32, and as much again inside logsumexp
 PACKED = "packed"  # name of packed_attention among transformers' attention implementations
 # Before torch 2.13 varlen_attn takes grouped heads without being told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -73,7 +74,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, lengths
     where torch's kernel for such batches runs -> ([1, T, heads, D], None). Elsewhere it takes one example
     after another: a mask for all of them would be T x T.
     """
-    # Without a mask function of its own it gets no mask for padded input either, and would attend to padding.
+    # transformers makes no mask for an attention that has registered no mask function: padded input would
+    # arrive without one, and be attended to.
     assert attention_mask is None and sum(lengths) == query.shape[2], (lengths, query.shape)
     if starts is None:
         if repeats_heads(query.device, query.dtype):
@@ -130,7 +132,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(labels), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
-        rows = max(1, LOSS_BYTES // (len(weight) * 8))  # float32 logits, and as much again inside logsumexp
+        rows = max(1, LOSS_BYTES // (len(weight) * LOGIT_BYTES))
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
             logits = (hidden[chunk] @ weight.T).float()  # [rows, V]
@@ -155,5 +157,5 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         for grad in (grad_hidden, grad_weight):
             if grad is not None:
-                grad.mul_(grad_sum)  # in place: a second copy of the weight's gradient would be 0.6 GB
+                grad.mul_(grad_sum)  # in place, so once only: a copy of the weight's gradient would be 0.6 GB
         return grad_hidden, grad_weight, None

@@ -107,6 +107,8 @@ class SafeTrainer(transformers.Trainer):
         # This is behind the evaluation that may be due at the step, whose checkpoint may be there already.
         if self.interrupted():
             self.control.should_training_stop = self.interruption.acted = True
+            # Nothing is saved from it but checkpoints: gigabytes would be read for nothing.
+            self.args.load_best_model_at_end = False
             if self.saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
         self.finish_checkpoint()
@@ -116,6 +118,7 @@ class SafeTrainer(transformers.Trainer):
         self.check_finite(logs)
 
     def check_weights(self) -> None:
+        """Raise SystemExit when one of the trained weights is infinite or no number."""
         # A loss is that of the weights before its step; what the last step made of them, they alone tell.
         sums = [p.detach().sum(dtype=torch.float32) for p in self.model.parameters() if p.requires_grad]
         self.check_finite({"weights": torch.stack(sums).sum().item()})

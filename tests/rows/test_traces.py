@@ -149,3 +149,13 @@ def test_of_the_published_rows_nine_tenths_are_kept():
         assert is_part_of(row["think"], before[location]["think"])
         assert not traces.find(row["think"], row["question"], row["answer"], row["instruction"])
     assert counts["after"] >= 0.9 * counts["before"] and len(problems.get(traces.TOO_LITTLE, [])) <= 2
+
+
+def test_what_was_said_in_an_earlier_turn_is_no_trace():
+    row = {"question": "能吃阿莫西林吗？", "answer": "您有青霉素过敏反应，不能吃，请让医生换药。"}
+    row["think"] = "这是用药的问题，先看有没有禁忌。用户提到青霉素过敏反应，所以不能用阿莫西林，要请医生换药。"
+    earlier = row | {"history": [["我有青霉素过敏反应。", "好的，我记下了。"]]}
+    counts = Counter()
+    traces.clean_rows([(("", 1), row)], {}, counts)
+    assert counts["covert"] == 1
+    assert traces.clean_rows([(("", 1), earlier)], {}, Counter()) == [(("", 1), earlier)]

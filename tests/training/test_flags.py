@@ -51,7 +51,7 @@ ELSEWHERE = {  # flags that other tests see acting
     "the trainings of all tests": "train_file val_file max_length model_name output_dir report_to",
     "test_hub": "model_revision",
     "test_train, test_safe_trainer": "early_stopping_patience overwrite_output_dir resume_from_checkpoint",
-    "test_optimizers, test_kernels, test_rehearsal, test_diagnosis": "optimizer fast_kernels rehearse check",
+    "test_optimizers, test_kernels, test_rehearsal, test_check": "optimizer fast_kernels rehearse check",
     "test_gpu": "offload_activations",
     "test_samples": "eval_samples sample_tokens",
     "test_fsdp, test_processes": "fsdp ddp_timeout",
