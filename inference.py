@@ -80,9 +80,11 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
     args = flags.parse(description, merging=bool(merge), model_path=default, **defaults)
     with terminal.explain_out_of_memory(OUT_OF_MEMORY):
         if merge and args.merge_to is not None:
+            terminal.say_loading()
             return merge(args.merge_to, args.model_path, args.revision)
         # Merging asks nothing. Whatever else is done here, a person reads what a model says.
         print(NOT_A_DOCTOR, flush=True)
+        terminal.say_loading()
         if args.questions:
             return evaluate(args)
 

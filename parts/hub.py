@@ -176,6 +176,7 @@ def download(name: str, kind: str, remedy: str, choose, folder=None, revision: s
     hub, files = HUBS[scheme](), None
     for library in ("modelscope_hub", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they tell of every retry
+    print(f"正在连接 {hub.endpoint}……", flush=True)
     try:
         files = hub.list_files(repository, kind, revision)
         if not files:

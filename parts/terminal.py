@@ -126,6 +126,13 @@ def hold(lock: str | Path, message: str):
                 os.unlink(lock)
 
 
+def say_loading() -> None:
+    """Print the first word, once the flags are seen to be right: torch and its libraries take 5 to 20 s to
+    import. It is the first process's, and goes to standard error, as the output may be piped."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("正在载入……", file=sys.stderr, flush=True)
+
+
 NOT_GIVEN = argparse.SUPPRESS  # as a flag's default: what is not given is not in the result
 
 
@@ -159,10 +166,6 @@ class Parser(argparse.ArgumentParser):
             nearest = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
             hint = f"你是不是想写 --{nearest[0]}？" if nearest else ""
             self.error(f"{flag}：{self.gone.get(flag, f'没有这个参数。{hint}全部参数见 --help')}")
-        # torch and its libraries take 5 to 20 s to import: who waits is told for what. Not into stdout, which
-        # may be piped.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("正在载入……", file=sys.stderr, flush=True)
         return values
 
     def error(self, message: str):

@@ -74,7 +74,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def says(text: str, expected: str) -> bool:
-    """Whether a message is the expected one after 错误：; ~ stands for words of a library, on one line."""
+    """Whether a message is the expected one after 错误：; ~ stands for words of a library, on one line. What a script
+    says before that it does is no part of it."""
+    text = re.sub("^(正在.*……\n)+", "", text)
     return bool(re.fullmatch(".*".join(map(re.escape, f"错误：{expected}".split("~"))), text))
 
 

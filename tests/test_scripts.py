@@ -49,7 +49,7 @@ def test_help_shows_the_commands_and_an_unknown_flag_is_an_error(script, tmp_pat
 
 def test_training_reports_data_tokens_and_where_the_model_is(trained):
     output = (trained / "train.py.txt").read_text(encoding="utf-8")
-    for part in ("train.jsonl：108 条，token 数平均", "监督部分：<think>⏎", " token/秒", "【问题】", "【回答】"):
+    for part in ("train.jsonl：108 条，token 数平均", "监督部分：<think>⏎", " token/s", "【问题】", "【回答】"):
         assert part in output
     assert output.strip().splitlines()[-1].endswith("模型在 output/qwen3-medical，提问：python inference.py")
     assert "Warning" not in output

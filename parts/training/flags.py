@@ -117,6 +117,7 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
         values["target_modules"] = "all-linear"
     check(values)
     require_packages(values)
+    terminal.say_loading()
     return values
 
 

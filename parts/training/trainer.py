@@ -21,7 +21,7 @@ LOG_PARTS = {  # the numbers of a log that are shown, in the order of its line
     "eval_answer_loss": "回答损失 {:.3f}",
     "grad_norm": "梯度范数 {:.1f}",
     "learning_rate": "lr {:.2g}",
-    "tokens_per_second": "{:,.0f} token/秒",
+    "tokens_per_second": "{:,.0f} token/s",
     "peak_memory_gb": "峰值 {:.1f} GB",
     "eval_runtime": "用时 {:.1f} 秒",
     "train_runtime": "训练用时 {:.0f} 秒",

@@ -75,7 +75,7 @@ def test_a_checkpoint_that_is_named_is_checked_too(interrupted, tiny_model, into
 
 
 def test_another_prompt_does_not_continue_a_run(interrupted, tiny_model, monkeypatch):
-    monkeypatch.setattr(train, "SYSTEM_PROMPT", "你是医生。")
+    monkeypatch.setattr(data, "SYSTEM_PROMPT", "你是医生。")
     with pytest.raises(SystemExit, match="别的设置：system_prompt 你是一个医学专家.* -> 你是医生。；"):
         run_steps(tiny_model, output_dir="full")
 

@@ -28,7 +28,7 @@ ACTS = {  # seen in the weights or the log of three steps: another value, and wh
     "max_grad_norm": (0.01, {}),
     "seed": (1, {}),
     "logging_steps": (2, {}),
-    "eval_steps": (1, {}),
+    "eval_steps": (2, {}),
     "eval_on_start": (True, {}),
     "lora_rank": (4, {"lora": True}),
     "lora_alpha": (8, {"lora": True}),
@@ -174,7 +174,7 @@ def test_nothing_is_written_into_what_the_user_wished(workspace, tiny_model):
 
 
 def test_a_layer_that_is_not_there_is_named(workspace, tiny_model):
-    refused("--target_modules 用不了~wheel_proj~", run, tiny_model, lora=True, target_modules=["wheel_proj"])
+    refused("--target_modules 无法使用~wheel_proj~", run, tiny_model, lora=True, target_modules=["wheel_proj"])
 
 
 def test_one_process_trains_on_one_gpu(tiny_model):

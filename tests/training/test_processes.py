@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, as_flags, free_port, history, run_script, same, together, weights
+from helpers import ROOT, as_flags, free_port, history, run_script, same, says, together, weights
 
 import train
 from parts import terminal
@@ -78,7 +78,7 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(f"resumed/checkpoint-{stopped}"))
     output = strike(launch(ACCELERATE, two), signal.SIGKILL)
     assert f"resumed from step {stopped}" in output and "[rank" not in output, output  # no traceback of ours
-    assert output.count("错误：另一个进程已经结束或没有回应，训练停止；") == 1, output
+    assert output.count("错误：另一个进程已经结束或没有响应") == 1, output
     killed = newest_step("resumed")
     assert f"resumed from step {killed}" in "".join(together("train.py", *two, cwds=[workspace] * 2))
     assert same(weights("resumed"), weights("two"))
@@ -87,7 +87,7 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
 def test_processes_that_disagree_hear_why(folder):
     own = (["--seed", "1"], ["--seed", "2"])
     [said, silent] = together("train.py", "--report_to", "none", cwds=[folder] * 2, own=own, status=1)
-    assert said == "错误：各个进程的 --seed 不同：进程 0 是 1，进程 1 是 2；请让每台机器上的命令、文件和软件都一样。\n"
+    assert says(said.strip(), "各个进程的 --seed 不同：进程 0 是 1，进程 1 是 2；~"), said
     assert not silent and not os.listdir()
 
 
