@@ -35,8 +35,8 @@ class Score:
 
     `key` is for programs, `name` for people; a share has the unit "%", and is shown in percent. `values` and
     `weights` have a number for each reply; it weighs 1 where nothing is said, 0 where it does not count, and
-    in tokens a second its seconds. `floor` is the score of answers that are held against other questions' references. `seed` is that of
-    the draws.
+    in tokens a second its seconds. `floor` is the score of answers that are held against other questions'
+    references. `seed` is that of the draws.
     """
 
     def __init__(self, key: str, name: str, unit: str, values, weights=None, floor=None, seed: int = 0):
