@@ -192,7 +192,7 @@ def train(args, add_adapter=None, callbacks=()):
     state = args.distributed_state
     tracked = "swanlab" in args.report_to and state.is_main_process
     if tracked:
-        tracking.read_settings(
+        tracking.configure(
             PROJECT, args.run_name
         )  # what is wrong with them is said before anything is loaded
     opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name)
@@ -227,7 +227,7 @@ def train(args, add_adapter=None, callbacks=()):
 
             # 5. Trainer, with what this card can do
             trainer = build_trainer(
-                args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.kept
+                args, model, tokenizer, train_dataset, eval_dataset, callbacks, **run.resumed_plan
             )
             if args.eval_samples:
                 asked = rows[: args.eval_samples]

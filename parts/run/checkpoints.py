@@ -1,5 +1,5 @@
-"""A checkpoint: whole or damaged, sealed with a manifest, found again, and whether the disk has room for it. Knows the
-files of an output folder, not the training that writes them; imports no heavy library."""
+"""A checkpoint: undamaged or not, sealed with a manifest, found again, and whether the disk has room for it.
+It knows the files of an output folder, not the training that writes them, and imports no heavy library."""
 
 import json
 import os
@@ -11,24 +11,24 @@ from pathlib import Path
 from parts.terminal import first_line, sha256
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's
-FINISHED_MARK = (
-    "trainer_state.json"  # Trainer's state: in each checkpoint, and in the folder once all else is written
-)
-RUN_FILE = "run.json"  # written into the output folder first: the settings of the run
-MANIFEST = "manifest.json"  # written into a checkpoint last: {file: [bytes, sha256]}
+# Trainer's state: in every checkpoint, and in the output folder itself once all else is there.
+FINISHED_MARK = "trainer_state.json"
+# The settings of a run, written before its first checkpoint: who continues one is compared with them.
+RUN_FILE = "run.json"
+# {file: [bytes, sha256]} of a checkpoint, written into it last: one without it was cut off.
+MANIFEST = "manifest.json"
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a model's safetensors files: those that the index names, where there is one."""
+    """Return the names of a model's safetensors files: those that the index names, where there is one."""
     index = folder / "model.safetensors.index.json"
-    names = (
-        json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-    )
-    return sorted(set(names))
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """SHA-256 of a model's safetensors files, by name (Qwen3-1.7B: 2 s)."""
+    """Return the SHA-256 of a model's safetensors files, sorted by name (Qwen3-1.7B: 2 s)."""
     return sha256(*sorted(Path(folder).glob("*.safetensors")))
 
 
@@ -37,16 +37,24 @@ def step_of(checkpoint: Path) -> int:
 
 
 def folders(folder: str | Path) -> list[Path]:
-    """All of a run's checkpoint-N below `folder`, whole or not, oldest first."""
-    found = [
-        path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()
-    ]
-    return sorted(found, key=step_of)
+    """Return all of a run's checkpoint-N in `folder`, damaged ones too, oldest first."""
+    numbered = []
+    for path in Path(folder).glob("checkpoint-*"):
+        # A copy of the user's, such as checkpoint-best, is not the run's to continue from or to delete.
+        if path.name.removeprefix("checkpoint-").isdecimal() and path.is_dir():
+            numbered.append(path)
+    # By number, as checkpoint-1000 is sorted before checkpoint-500 by name.
+    return sorted(numbered, key=step_of)
+
+
+def files_in(folder: str | Path) -> list[Path]:
+    """Return all files in `folder` and below it."""
+    return sorted(filter(Path.is_file, Path(folder).rglob("*")))
 
 
 def find_damage(checkpoint: Path, hashes: bool) -> str | None:
-    """In what a checkpoint differs from the one that was written, or None: a file that is missing or of another size,
-    with `hashes` also of other content (10 GB take 6 s), or no manifest, which is written when all else is."""
+    """Say in what a checkpoint differs from the one that was written, or return None. Files are missing or of
+    another size; with `hashes` (10 GB take 6 s) also of other content; or there is no manifest."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, digest) in manifest.items():
@@ -57,97 +65,124 @@ def find_damage(checkpoint: Path, hashes: bool) -> str | None:
                 return f"{name} 与 {MANIFEST} 不符"
     except FileNotFoundError:
         return f"没有写完（缺少 {MANIFEST}）"
+    # The manifest may be damaged itself: no UTF-8, no JSON, or JSON that is no table of pairs.
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{MANIFEST} 或它所列的文件无法读取（{first_line(error)}）"
+    # An empty table would agree with any folder.
     return None if FINISHED_MARK in manifest else f"{MANIFEST} 不完整"
 
 
-def find_whole(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run that are whole, going by the sizes of their files, oldest first."""
+def find_intact(folder: str | Path) -> list[Path]:
+    """Return the checkpoints of a run whose files are all there and of the right size, oldest first. Their
+    content is not read: this is asked at each save, and a file that was cut off shows by its size."""
     return [path for path in folders(folder) if find_damage(path, hashes=False) is None]
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a model or an adapter lies in the folder itself."""
-    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    """Tell whether a model or an adapter lies in the folder itself."""
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def find_trained(folder: str | Path) -> Path:
-    """The best weights below `folder`, a model's or an adapter's: the folder itself once training is finished (or when
-    it is any saved model), else the checkpoint with the best evaluation loss so far, else the newest one. Raises
-    SystemExit without any."""
+    """Return where the best weights of `folder` are, a model's or an adapter's: the folder itself once
+    training is finished (or when it is any saved model), else the checkpoint with the best evaluation loss so
+    far, else the newest one. Raises SystemExit without any."""
     folder = Path(folder)
-    checkpoints = [path for path in find_whole(folder) if holds_model(path)]
-    unfinished = checkpoints or (folder / RUN_FILE).is_file()  # what lies beside it may be cut off
-    if holds_model(folder) and ((folder / FINISHED_MARK).is_file() or not unfinished):
+    checkpoints = list(filter(holds_model, find_intact(folder)))
+    # A kill while the final weights are written leaves what looks like a model. In the folder of a run only
+    # the mark, which comes after them, says that they are complete.
+    is_run = checkpoints or (folder / RUN_FILE).is_file()
+    if holds_model(folder) and ((folder / FINISHED_MARK).is_file() or not is_run):
         return folder
     if not checkpoints:
         remedy = "请先运行 python train.py（LoRA：python train_lora.py），或用 --model_path 指定模型的文件夹"
         raise SystemExit(f"错误：{folder} 里没有训练好的模型；{remedy}。")
     try:
         state = json.loads((checkpoints[-1] / FINISHED_MARK).read_text(encoding="utf-8"))
+        # By its name in this folder: the state has the path of then, and a run may have been moved since.
         best = Path(folder, Path(state["best_model_checkpoint"]).name)
-    except (OSError, ValueError, KeyError, TypeError):  # no evaluation yet, or killed while writing
+    # There was no evaluation yet, or the content is damaged, which sizes do not show.
+    except (OSError, ValueError, KeyError, TypeError):
         best = None
     return best if best in checkpoints else checkpoints[-1]
 
 
 def holds_adapter(folder: str | Path) -> bool:
-    """Whether what was trained there is an adapter, going by the folder itself and by the newest checkpoint in it."""
-    return any(Path(path, ADAPTER_CONFIG).is_file() for path in (folder, *find_whole(folder)[-1:]))
+    """Tell whether what was trained in `folder` is an adapter, by the folder and by its newest checkpoint."""
+    newest = find_intact(folder)[-1:]
+    return any(Path(path, ADAPTER_CONFIG).is_file() for path in (folder, *newest))
 
 
-def write_at_once(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whenever the process or the power ends."""
+def sync(path: Path) -> None:
+    """Bring a file from the system's memory to the disk, where it stays when the power ends."""
+    with path.open("rb+") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there with all of `text` or not at all, whenever the process or the power ends."""
+    # In the same folder, as a rename is atomic only inside one file system.
     draft = path.with_name(f".{path.name}.tmp")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
+        file.flush()  # fsync knows only what Python has handed over
+        # Before the rename: a file system may store the new name first, and the power end in between.
         os.fsync(file.fileno())
-    os.replace(draft, path)
+    os.replace(draft, path)  # os.rename would fail on Windows where `path` exists
 
 
 def check_space(folder: str | Path, count: int, size: float, weights: float) -> None:
-    """Raises SystemExit when the disk will not hold `count` checkpoints of `size` bytes and the final weights, in bytes
-    too; what is in the folder already is part of them."""
-    there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    need, free = count * size + weights - there, shutil.disk_usage(folder).free
+    """Raise SystemExit when the disk will not hold `count` checkpoints of `size` bytes and the final
+    `weights`, in bytes too; what is in the folder already is part of them."""
+    existing = sum(path.stat().st_size for path in files_in(folder))
+    need = count * size + weights - existing
+    free = shutil.disk_usage(folder).free
     if need > free:
         space = f"剩余 {free / 1e9:.2f} GB，{count} 个检查点和最后的权重还需要约 {need / 1e9:.2f} GB"
         raise SystemExit(f"错误：{folder} 所在的磁盘{space}；请腾出空间，或用 --output_dir 换到别的磁盘。")
 
 
 class Sealer(threading.Thread):
-    """Sees a checkpoint that was just written to the disk, writes its manifest, and only then deletes older ones.
+    """Brings a checkpoint that was just written to the disk, writes its manifest, and only then deletes older
+    ones: however this ends, an undamaged checkpoint is there.
 
-    A thread of its own: hashing 10 GB takes 6 s, in which the GPU trains on. The next save and the end of training
-    wait for it. Killed before its end, the checkpoint does not count and the older ones are still there.
+    It is a thread of its own, as hashing 10 GB takes 6 s, in which the GPU trains on. The next save and the
+    end of training wait for it. `best` is never deleted: training ends with its weights. `limit` says how
+    many stay, the newest and the best included; None and 0 stand for all.
     """
 
     def __init__(self, checkpoint: Path, best: str | None, limit: int | None):
-        super().__init__(daemon=True)  # a second Ctrl-C does not wait for it
+        # A daemon: at its end Python waits for other threads, and a second Ctrl-C is to end all at once.
+        super().__init__(daemon=True)
         self.checkpoint, self.error = checkpoint, None
-        self.kept = {checkpoint, checkpoint.with_name(Path(best or checkpoint).name)}
+        self.protected = {checkpoint, checkpoint.with_name(Path(best or checkpoint).name)}
         self.limit = limit if limit and limit > 0 else sys.maxsize
         self.start()
 
     def run(self) -> None:
         try:
             manifest = {}
-            for path in sorted(path for path in self.checkpoint.rglob("*") if path.is_file()):
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
+            for path in files_in(self.checkpoint):
+                # Trainer syncs nothing. Older checkpoints are deleted soon, and the power may end after that.
+                sync(path)
                 manifest[path.relative_to(self.checkpoint).as_posix()] = path.stat().st_size, sha256(path)
-            write_at_once(self.checkpoint / MANIFEST, json.dumps(manifest, indent=1))
+            # The manifest vouches for all other files, so it is the last one. Its folder is not synced: until
+            # the rename is on the disk the checkpoint does not count, and file systems with a journal store
+            # it before the deletions that follow.
+            write_atomically(self.checkpoint / MANIFEST, json.dumps(manifest, indent=1))
             self.sweep()
-        except Exception as error:  # to be raised where it is waited for
+        # An error would end this thread alone: the main one raises it when it waits for the manifest.
+        except Exception as error:
             self.error = error
 
     def sweep(self) -> None:
         """Delete what an interrupted save left, and the oldest checkpoints beyond the limit."""
         folder = self.checkpoint.parent
-        whole = [path for path in find_whole(folder) if path not in self.kept]
-        surplus = whole[: max(0, len(whole) - max(0, self.limit - len(self.kept)))]
-        cut_off = set(folders(folder)) - set(whole) - self.kept
+        intact = [path for path in find_intact(folder) if path not in self.protected]
+        # Those that a kill cut off. They count for nothing, and would take the room of one that does.
+        cut_off = set(folders(folder)) - set(intact) - self.protected
+        room = max(0, self.limit - len(self.protected))
+        surplus = intact[: max(0, len(intact) - room)]
         for path in (*cut_off, *surplus):
+            # What stays for now lacks files, so it counts as damaged, and the next sweep takes it.
             shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,6 @@
 """README.md and loss.png of an output folder: what a model was trained from and how, and what it is not."""
 
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib.figure
@@ -7,7 +8,8 @@ import matplotlib.figure
 from parts.run import checkpoints
 from parts.run.folder import LORA_SETTINGS, SETTINGS
 
-# Of a training, whose change makes it another than the published one; full_logits makes it the more like it.
+# Settings of a training whose change makes it another than the published one. Not full_logits, which is how
+# the published one computed its loss.
 DECISIVE = {*SETTINGS, "val_file"} - {"full_logits"}
 
 CARD = """\
@@ -36,9 +38,10 @@ pipeline_tag: text-generation
 
 
 def write(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> None:
-    """Write them into the trainer's output folder. `settings`: a Run's; `origin`: of the training file;
-    `versions`: of the libraries."""
+    """Write both into the trainer's output folder. `settings` are a Run's, `origin` is that of the training
+    file, `versions` are those of the libraries."""
     folder = Path(trainer.args.output_dir)
+    # Not by pyplot, which would keep it in memory and show it in a notebook.
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     plot_losses(figure.subplots(), trainer.state.log_history, saved_step(trainer.state))
     figure.savefig(folder / "loss.png", dpi=120)
@@ -46,71 +49,79 @@ def write(trainer, settings: dict[str, object], origin: dict, versions: dict[str
 
 
 def saved_step(state) -> int:
-    """The step whose weights a training ends with: the best checkpoint's, or the last where none was evaluated."""
+    """Return the step whose weights a training ends with: the best checkpoint's, or the last where none was
+    evaluated."""
     best = state.best_model_checkpoint
     return checkpoints.step_of(Path(best)) if best else state.global_step
 
 
 def saved_losses(state) -> dict[str, float]:
-    """The log of the evaluation of the saved weights; empty where they were not evaluated."""
+    """Return the log of the evaluation of the saved weights; it is empty where they were not evaluated."""
     step = saved_step(state)
-    return next(
-        (log for log in reversed(state.log_history) if "eval_loss" in log and log["step"] == step), {}
-    )
+    # The step has other logs too, such as that of the training loss.
+    for log in reversed(state.log_history):
+        if "eval_loss" in log and log["step"] == step:
+            return log
+    return {}
 
 
 def describe_saved(state) -> str:
-    """Which step's weights were saved, how they were evaluated, and why they were chosen."""
+    """Say which step's weights were saved, how they were evaluated, and why they were chosen."""
     losses = saved_losses(state)
     loss = f"eval_loss {losses['eval_loss']:.4f}" if losses else "未评估"
-    why = "按 eval_loss 选出" if state.best_model_checkpoint else "最后一步"
-    return f"{loss}（第 {saved_step(state)} 步），{why}"
+    reason = "按 eval_loss 选出" if state.best_model_checkpoint else "最后一步"
+    return f"{loss}（第 {saved_step(state)} 步），{reason}"
 
 
 def against_published(args, state, origin: dict, published: dict, changed: list[str]) -> str:
-    """The saved weights' eval_loss beside the curve of one public run, where the two were measured alike; else why it
-    says nothing. `origin`: of the training file; `published`: dataset, steps, examples_per_step, best, end; `changed`:
-    the flags that are not the recipe's."""
+    """Compare the saved weights' eval_loss with the curve of one public run where the two were measured
+    alike; else say why not. `origin` is that of the training file, `published` has dataset, steps,
+    examples_per_step, best and end, `changed` are the flags that are not the recipe's."""
     losses = saved_losses(state)
-    sources = [
-        source["source"].removeprefix("ms://").partition("（")[0] for source in origin.get("sources", [])
-    ]
-    others = [f"--{name}" for name in changed if name in DECISIVE]
+    datasets = []
+    for source in origin.get("sources", []):
+        # "ms://owner/name（files）": the hub and the files of it do not make it another set.
+        datasets.append(source["source"].removeprefix("ms://").partition("（")[0])
+    others = "、".join(f"--{name}" for name in changed if name in DECISIVE)
     examples, theirs = args.examples_per_step, published["examples_per_step"]
+    # Within 2 %, as some rows of the set may be left out.
+    other_steps = abs(state.max_steps / published["steps"] - 1) > 0.02
     reasons = {  # of which the first that holds is named
-        "它训练了全部参数，这里只训练 LoRA": args.trains_adapter,
-        "数据不同": published["dataset"] not in sources,
-        f"数据不只是 {published['dataset']}": len(sources) > 1,
+        "公开方案训练了全部参数，这里只训练 LoRA": args.trains_adapter,
+        "数据不同": published["dataset"] not in datasets,
+        f"数据不只是 {published['dataset']}": len(datasets) > 1,
         # A file without the word is older than the cleaning.
         "训练文本是清理过的，不是公布的原文（python data.py --raw）": not origin.get("raw", True),
-        f"设置不同（{'、'.join(others)}）": others,
-        f"每步 {examples} 条样本，它是 {theirs} 条": examples != theirs,
-        # Some rows of the set may be left out.
-        f"共 {state.max_steps} 步，它是 {published['steps']} 步": abs(
-            state.max_steps / published["steps"] - 1
-        )
-        > 0.02,
+        f"设置不同（{others}）": others,
+        f"每步 {examples} 条样本，公开方案是 {theirs} 条": examples != theirs,
+        f"共 {state.max_steps} 步，公开方案是 {published['steps']} 步": other_steps,
         "保存的权重没有评估过": not losses,
     }
-    for why, holds in reasons.items():
+    for reason, holds in reasons.items():
         if holds:
-            return f"不与公开方案的损失曲线比较：{why}。"
+            return f"不与公开方案的损失曲线比较：{reason}。"
     (best_step, best), (end_step, end) = published["best"], published["end"]
     curve = f"最低 {best}（第 {best_step} 步），最后 {end}（第 {end_step} 步）"
     return f"eval_loss {losses['eval_loss']:.3f}；公开方案的一次运行（全部参数，公布的原文）{curve}。"
 
 
+def curve_of(log_history: list[dict], key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of each log that has `key`."""
+    return [(log["step"], log[key]) for log in log_history if key in log]
+
+
 def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None:
-    """Training and evaluation loss over the steps; a star marks the evaluation of the step that was `saved`, without
-    it the best one."""
+    """Draw training and evaluation loss over the steps; a star marks the evaluation of the step that was
+    `saved`, without it the best one."""
     for key, marker in (("loss", None), ("eval_loss", "o")):
-        points = [(log["step"], log[key]) for log in log_history if key in log]
+        points = curve_of(log_history, key)
         if points:
             axes.plot(*zip(*points), marker=marker, markersize=4, label=key)
-    evaluations = [(log["eval_loss"], log["step"]) for log in log_history if "eval_loss" in log]
-    marked = [pair for pair in evaluations if saved in (None, pair[1])]
-    if marked:
-        loss, step = min(marked)
+    evaluations = curve_of(log_history, "eval_loss")
+    if saved is not None:
+        evaluations = [point for point in evaluations if point[0] == saved]
+    if evaluations:
+        step, loss = min(evaluations, key=itemgetter(1, 0))
         name = "best" if saved is None else "saved"
         axes.plot(step, loss, "*", markersize=14, label=f"{name}: {loss:.3f} at step {step}")
     axes.set(xlabel="step", ylabel="loss")
@@ -120,12 +131,15 @@ def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None
 
 
 def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> str:
-    """The card's text."""
+    """Return the card's text."""
     args, state = trainer.args, trainer.state
-    losses = saved_losses(state)
-    parts = {"eval_loss": "按行平均", "eval_think_loss": "思考", "eval_answer_loss": "回答"}
+    # A local folder by its name alone: its path means nothing on another machine.
     local = Path(args.model_name).is_dir()
     base = Path(args.model_name).name if local else args.model_name.rpartition("://")[2]
+    losses, validation = saved_losses(state), []
+    for key, name in (("eval_loss", "按行平均"), ("eval_think_loss", "思考"), ("eval_answer_loss", "回答")):
+        if key in losses:
+            validation.append(f"{name} {losses[key]:.4f}")
     rows = {
         "learning_rate": f"{args.learning_rate:g}（{settings['lr_scheduler_type']}）",
         "每步样本数": settings["examples_per_step"],
@@ -137,20 +151,22 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
         "保存的权重": describe_saved(state),
-        "验证损失": "，".join(f"{name} {losses[key]:.4f}" for key, name in parts.items() if key in losses),
+        "验证损失": "，".join(validation),
         "优化器": trainer.plan.optimizer,
-        "梯度裁剪": args.max_grad_norm or "没有",
+        "梯度裁剪": args.max_grad_norm or "不裁剪",
         "精度": str(trainer.model.dtype).removeprefix("torch."),
-        "库（保存时）": "，".join(f"{name} {version}" for name, version in versions.items()),
+        "库（保存时）": "，".join(map(" ".join, versions.items())),
     }
-    rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
+    for name in LORA_SETTINGS:
+        if name in settings:
+            rows[name] = settings[name]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     prompt = settings["system_prompt"].replace("\n", "\n> ")
     return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=prompt)
 
 
 def describe_origin(origin: dict) -> str:
-    """What the training file was made from."""
+    """Say what the training file was made from."""
     if "sources" not in origin:
         return "不是 data.py 写的，或之后改过"
     lines = []
@@ -159,4 +175,4 @@ def describe_origin(origin: dict) -> str:
         lines.append(f"{source['source']}{revision}，SHA-256 {source['sha256']}")
     if not origin.get("raw", True):
         lines.append("训练用的思考由 data.py 清理过")
-    return "<br>".join(lines)
+    return "<br>".join(lines)  # Markdown's tables know no other line break

@@ -110,7 +110,7 @@ class SafeTrainer(transformers.Trainer):
         for name in ("loss", "grad_norm", "eval_loss", "weights"):
             if not math.isfinite(numbers.get(name, 0)):
                 self.finish_checkpoint()
-                good = checkpoints.find_whole(self.args.output_dir)
+                good = checkpoints.find_intact(self.args.output_dir)
                 rate = numbers.get("learning_rate", self._get_learning_rate())
                 if self.args.process_index:  # all processes stop, the first one says why
                     raise SystemExit(1)

@@ -220,7 +220,7 @@ def test_a_cut_model_follows_the_curve_of_one_process_and_continues(workspace, t
     assert Path("two", config).read_text() == Path("one", config).read_text()
 
     two("stopped", HERE, script, call="stop", status=143)
-    assert [checkpoints.step_of(path) for path in checkpoints.find_whole("stopped")] == [4, 6]
+    assert [checkpoints.step_of(path) for path in checkpoints.find_intact("stopped")] == [4, 6]
     shutil.copytree("stopped", "parted")
     assert "resumed from step 6" in two("stopped", script)[0] and same(weights("stopped"), weights("two"))
     assert "resumed from step 6" in one("parted", script)

@@ -37,7 +37,7 @@ def launch(launcher: tuple, flags: list[str]) -> subprocess.Popen:
 
 def newest_step(folder: str) -> int:
     """Of the last whole checkpoint."""
-    return max([checkpoints.step_of(path) for path in checkpoints.find_whole(folder)], default=0)
+    return max([checkpoints.step_of(path) for path in checkpoints.find_intact(folder)], default=0)
 
 
 def strike(launched: subprocess.Popen, number: int) -> str:
@@ -109,7 +109,7 @@ def test_machines_with_other_files_or_another_output_folder_are_refused(workspac
     two = flags(tiny_model, "out", per_device_train_batch_size=2)
     [said, silent] = together(HERE, *two, cwds=folders, machines=2, call="hasten", status=1)
     assert why in said and said.count("错误：") == 1 and "错误" not in silent
-    assert not any(checkpoints.find_whole(path / "out") for path in folders)
+    assert not any(checkpoints.find_intact(path / "out") for path in folders)
 
 
 def test_a_launcher_that_does_not_number_its_processes_is_refused(folder):

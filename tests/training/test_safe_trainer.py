@@ -48,7 +48,7 @@ def test_signal_saves_at_the_end_of_the_step_and_the_command_continues(
     assert end.value.code == 128 + number == {15: 143, 2: 130}[number]
     assert f"已中断：第 {step} 步的检查点在 resumed；同一命令会从这里继续。" in err
     assert "【问题】" not in out and not (Path("resumed") / checkpoints.FINISHED_MARK).exists()
-    assert checkpoints.find_whole("resumed")[-1].name == f"checkpoint-{step}"
+    assert checkpoints.find_intact("resumed")[-1].name == f"checkpoint-{step}"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     trainer = run_steps(tiny_model, lora, output_dir="resumed", **changes)
     evaluated = {log["step"] for log in trainer.state.log_history if "eval_loss" in log}
@@ -77,7 +77,7 @@ def test_a_signal_is_saved_where_a_broken_checkpoint_of_that_step_lies(interrupt
     Path("full/checkpoint-13", checkpoints.MANIFEST).unlink()
     with pytest.raises(SystemExit, match="143"):
         run_steps(tiny_model, callbacks=[At(13, terminate)], output_dir="full")
-    assert checkpoints.find_whole("full")[-1].name == "checkpoint-13"
+    assert checkpoints.find_intact("full")[-1].name == "checkpoint-13"
 
 
 def test_a_signal_after_the_last_step_lets_the_results_be_saved(workspace, tiny_model):
@@ -97,7 +97,7 @@ def test_killed_between_the_last_checkpoint_and_the_end_of_saving(workspace, tin
     with pytest.raises(SystemExit, match="写 .* 失败"):
         run_steps(tiny_model, callbacks=[At(3, card.mkdir)], **changes)
     folder = Path(data.OUTPUT_DIR)
-    last = checkpoints.find_whole(folder)[-1]
+    last = checkpoints.find_intact(folder)[-1]
     assert (folder / "model.safetensors").is_file() and checkpoints.find_trained(folder) != folder
     (folder / "model.safetensors").write_bytes(b"cut off")
     card.rmdir()
@@ -144,8 +144,8 @@ def test_full_disk_keeps_the_checkpoints_and_the_command_continues(workspace, ti
     with pytest.raises(SystemExit, match="^错误：写 out.* 失败.*磁盘剩余.*同一命令继续"):
         run_steps(tiny_model, callbacks=[At(step, lambda: limit(200_000))], output_dir="out")
     limit()
-    assert [checkpoints.step_of(path) for path in checkpoints.find_whole("out")] == kept
-    assert checkpoints.folders("out") == checkpoints.find_whole("out")
+    assert [checkpoints.step_of(path) for path in checkpoints.find_intact("out")] == kept
+    assert checkpoints.folders("out") == checkpoints.find_intact("out")
     run_steps(tiny_model, output_dir="out")
     assert same(weights("out"), expected)
 
@@ -193,6 +193,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_of_it(workspac
     with pytest.raises(SystemExit, match=said):
         run_steps(tiny_model, callbacks=[Ruin()], **{"eval_steps": 3} | changes)
     whole = checkpoints.folders(data.OUTPUT_DIR)
-    assert whole[-1].name == "checkpoint-6" and whole == checkpoints.find_whole(data.OUTPUT_DIR)
+    assert whole[-1].name == "checkpoint-6" and whole == checkpoints.find_intact(data.OUTPUT_DIR)
     assert all(value.isfinite().all() for value in weights(whole[-1]).values())
     assert not Path(data.OUTPUT_DIR, "model.safetensors").exists()
