@@ -18,7 +18,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         tracker.requests.append((self.command, self.path, body.decode("utf-8", "replace")))
         mode = tracker.after_points if tracker.points else tracker.mode
-        # The login is answered all the same: SwanLab has a time limit of its own for it, and none for what follows.
+        # The login is answered all the same, so that the wait comes where the run itself begins.
         if mode == "hang" and "/login/" not in self.path:
             tracker.closing.wait()
         elif mode == "close":
