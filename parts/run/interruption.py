@@ -41,7 +41,7 @@ class Interruption:
         hangs_up = number == getattr(signal, "SIGHUP", None)
         if hangs_up:
             leave_terminal()
-        # A terminal may close after Ctrl-C, and the system and the shell each send a SIGHUP: none is a demand.
+        # A terminal may close after Ctrl-C, and the system and the shell each send a SIGHUP: none demands it.
         if self.number and not hangs_up:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)
