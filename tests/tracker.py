@@ -11,19 +11,19 @@ from threading import Event, Thread
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request, as Tracker.mode says: "ok", "hang" or an HTTP status."""
+    """Answers one request, as the Tracker says."""
 
     def answer(self) -> None:
         tracker = self.server.tracker
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         tracker.requests.append((self.command, self.path, body.decode("utf-8", "replace")))
-        later = tracker.later if "/login/" not in self.path else ""
-        mode = (tracker.after_points if tracker.points else "") or later or tracker.mode
-        if mode == "hang":
+        mode = tracker.after_points if tracker.points else tracker.mode
+        # The login is answered all the same, so that the wait comes where the run itself begins.
+        if mode == "hang" and "/login/" not in self.path:
             tracker.closing.wait()
         elif mode == "close":
             self.close_connection = True
-        elif mode == "ok":
+        elif mode in ("ok", "hang"):
             self.reply(*self.route(tracker, json.loads(body) if body.startswith(b"{") else {}))
         else:
             self.reply(int(mode), {"code": "no", "message": "no"})
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
             run = {"cuid": body["cuid"], "slug": body["cuid"], "name": body["name"]}
             return 201 if new else 200, run | {"createdAt": "2026-01-01T00:00:00.000Z"}
         if path.startswith("/house/metrics/summaries/"):
-            last = {key: max(step for name, step in tracker.points if name == key) for key, _ in tracker.points}
+            last = dict(sorted(tracker.points))  # of each key the highest step
             return 200, {"log": [], "media": [], "scalar": [{"key": key, "step": last[key]} for key in last]}
         if path == "/house/metrics" and body["type"] == "scalar":
             tracker.points += [(metric["key"], metric["index"]) for metric in body["metrics"]]
@@ -65,14 +65,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Tracker:
-    """SwanLab on 127.0.0.1. mode: how it answers; later: how it answers all but the login, when set; after_points: how
-    it answers once it has points. "hang": not at all, as long as it runs. "close": connections are closed unanswered.
+    """SwanLab on 127.0.0.1. `mode`: how it answers, `after_points`: how it answers once it has points. "hang": only the
+    login, as long as it runs. "close": connections are closed unanswered. "401": with this HTTP status.
 
     requests holds (method, path, body), points (key, step) of each scalar, experiments the ids that runs began with.
     """
 
-    def __init__(self, mode: str = "ok", later: str = "", after_points: str = ""):
-        self.mode, self.later, self.after_points = mode, later, after_points
+    def __init__(self, mode: str = "ok", after_points: str = "ok"):
+        self.mode, self.after_points = mode, after_points
         self.closing = Event()
         self.requests: list[tuple[str, str, str]] = []
         self.points: list[tuple[str, int]] = []

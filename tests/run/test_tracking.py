@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import At, Started, arguments, crash, prepared, run, run_script, weights
+from helpers import At, Started, arguments, crash, prepared, run, run_script, same, weights
 from tracker import Tracker
 
 import data
@@ -50,11 +50,6 @@ def untracked(tmp_path_factory, tiny_model):
         return weights(data.OUTPUT_DIR)
 
 
-def same_weights(untracked) -> bool:
-    saved = weights(data.OUTPUT_DIR)
-    return all(saved[name].equal(untracked[name]) for name in untracked)
-
-
 def local_series(run: Path) -> list[list[dict]]:
     """The points of each series of a local run: index (the step) and data."""
     return [list(map(json.loads, path.read_text("utf-8").splitlines())) for path in run.glob("logs/*/1000.log")]
@@ -81,9 +76,8 @@ def test_local_run_holds_losses_speed_memory_configuration_and_samples(workspace
     for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"):
         logged = [log[key] for log in trainer.state.log_history if key in log]
         assert any(values == pytest.approx(logged) for values in series), key
-    texts = [text.read_text(encoding="utf-8") for text in folder.glob("media/text/*.txt")]
-    assert len(texts) == 2 * 2 + train.SAMPLES and all("【问题】" in text and "【回答】" in text for text in texts)
-    assert len({text.split("\n")[0] for text in texts}) == train.SAMPLES  # the same questions each time
+    questions = [text.read_text(encoding="utf-8").split("\n")[0] for text in folder.glob("media/text/*.txt")]
+    assert len(questions) == 2 * 2 + train.SAMPLES and len(set(questions)) == train.SAMPLES  # the same each time
     config = (folder / "files" / "config.yaml").read_text(encoding="utf-8")
     for part in ("model_name", "max_length", f"transformers: {transformers.__version__}", "learning_rate"):
         assert part in config
@@ -115,11 +109,10 @@ def test_settings_to_be_mended_end_the_run_before_anything_is_loaded(folder, mon
     assert not Path(data.OUTPUT_DIR).exists()
 
 
-@pytest.mark.parametrize("mode", ["401", "refused", "hang after login", "no disk"])
+@pytest.mark.parametrize("mode", ["401", "refused", "hang", "no disk"])
 def test_training_goes_on_where_no_run_can_begin(workspace, tiny_model, monkeypatch, untracked, capfd, mode):
     monkeypatch.setattr(tracking, "SECONDS", 3)  # a busy machine also has to get the local run going in it
-    later = "hang" if mode == "hang after login" else ""
-    with Tracker("ok" if later else mode, later) as tracker:
+    with Tracker(mode) as tracker:
         if mode == "no disk":
             monkeypatch.setenv("SWANLAB_LOG_DIR", "/proc/swanlog")
         else:
@@ -128,11 +121,9 @@ def test_training_goes_on_where_no_run_can_begin(workspace, tiny_model, monkeypa
         run(tiny_model, max_steps=2, sample_tokens=1, report_to="swanlab")
         assert time.monotonic() - started < 25  # without a limit: 33 s refused, 75 s and more unanswered
     line = tracker_line(capfd.readouterr().out)
-    assert "模式无法开始" in line and same_weights(untracked)
-    if mode == "no disk":
-        assert line.endswith("训练照常；不记录。")
-    else:
-        assert "训练照常；只记录在本地。查看：swanlab watch swanlog" in line
+    assert "模式无法开始" in line and "训练照常" in line and same(weights(data.OUTPUT_DIR), untracked)
+    assert ("不记录。" if mode == "no disk" else "查看：swanlab watch swanlog") in line
+    if mode != "no disk":
         assert any(len(points) == 2 for path in Path("swanlog").glob("run-*") for points in local_series(path))
 
 
@@ -163,33 +154,33 @@ def test_server_that_dies_during_training(workspace, tiny_model, untracked, afte
     [run] = Path("swanlog").glob("run-*")
     assert f"补传本地的记录：swanlab sync --id {run.name.split('-')[-1]} {run.resolve()}" in line
     if not interrupt:
-        assert same_weights(untracked) and text.splitlines()[-1].startswith("训练完成")
+        assert same(weights(data.OUTPUT_DIR), untracked) and text.splitlines()[-1].startswith("训练完成")
 
 
 @pytest.mark.parametrize("online", [True, False])
 def test_a_resumed_run_goes_on_in_the_same_one(workspace, tiny_model, monkeypatch, online):
     """On the site without a point twice; in the local folder as a second one with the same id, by which both can be
     uploaded into one run. Another training is another run."""
-    args = {"max_steps": 8, "eval_steps": 4, "sample_tokens": 1, "report_to": "swanlab"}
+    args = {"max_steps": 4, "eval_steps": 2, "sample_tokens": 1, "report_to": "swanlab"}
     with Tracker() as tracker:
         if online:
             login(monkeypatch, tracker.url)
         with pytest.raises(EOFError):
-            run(tiny_model, callbacks=[At(6, crash)], **args)
+            run(tiny_model, callbacks=[At(4, crash)], **args)  # step 3 comes twice
         tracking.end("aborted")  # what is registered for the end of the process
         run(tiny_model, **args)
         assert not Path(data.OUTPUT_DIR, tracking.RUN_ID_FILE).exists()
         run(tiny_model, **args | {"max_steps": 1, "overwrite_output_dir": True})
     if online:
         first, second, third = tracker.experiments
-        assert sorted(step for key, step in tracker.points if key == "train/loss") == [1, *range(1, 9)]
+        assert sorted(step for key, step in tracker.points if key == "train/loss") == [1, *range(1, 5)]
     else:
         first, second, third = (path.name.split("-")[-1] for path in sorted(Path("swanlog").glob("run-*")))
     assert first == second != third
 
 
 def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, tiny_model, monkeypatch, capfd):
-    """With a key in the environment, and, in a process that is told to debug, with one from an earlier login."""
+    """With a key in the environment, and, where SwanLab is told to debug, with one from an earlier login."""
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", "remote", "add", "origin", "https://user:git-token@example.com/x.git"], check=True)
     monkeypatch.setenv("SWANLAB_MODE", "local")
@@ -197,7 +188,7 @@ def test_no_secret_host_or_command_line_gets_into_what_a_run_writes(workspace, t
     (stored := Path(".swanlab", ".netrc")).write_text(f"machine https://api.swanlab.cn\nlogin x\npassword {KEY}\n")
     stored.chmod(0o600)
     flags = ("--model_name", tiny_model, *FLAGS, "--output_dir", "stored")
-    result = run_script("train.py", *flags, cwd=workspace, env=os.environ | {"SWANLAB_DEBUG": "1"}, fresh=True)
+    result = run_script("train.py", *flags, cwd=workspace, env=os.environ | {"SWANLAB_DEBUG": "1"})
     assert result.returncode == 0, result.stdout
     stored.unlink()
     monkeypatch.setenv("SWANLAB_API_KEY", KEY)
