@@ -92,10 +92,11 @@ def test_failed_download_ends_with_one_sentence_and_leaves_old_files(hub, folder
 def test_too_long_examples_are_left_out_whole_and_counted(workspace, tokenizer, capsys):
     examples = data.load_dataset("train.jsonl", tokenizer, max_length=10**6)["input_ids"]
     capsys.readouterr()
-    short = data.load_dataset("train.jsonl", tokenizer, max_length=115)["input_ids"]
+    limit = sorted(map(len, examples))[54]
+    short = data.load_dataset("train.jsonl", tokenizer, max_length=limit)["input_ids"]
     assert len(examples) == 108 > len(short) > 0
-    assert list(short) == [ids for ids in examples if len(ids) <= 115]
+    assert list(short) == [ids for ids in examples if len(ids) <= limit]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in short)
-    assert f"超过 --max_length 115 而未采用的 {108 - len(short)} 条" in capsys.readouterr().out
+    assert f"超过 --max_length {limit} 而未采用的 {108 - len(short)} 条" in capsys.readouterr().out
     message = "train.jsonl 的样本都超过 10 个 token（最短 ~）；请加大 --max_length。"
     refused(message, data.load_dataset, "train.jsonl", tokenizer, 10)

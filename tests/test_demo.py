@@ -1,18 +1,28 @@
-"""The whole path: the demo as a new user runs it, and real rows with the real tokenizer where they are at hand."""
+"""The whole path: the demo as a new user runs it, what it asks, and real rows with the real tokenizer, if at hand."""
 
 import subprocess
 import sys
 
 import pytest
-from helpers import REAL, run_script
+from helpers import REAL, SAMPLES, run_script
+
+import data
 
 
 def test_demo_ends_with_replies_that_think(tmp_path):
     result = run_script("tests/demo/demo.py", cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("【思考】\n") >= 2 and "演示完成" in result.stdout
+    assert "没有训练过的 12 种问法，答对 1" in result.stdout  # else the demo would have failed
     for command in ("data.py", "train.py", "inference.py", "train_lora.py", "inference_lora.py"):
         assert f"$ python {command}" in result.stdout
+
+
+def test_each_question_that_the_demo_asks_is_of_another_topic_with_three_trained_wordings(workspace):
+    """Whose answers are the same. The split is data.py's: where the rows stand in their file decides it."""
+    trained, asked = ([row["answer"] for row in data.read_examples(file)] for file in ("train.jsonl", "val.jsonl"))
+    assert len(set(asked)) == len(asked) == 12 and {trained.count(answer) for answer in asked} == {3}
+    assert len({row["question"] for row in data.read_examples(SAMPLES)}) == 4 * len({*trained, *asked}) == 120
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows and tokenizer are not part of the project")

@@ -9,7 +9,7 @@ about a million random parameters (tests/demo/tiny_model.py), one example a step
 
 Each seed, which draws weights, order and replies, learns ROWS twice from nothing, as `data.py --raw` writes them and as
 `data.py` does. Both models answer the validation questions; parts/rows/traces.py counts in their thinking. Then the
-model of the cleaned rows is fine-tuned on 40 questions of the demo, rows of another style, and the outcome is the
+model of the cleaned rows is fine-tuned on 20 topics of the demo, rows of another style, and the outcome is the
 loss on its 20 other questions, as train.py has it: of the best weights, two evaluations an epoch.
 
 Intervals are 95 %, bootstrap; seeds and validation rows are drawn apart, so that either can have made a difference.
@@ -35,7 +35,7 @@ COMMON = {"per_device_train_batch_size": 1, "early_stopping_patience": 0, "sampl
 COMMON |= {"fast_kernels": False}  # packed attention costs a CPU a fifth more
 RATES = [1e-4, 2e-4, 5e-4, 2e-3, 5e-3, 2e-2]  # the published one first
 ARMS = [("full", 1), ("full", 2), ("LoRA", 2)]  # and epochs
-DEMO_TRAINED = 80  # of the demo's 120 rows; the two wordings of a question stand together
+DEMO_TRAINED = 80  # of the demo's 120 rows: 20 of its 30 topics, each in four wordings
 REPLY_TOKENS, REPLIES = 800, 4  # to each validation question
 DRAWS = 2000
 SMALL = {"max_steps": 2}
@@ -102,7 +102,7 @@ def prepare(dataset: str) -> list[str]:
     with open("log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         data.prepare(dataset, "raw.jsonl", "val.jsonl", raw=True)
         data.prepare(dataset, "clean.jsonl", "val.jsonl")
-    demo = DEMO.read_text(encoding="utf-8").splitlines()
+    demo = sorted(DEMO.read_text(encoding="utf-8").splitlines(), key=lambda line: json.loads(line)["answer"])
     for file, part in (("demo.jsonl", demo[:DEMO_TRAINED]), ("demo_val.jsonl", demo[DEMO_TRAINED:])):
         Path(file).write_text("\n".join(part) + "\n", encoding="utf-8")
     return [row["question"] for row in data.read_examples("val.jsonl")]

@@ -12,21 +12,16 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-import memory_budget  # noqa: E402
-
-import train  # noqa: E402
-import train_lora  # noqa: E402
-from parts.machine import plan  # noqa: E402
 from parts.run import model_card  # noqa: E402
-from parts.training import packing  # noqa: E402
 
 HERE = ROOT / "tests" / "demo"
 IMAGES = ROOT / "readme_images"
@@ -34,6 +29,16 @@ DEMO = Path("output/demo")
 CHAT = "python inference.py --chat --model_path full"
 QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
 WEB_PORT = 5093
+FIGURES = ["完整的回复", "自己停下", "原地打转", "回答 ROUGE-1", "回答 ROUGE-2", "回答 ROUGE-L"]
+KEEP_LITTLE = """([figures, question]) => {
+  const remove = (names, unless) => document.querySelectorAll(names).forEach(part => unless(part) || part.remove());
+  const last = document.querySelector('#scores .wide:last-of-type'), heading = last.previousElementSibling;
+  remove('nav, header, #list, #cases > :not(.case)', () => false);
+  remove('#scores > *', part => part === last || part === heading);
+  remove('tbody tr', row => figures.some(name => row.cells[0].textContent.trim().startsWith(name)));
+  remove('.case', part => part.textContent.includes(question));
+  document.querySelectorAll('.reply details').forEach(part => part.open = true);
+}"""
 CHAT_PAGE = """\
 <body style="margin: 0"><pre style="display: inline-block; padding: 16px 20px; border-radius: 8px; background: #0c0c0c;
 color: #d9d9d9; font: 16px/1.5 'Noto Sans Mono CJK SC', monospace">{code}</pre></body>"""
@@ -46,76 +51,44 @@ def read_numbers(name: str) -> dict:
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 
-def draw_losses():
-    """The demo's losses beside those of the published run, the best evaluation of each marked."""
+def begin_figure(height: float):
+    """(figure, axes) with a font that has Chinese."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    curves, titles = read_numbers("curves.json"), {"demo": "the demo", "published": "Qwen3-1.7B, one published run"}
-    for axes, (name, title) in zip(figure.subplots(1, 2), titles.items()):
-        model_card.plot_losses(axes, curves[name])
-        axes.set_title(title)
+    matplotlib.rcParams["font.sans-serif"] = ["Noto Sans CJK SC", "Noto Sans CJK JP", "DejaVu Sans"]
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def draw_losses():
+    """The losses of the published run, its best evaluation marked."""
+    figure, axes = begin_figure(3.8)
+    published = read_numbers("curves.json")["published"]
+    model_card.plot_losses(axes, published)
+    best = min((log["eval_loss"], log["step"]) for log in published if "eval_loss" in log)
+    names = ["训练损失", "验证损失", "验证损失最低：{:.3f}，第 {} 步".format(*best)]
+    axes.legend(axes.get_legend_handles_labels()[0], names)
+    axes.set(xlabel="步", ylabel="损失", title="公开方案的一次运行（Qwen3-1.7B，全参数）")
     return figure
 
 
-def memory_table() -> dict[str, dict[str, float]]:
-    """GB of each part, by the plan's own arithmetic, every layer recomputed: training -> part -> 10^9 bytes. One
-    example of `tokens` tokens in a pass; the update inside the backward pass needs a step's four in one."""
-    import peft
-    import torch
-    import transformers
-
-    n = read_numbers("memory.json")
-    with torch.device("meta"):  # shapes alone, which take no memory
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**n["shape"])).to(torch.bfloat16)
-    step = n["tokens"] * train.RECIPE["per_device_train_batch_size"]
-    one, whole = (n["tokens"], step), (step, step)
-    table = {"published recipe": memory_parts(model, "adamw", *one)}
-    # All logits and their gradients at once, in place of chunks of them.
-    table["published recipe"]["full logits"] = (14 * n["shape"]["vocab_size"] * n["tokens"] - packing.LOSS_BYTES) / 1e9
-    table["train.py --optimizer kahan"] = memory_parts(model, "kahan", *one)
-    table["train.py --optimizer 8bit"] = memory_parts(model, "8bit", *one)
-    table["train.py --optimizer 8bit_in_backward"] = memory_parts(model, "8bit_in_backward", *whole)
-    table["… --offload_activations"] = memory_parts(model, "8bit_in_backward", *whole, offload=True)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=train_lora.RECIPE["lora_rank"])
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    table["train_lora.py"] = memory_parts(adapted, "kahan", *one)
-    table["train_lora.py --load_in_4bit"] = memory_parts(adapted, "kahan", *one)
-    table["train_lora.py --load_in_4bit"]["weights"] -= memory_budget.saved_by_4_bits(adapted) / 1e9
-    return table
-
-
-def memory_parts(model, optimizer: str, tokens: int, worst: int, offload: bool = False) -> dict[str, float]:
-    """The plan's estimate, with the gradients apart from what else a step takes."""
-    args = argparse.Namespace(
-        lora_dropout=train_lora.RECIPE["lora_dropout"], full_logits=False, gradient_accumulation_steps=1
-    )
-    args.world_size, args.fsdp = 1, False
-    weights, states, peak, reserve = plan.estimate(model, args, False, tokens, 1, offload, optimizer, worst).values()
-    gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-    gradients *= not optimizer.endswith("in_backward")
-    parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
-    parts |= {"activations and loss": peak - gradients + reserve, "full logits": 0}
-    return {part: round(size / 1e9, 6) for part, size in parts.items()}
-
-
 def draw_memory():
-    """One bar for each kind of training, its parts side by side."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(10, 3.6), layout="constrained")).subplots()
-    table = memory_table()
-    names, ends = list(table), dict.fromkeys(table, 0.0)
-    for part in table[names[0]]:
-        sizes = [table[name][part] for name in names]
-        axes.barh(names, sizes, left=list(ends.values()), label=part)
-        ends = {name: ends[name] + size for name, size in zip(names, sizes)}
-    for name, end in ends.items():
-        axes.text(end + 0.2, name, f"{end:.1f}", va="center")
+    """A bar for each card: what is planned of its memory; and, across them, what the published recipe says of its."""
+    figure, axes = begin_figure(4.6)
+    numbers = read_numbers("memory.json")
+    names, sizes = [], []
+    for card in numbers["cards"]:
+        names.append(f"{card['card']} GB 的卡：{card['training']}")
+        sizes.append(card["planned"])
+    axes.barh(names, [card["card"] for card in numbers["cards"]], color="#e4e4df", label="这张卡的显存")
+    planned = axes.barh(names, sizes, color="#3b7dbd", label="计划用的显存")
+    axes.bar_label(planned, fmt="%.1f", label_type="center", color="white")
+    for (name, size), color in zip(numbers["published"].items(), ("#b3261e", "#c26a1b")):
+        axes.axvline(size, color=color, linestyle="--", label=f"公开方案：{name} {size} GB")
     axes.invert_yaxis()
-    axes.set(xlabel="GB", title="Qwen3-1.7B, examples of 2,048 tokens: arithmetic, not a measurement")
-    axes.set_xlim(0, max(ends.values()) * 1.08)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=5, frameon=False)
+    axes.set(xlabel="GB", title="Qwen3-1.7B，最长 2,048 个 token：按公式估算，不是实测")
+    axes.legend(loc="upper right", framealpha=1)
     return figure
 
 
@@ -192,14 +165,18 @@ def photograph(chromium: str | None) -> None:
 
 
 def photograph_comparison(browser) -> None:
-    """The page of the demo's replies, down to the first question, with one thinking open."""
+    """Of the page of replies one question, with those of full training and of LoRA, and six lines of their figures.
+    An untrained model writes halves of characters, which no picture should show."""
+    asked = ["--questions", "val.jsonl", "--max_new_tokens", "160", "--replies", "pair.jsonl"]
+    for command in (
+        ["inference_lora.py", "--model_path", "lora", "--merge_to", "merged"],
+        ["inference.py", "--model_path", "full", "--compare_with", "merged", *asked],
+    ):
+        subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=DEMO, check=True)
     page = browser.new_page(viewport={"width": 1000, "height": 900}, locale="zh-CN")
-    page.goto((DEMO / "replies.scores.html").resolve().as_uri())
-    page.locator("#case-1 .reply summary").first.click()
-    page.evaluate("scrollTo(0, 0)")  # the bar sticks to the top of what is seen
-    case = page.locator("#case-1").bounding_box()
-    area = {"x": 0, "y": 0, "width": 1000, "height": case["y"] + case["height"] + 12}
-    page.screenshot(path=IMAGES / "compare.png", full_page=True, clip=area)
+    page.goto((DEMO / "pair.scores.html").resolve().as_uri())
+    page.evaluate(KEEP_LITTLE, [FIGURES, QUESTION])
+    page.locator("body").screenshot(path=IMAGES / "compare.png")
     make_small(IMAGES / "compare.png")
 
 
@@ -213,22 +190,24 @@ def make_small(path: Path) -> None:
 
 
 def photograph_web(browser) -> None:
-    """The page when the demo's model has answered, its thinking folded."""
+    """The page while the demo's model writes its thinking."""
     flags = ["--model_path", "full", "--port", str(WEB_PORT)]
-    command = [sys.executable, ROOT / "inference.py", "--web", "--max_new_tokens", "120", *flags]
+    command = [sys.executable, ROOT / "inference.py", "--web", "--max_new_tokens", "160", *flags]
     server = subprocess.Popen(command, cwd=DEMO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         page = browser.new_page(viewport={"width": 1000, "height": 600}, locale="zh-CN")
         open_when_ready(page, f"http://127.0.0.1:{WEB_PORT}")
         page.get_by_role("textbox", name="问题").fill(QUESTION)
         page.get_by_role("textbox", name="问题").press("Enter")
-        page.get_by_text("要点是").wait_for()
-        page.get_by_test_id("submit-button").wait_for()
-        page.wait_for_timeout(500)  # what folds does so slowly
+        while not page.get_by_text("咖啡因").is_visible():  # step by step: it writes faster than a picture is taken
+            server.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+            server.send_signal(signal.SIGSTOP)
+            page.wait_for_timeout(200)
         page.screenshot(path=IMAGES / "web.png")
         page.close()
     finally:
-        server.terminate()
+        server.kill()
         server.wait()
     make_small(IMAGES / "web.png")
 
@@ -244,7 +223,7 @@ def main() -> None:
         photograph(args.chromium)
     else:
         save(draw_losses(), "losses.png", read_numbers("curves.json"))
-        save(draw_memory(), "memory.png", memory_table())
+        save(draw_memory(), "memory.png", read_numbers("memory.json"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import rjieba
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, utils
@@ -103,5 +104,10 @@ def sample_texts() -> list[str]:
 
 
 if __name__ == "__main__":
-    build(sys.argv[1], sample_texts())
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    import data
+
+    # Word by word: else a token may be half of a question, and stand in none of its other wordings.
+    words = [word for text in [data.SYSTEM_PROMPT, *sample_texts()] for word in rjieba.cut(text)]
+    build(sys.argv[1], words)
     print(f"{sys.argv[1]}：一个随机权重的小 Qwen3")

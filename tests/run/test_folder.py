@@ -60,7 +60,7 @@ def test_other_data_prompts_and_adapters_do_not_continue_a_run(interrupted, tiny
     with pytest.raises(SystemExit, match="lora_rank 8 -> 4"):
         run_steps(tiny_model, True, output_dir="lora", lora_rank=4)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="system_prompt 你是一个.* -> 你是医生。；"):
-        patch.setattr(train, "SYSTEM_PROMPT", "你是医生。")
+        patch.setattr(data, "SYSTEM_PROMPT", "你是医生。")
         run_steps(tiny_model, output_dir="full")
     rows = Path("train.jsonl").read_text(encoding="utf-8").splitlines()
     Path("train.jsonl").write_text("\n".join(rows[1:]), encoding="utf-8")
