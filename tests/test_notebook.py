@@ -1,6 +1,5 @@
 """The notebook, run cell by cell in a kernel of its own; and what is committed of it."""
 
-import ast
 import copy
 import json
 import os
@@ -69,19 +68,20 @@ def has_picture(cell) -> bool:
 
 
 def check_outputs(cells) -> None:
-    """What the demo must show: data, lengths, tokens, curves and replies."""
+    """What the demo must show: what it will do, data, lengths, tokens, curves and replies."""
+    assert "将运行演示" in shown(find(cells, "environment.describe_card"))
     assert "train.jsonl：108 行" in shown(find(cells, "data.prepare("))
-    assert all(
-        f"【{field}】" in shown(find(cells, "data.read_examples(TRAIN_FILE)")) for field in ("question", "answer")
-    )
+    row = shown(find(cells, "example = data.read_examples(TRAIN_FILE)"))
+    assert "【question】" in row and "【answer】" in row
     assert has_picture(find(cells, "axes.hist(")) and has_picture(find(cells, "model_card.plot_losses("))
     prompt, learned = shown(find(cells, "def show_tokens")).split("要学会写的，计损失")
     assert "color: gray" in prompt and "&lt;|im_start|&gt;user" in prompt and "&lt;think&gt;" not in prompt
     assert re.search(r">&lt;think&gt;</span>.*>&lt;/think&gt;</span>.*>&lt;\|im_end\|&gt;</span></p>$", learned)
     before, after = shown(find(cells, "def show_reply")), shown(find(cells, "weights.load_trained"))
-    assert "不能代替医生的诊断" in before and before != after
+    assert "不能代替医生的诊断" in before and "（没有训练过的问法）" in after
     thinking, answer = re.search(r"<summary>思考</summary>(.+?)</details><p><b>答</b>　(.+?)</p>", after).groups()
-    assert "糖尿病" in thinking and "医生" in answer and "没有说完" not in answer
+    assert "碳水化合物" in thinking + answer and "医生" in answer and "没有说完" not in answer
+    assert "（训练过的问题）" in shown(find(cells, "show_reply(trained_model, TRAINED"))
     assert not re.search("Warning|Traceback|Error", "".join(map(shown, cells)))
 
 
@@ -91,8 +91,7 @@ def runs(tmp_path_factory) -> tuple[Path, list, list, list]:
     folder = copy_project(tmp_path_factory.mktemp("project"))
     first, second, lora = code_cells(), code_cells(), code_cells()
     for cell in lora:
-        cell.source = cell.source.replace("LORA = False", "LORA = True").replace("max_steps=360", "max_steps=4")
-        cell.source = cell.source.replace("eval_steps=60", "eval_steps=2")
+        cell.source = cell.source.replace("LORA = False", "LORA = True").replace('"max_steps": 300', '"max_steps": 4')
     execute([*first, *second, *lora], folder)
     return folder, first, second, lora
 
@@ -101,7 +100,7 @@ def test_every_cell_runs(runs):
     folder, cells, *_ = runs
     check_outputs(cells)
     training = shown(find(cells, "train.train(args"))
-    assert "Validation Loss" in training and training.count("合计（估算）") == 1
+    assert "<th>验证损失</th>" in training and training.count("合计（估算）") == 1
     assert not list(folder.glob("*.jsonl"))  # the demo leaves the real data's files alone
 
 
@@ -123,19 +122,12 @@ def test_wrong_folder(tmp_path):
         execute(code_cells()[:1], tmp_path)
 
 
-@pytest.mark.parametrize("number", range(2, len(code_cells())))
-def test_each_cell_first_checks_that_the_earlier_ones_ran(number):
-    statements = ast.parse(code_cells()[number].source).body
-    first = next(node for node in statements if not isinstance(node, ast.Import | ast.ImportFrom))
-    assert isinstance(first, ast.Assert) and "请从第一格起，依次运行" in ast.unparse(first)
-
-
 def test_mistakes_get_a_sentence(tmp_path):
-    """In one kernel: cells out of order, no key, no data, no finished training, no GPU."""
+    """In one kernel: no key, no data, no finished training, no GPU."""
     folder = copy_project(tmp_path)
     cells = code_cells()
     training, key, prepare = (find(cells, part) for part in ("train.train(args", "getpass(", "data.prepare("))
-    early, gpu, no_data = (copy.deepcopy(cell) for cell in (training, cells[2], prepare))
+    gpu, no_data = copy.deepcopy(cells[2]), copy.deepcopy(prepare)
 
     def line(source: str):
         return nbformat.v4.new_code_cell(source)
@@ -143,7 +135,6 @@ def test_mistakes_get_a_sentence(tmp_path):
     after = [cell for cell in cells[3:] if cell not in (training, key)]
     execute(
         [
-            early,
             *cells[:3],
             *(line("DEMO = False"), key, gpu, line("DEMO = True")),
             line('samples = Path(DATASET).read_bytes(); Path(DATASET).write_text("")'),
@@ -156,7 +147,6 @@ def test_mistakes_get_a_sentence(tmp_path):
         SWANLAB_MODE=None,
         SWANLAB_SAVE_DIR=str(folder),
     )
-    assert "请从第一格起，依次运行" in error(early)
     assert "没有 SwanLab API key，只记录在本地" in shown(key)  # nobody can be asked here
     assert "tests/demo/medical.jsonl 是空文件" in error(no_data)
     assert "还没有训练完；请先运行上面训练的那一格" in error(find(cells, "model_card.plot_losses("))
@@ -164,7 +154,7 @@ def test_mistakes_get_a_sentence(tmp_path):
     if not torch.accelerator.is_available():
         assert "没有找到 GPU；请把上一格改成 DEMO = True" in error(gpu)
     failed = [cell for cell in after if error(cell)]
-    assert len(failed) == 2
+    assert len(failed) == 3  # with the one that asks the model that is not there once more
 
 
 def test_committed_outputs_are_those_of_a_good_run_on_no_machine_in_particular():
