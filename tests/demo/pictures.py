@@ -29,7 +29,7 @@ DEMO = Path("output/demo")
 CHAT = "python inference.py --chat --model_path full"
 QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
 WEB_PORT = 5093
-FIGURES = ["完整的回复", "自己停下", "原地打转", "回答 ROUGE-1", "回答 ROUGE-2", "回答 ROUGE-L"]
+FIGURES = ["完整的回复", "正常结束", "重复循环", "回答 ROUGE-1", "回答 ROUGE-2", "回答 ROUGE-L"]
 KEEP_LITTLE = """([figures, question]) => {
   const remove = (names, unless) => document.querySelectorAll(names).forEach(part => unless(part) || part.remove());
   const last = document.querySelector('#scores .wide:last-of-type'), heading = last.previousElementSibling;

@@ -193,7 +193,7 @@ ANY_ROW = settings(max_examples=50, deadline=None, suppress_health_check=[Health
 def test_no_row_of_any_text_is_lost_doubled_or_changed(tmp_path, rows):
     objects = [dict(zip(FIELDS, row)) for row in rows]
     files = [str(tmp_path / "train.jsonl"), str(tmp_path / "val.jsonl")]
-    data.prepare(save(objects, tmp_path / "rows.jsonl"), *files)
+    data.prepare(save(objects, tmp_path / "rows.jsonl"), *files, raw=True)
     written = [*data.read_examples(files[0]), *data.read_examples(files[1])]
     assert sorted(written, key=str) == sorted(objects, key=str)
 
