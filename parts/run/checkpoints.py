@@ -10,7 +10,8 @@ from pathlib import Path
 
 from parts.terminal import first_line, sha256
 
-ADAPTER_CONFIG = "adapter_config.json"  # peft's
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, and the next one
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FINISHED_MARK = (
     "trainer_state.json"  # Trainer's state: in each checkpoint, and in the folder once all else is written
 )
