@@ -144,6 +144,8 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
         "库（保存时）": "，".join(f"{name} {version}" for name, version in versions.items()),
     }
     rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
+    if args.adapter:
+        rows["从哪个适配器接着训练"] = f"{args.adapter}，SHA-256 {settings['adapter (sha256)']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     prompt = settings["system_prompt"].replace("\n", "\n> ")
     return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=prompt)

@@ -171,14 +171,11 @@ def test_checkpoint_that_is_not_whole(finished, tiny_model):
     refused(message, run_folder.choose_checkpoint, Path(args.output_dir), args.resume_from_checkpoint)
 
 
-@pytest.mark.parametrize(
-    ("lora", "name"), [(False, "full"), (True, "<先用 inference_lora.py --merge_to 合并出的文件夹>")]
-)
-def test_a_finished_run_names_the_way_to_train_on(finished, tiny_model, lora, name):
-    folder = "lora" if lora else "full"
-    message = f"{folder} 里训练完的模型用的是别的设置：max_steps 2 -> 4；它不能再继续，可以从它开始新的训练："
-    flags = {"output_dir": "more", "max_steps": 4, "resume_from_checkpoint": f"{folder}/checkpoint-2"}
-    with pytest.raises(SystemExit, match=f"^错误：{message}--model_name {name} --output_dir <新文件夹>。$"):
+@pytest.mark.parametrize(("lora", "name", "way"), [(False, "full", "--model_name"), (True, "lora", "--adapter")])
+def test_a_finished_run_names_the_way_to_train_on(finished, tiny_model, lora, name, way):
+    message = f"{name} 里训练完的模型用的是别的设置：max_steps 2 -> 4；它不能再继续，可以从它开始新的训练："
+    flags = {"output_dir": "more", "max_steps": 4, "resume_from_checkpoint": f"{name}/checkpoint-2"}
+    with pytest.raises(SystemExit, match=f"^错误：{message}{way} {name} --output_dir <新文件夹>。$"):
         run(tiny_model, lora, **flags)
 
 
