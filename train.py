@@ -201,7 +201,7 @@ def train(args, add_adapter=None, callbacks=()):
     tracked = "swanlab" in args.report_to and state.is_main_process
     if tracked:  # wrong settings of SwanLab are said before anything is loaded
         tracking.configure(PROJECT, args.run_name)
-    opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name)
+    opened = folder.opened(args.output_dir, args.overwrite_output_dir, args.model_name, args.adapter)
     with processes.explain_loss(LOST), opened as run:
         with terminal.explain_out_of_memory(OUT_OF_MEMORY), plan.limited(args.device):
             # 1. Data and base model, fetched where they are missing: by one process, then one of each machine
@@ -212,6 +212,8 @@ def train(args, add_adapter=None, callbacks=()):
             tokenizer, settings = load_tokenizer(args, base), None
             if state.is_local_main_process:  # checksums of gigabytes are made once on each machine
                 settings = folder.settings_of(args, base, data.SYSTEM_PROMPT, weights.best_dtype(args.device))
+                if args.adapter:
+                    weights.require_base(args.adapter, args.model_name, base, settings["model_sha256"])
             run.find(settings, vars(args), flags.OPTIMIZERS)
 
             # 3. Data sets

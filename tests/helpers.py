@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -233,6 +234,15 @@ def weights(folder: str | Path) -> dict:
 
     adapter = Path(folder, "adapter_model.safetensors")
     return load_file(adapter if adapter.is_file() else Path(folder, "model.safetensors"))
+
+
+def save_other_base(model: str | Path) -> None:
+    """Save a model of the same shape with other weights in the folder `other`."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(model, "other")
+    tensors = {name: tensor + 1 for name, tensor in weights(model).items()}
+    save_file(tensors, "other/model.safetensors", {"format": "pt"})
 
 
 def same(one: dict, other: dict) -> bool:

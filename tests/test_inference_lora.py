@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, run, same, weights
-from safetensors.torch import save_file
+from helpers import contents, refused, run, run_script, same, save_other_base, weights
+from hub_server import Hub
 
 import inference_lora
 from parts.model.weights import find_model, load_trained, load_weights
@@ -51,13 +51,32 @@ def test_adapter_configuration_that_is_broken_or_names_no_base(finished):
 @pytest.mark.parametrize("path", ["lora", "lora/checkpoint-2"])
 def test_adapter_of_another_base(finished, tiny_model, path):
     """Of the same shape: only its checksum differs."""
-    shutil.copytree(tiny_model, "other")
-    tensors = weights("other")
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, "other/model.safetensors", {"format": "pt"})
+    save_other_base(tiny_model)
     name_base(path, "other")
     sums = map(checkpoints.weights_sha256, (tiny_model, "other"))
     message = "{} 的适配器不是在现在的 other 上训练的（权重的 SHA-256 应为 {}，现在是 {}）；~"
     refused(message.format(path, *sums), load_trained, path)
+
+
+def test_another_persons_base_is_found_by_its_name_and_compared(finished, tiny_model, tmp_path_factory):
+    """By its last two folders, as ModelScope's cache writes them; never another one of that name."""
+    name_base("lora", "/home/a/own/er-1___7")
+    save_other_base(tiny_model)
+    train = ("train_lora.py", "--adapter", "lora", "--max_steps", "1", "--report_to", "none", "--output_dir", "more")
+    ask = ("inference_lora.py", "头痛？", "--model_path", "lora", "--max_new_tokens", "4")
+    with Hub({"own/er-1.7": Path("other").resolve()}) as hub:
+        before = contents(finished)
+        for command in (ask, train):
+            wrong = run_script(*command, cwd=finished, env=hub.env(tmp_path_factory.mktemp("home")))
+            assert wrong.returncode and "不是在现在的 own/er-1.7 上训练的" in wrong.stdout, wrong.stdout
+        assert contents(finished) == before
+        hub.folders["models"]["own/er-1.7"] = tiny_model
+        home = tmp_path_factory.mktemp("home")
+        for command in (ask, train):
+            right = run_script(*command, cwd=finished, env=hub.env(home))
+            assert right.returncode == 0, right.stdout
+            assert "这台机器上没有 /home/a/own/er-1___7，改用 own/er-1.7" in right.stdout
+    assert json.loads(Path("more/adapter_config.json").read_text())["base_model_name_or_path"] == "own/er-1.7"
 
 
 def test_adapter_without_a_record_of_its_base(finished, capsys):

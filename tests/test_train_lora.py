@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from helpers import run, weights
+from helpers import At, contents, crash, history, refused, run, run_steps, same, save_other_base, weights
 
 import data
 import inference_lora
@@ -67,6 +68,79 @@ def test_saving_an_adapter_asks_no_hub(tiny_model, tmp_path, monkeypatch):
     train_lora.add_adapter(model, args).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == "Qwen/Qwen3-1.7B" and asked == []
+
+
+def test_training_goes_on_from_an_adapter_with_its_own_settings(workspace, tiny_model, capsys):
+    """Its loss is where the adapter's was, its base is the adapter's, and what it went on from is noted."""
+    run(tiny_model, lora=True, max_steps=2, learning_rate=1e-1, lora_rank=4, target_modules=["v_proj", "q_proj"])
+    run(tiny_model, lora=True, adapter=data.LORA_OUTPUT_DIR, max_steps=1, eval_on_start=True, output_dir="more")
+    losses = []
+    for folder in (data.LORA_OUTPUT_DIR, "more"):
+        losses.append([log["eval_loss"] for log in history(folder) if "eval_loss" in log])
+    assert losses[0][-1] == losses[1][0]
+    args = train_lora.arguments(adapter="more", report_to="none")
+    assert (args.model_name, args.lora_rank, args.target_modules) == (str(tiny_model), 4, ["q_proj", "v_proj"])
+    assert "从适配器 more 接着训练" in capsys.readouterr().out
+    assert f"| 从哪个适配器接着训练 | {data.LORA_OUTPUT_DIR}，SHA-256 " in Path("more/README.md").read_text()
+    config = json.loads(Path("more/adapter_config.json").read_text())
+    assert (config["r"], config["lora_dropout"], config["base_model_name_or_path"]) == (4, 0.1, str(tiny_model))
+
+
+def test_an_interrupted_run_from_an_adapter_continues_to_the_same_weights(interrupted, tiny_model):
+    """From a checkpoint of an unfinished run, and from nothing else."""
+    train = partial(run_steps, tiny_model, True)
+    train(adapter="lora/checkpoint-10", output_dir="straight")
+    with pytest.raises(EOFError):
+        train([At(13, crash)], adapter="lora", output_dir="more")
+    other = "{} 里未完成的训练用的是别的设置：~adapter {}~"
+    refused(other.format("more", "lora/checkpoint-10 -> None"), train, output_dir="more")
+    shutil.copytree("lora", "copy")
+    refused(other.format("lora", "None -> copy/checkpoint-10"), train, adapter="copy", output_dir="lora")
+    file = Path("lora/checkpoint-10/adapter_model.safetensors")
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + b"!")
+    refused(other.format("more", "(sha256) ~ -> "), train, adapter="lora/checkpoint-10", output_dir="more")
+    file.write_bytes(before)
+    train(adapter="lora", output_dir="more")
+    assert same(weights("more"), weights("straight")) and not same(weights("more"), weights("lora/checkpoint-10"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "stem"),
+    [
+        ({"lora_rank": 16}, "--lora_rank 16：适配器 lora 是 8；请去掉 --lora_rank。"),
+        ({"target_modules": ["q_proj"]}, "--target_modules ['q_proj']：适配器 lora 是 "),
+        ({"adapter": "full"}, "--adapter full 不能接着训练（"),
+        ({"adapter": "lora/checkpoint-2", "output_dir": "lora"}, "--adapter lora/checkpoint-2 在 --output_dir lora 里"),
+        ({"model_name": "other"}, "lora 的适配器不是在现在的 other 上训练的"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_an_adapter_is_refused(finished, tiny_model, flags, stem):
+    save_other_base(tiny_model)
+    before = contents(finished)
+    values = {"model_name": tiny_model, "adapter": "lora", "output_dir": "more"} | flags
+    refused(f"{stem}~", run, values.pop("model_name"), True, **values)
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "stem"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "--adapter lora 不能接着训练（不是普通的 LoRA：peft_type 是 PROMPT_TUNING）"),
+        ({"bias": "all"}, "--adapter lora 不能接着训练（不是普通的 LoRA：bias 是 all）"),
+        ({"of_next_year": [1]}, "--adapter lora 不能接着训练（不是普通的 LoRA：of_next_year 是 [1]）"),
+        ({"r": 4}, "lora 的适配器无法加载到 "),
+        ({"target_modules": ["q_proj"]}, "lora 的适配器无法加载到 ~ 上（有 24 个权重对不上，例如 "),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_kind_is_refused(finished, tiny_model, config, stem):
+    path = Path("lora/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
+    before = contents(finished)
+    refused(f"{stem}~", run, tiny_model, True, adapter="lora", output_dir="more")
+    assert contents(finished) == before
 
 
 @pytest.fixture

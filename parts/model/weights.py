@@ -8,7 +8,7 @@ import os
 import shlex
 import warnings
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import accelerate
@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
 from parts.run import checkpoints
-from parts.run.checkpoints import ADAPTER_CONFIG, weight_files
+from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from parts.run.folder import read_settings
 from parts.terminal import first_line
 
@@ -176,8 +176,8 @@ def load(trained: Trained, device: torch.device | None = None):
         import peft
 
         try:
-            if not Path(trained.path, "adapter_model.safetensors").is_file():  # peft would ask the hub for it
-                raise FileNotFoundError("缺少 adapter_model.safetensors")
+            if not Path(trained.path, ADAPTER_WEIGHTS).is_file():  # peft would ask the hub for it
+                raise FileNotFoundError(f"缺少 {ADAPTER_WEIGHTS}")
             model = peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = f"{trained.path} 的适配器无法加载到 {trained.base} 上（{first_line(error)}）"
@@ -242,7 +242,8 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
             raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
         if Path(name, ADAPTER_CONFIG).is_file():
             command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-            raise SystemExit(f"错误：{name} 是 LoRA 适配器，不是完整的模型；请先合并：{command}")
+            reason = f"{name} 是 LoRA 适配器，不是完整的模型"
+            raise SystemExit(f"错误：{reason}；接着训练用 train_lora.py --adapter，其他用途先合并：{command}")
         if hub.split(name) and not any(Path(name).glob("*.safetensors")):
             # The hub's model may be meant: a folder of the same name is not passed over in silence.
             remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
@@ -295,26 +296,37 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     base, trained_revision = read_base(path)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = find_model(base, remedy, revision if local and revision else trained_revision)
-    # Another base of the same shape would load without an error. An adapter from elsewhere has no record.
-    expected = read_settings(run_folder(path)).get("model_sha256")
-    if expected and (actual := checkpoints.weights_sha256(base_path)) != expected:
-        reason = f"{path} 的适配器不是在现在的 {base} 上训练的"
-        sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
-        raise SystemExit(f"错误：{reason}（{sums}）；请放回原来的基础模型。")
+    require_base(path, base, base_path)
     return Trained(path, base, base_path)
 
 
+def require_base(path: str, base: str, base_path: str, sha256: str | None = None) -> None:
+    """Raise SystemExit where the adapter in `path` was trained on another base than that in `base_path`,
+    which the user calls `base`. `sha256`: of its weights, where that is known already."""
+    # Another base of the same shape would load without an error. An adapter from elsewhere has no record.
+    expected = read_settings(run_folder(path)).get("model_sha256")
+    if expected and (actual := sha256 or checkpoints.weights_sha256(base_path)) != expected:
+        reason = f"{path} 的适配器不是在现在的 {base} 上训练的"
+        sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
+        raise SystemExit(f"错误：{reason}（{sums}）；请放回原来的基础模型（训练时用 --model_name 指定）。")
+
+
 def read_base(path: str) -> tuple[str, str | None]:
-    """Return the name or folder, and the revision, of the base model of the adapter in `path`."""
+    """Return the name or folder, and the revision, of the base model of the adapter in `path`. A folder of
+    another machine stands for the hub's model of that name, where `require_base` can compare it."""
     config = Path(path, ADAPTER_CONFIG)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        base = settings["base_model_name_or_path"]
-        if not base or Path(base).is_absolute() and not Path(base).is_dir():
-            raise ValueError(f"找不到基础模型 {base}")
-        return base, None if Path(base).is_dir() else settings.get("revision")
+        name = base = settings["base_model_name_or_path"] or ""
+        if not (os.path.isdir(base) or hub.split(base)):
+            # Windows' paths have either slash. ModelScope's cache writes a dot as three underscores.
+            name = "/".join(PureWindowsPath(base).parts[-2:]).replace("___", ".")
+            if not hub.split(name) or not read_settings(run_folder(path)).get("model_sha256"):
+                raise ValueError(f"找不到基础模型 {base}")
+            print(f"提示：这台机器上没有 {base}，改用 {name}，并核对权重的 SHA-256。", flush=True)
+        return name, None if os.path.isdir(name) else settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "请放回基础模型，或重新运行 python train_lora.py"
+        remedy = "请把其中的 base_model_name_or_path 改为基础模型的文件夹或名字"
         raise SystemExit(f"错误：{config} 不可用（{first_line(error)}）；{remedy}") from None
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from parts.terminal import first_line, sha256
 
-ADAPTER_CONFIG = "adapter_config.json"  # peft's
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, and the next one
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Trainer's state lies in every checkpoint. In the output folder itself it is written last, and so marks the
 # run as finished.
 FINISHED_MARK = "trainer_state.json"

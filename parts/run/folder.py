@@ -16,7 +16,7 @@ import accelerate
 
 from parts import terminal
 from parts.run import checkpoints, processes
-from parts.run.checkpoints import FINISHED_MARK, RUN_FILE, write_atomically
+from parts.run.checkpoints import ADAPTER_WEIGHTS, FINISHED_MARK, RUN_FILE, write_atomically
 from parts.terminal import explain_failed_write
 
 OWNER = ".lock_owner"  # the file that says who writes into the folder
@@ -30,7 +30,7 @@ SETTINGS = (
 LORA_SETTINGS = "lora_rank lora_alpha lora_dropout target_modules use_rslora use_dora load_in_4bit".split()
 RENAMED = {"optim": "adamw"}  # optimizers that an earlier version called otherwise
 # What an earlier version did without noting it, so that its runs are continued too.
-ADDED = {"target_modules": "all-linear", "use_rslora": False, "use_dora": False}
+ADDED = {"target_modules": "all-linear", "use_rslora": False, "use_dora": False, "adapter": None}
 
 
 class Run:
@@ -118,7 +118,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened(folder: str, overwrite: bool, model_name: str):
+def opened(folder: str, overwrite: bool, model_name: str, adapter: str | None = None):
     """Give the Run of a folder, which is this run's alone meanwhile: two in one would delete each other's
     checkpoints. The first process holds it for all. Raises SystemExit where another run has it, or
     refuse_folder does."""
@@ -126,7 +126,7 @@ def opened(folder: str, overwrite: bool, model_name: str):
     if not accelerate.PartialState().is_main_process:
         yield run
         return
-    refuse_folder(run.folder, overwrite, model_name)
+    refuse_folder(run.folder, overwrite, model_name, adapter)
     owner = run.folder / OWNER
     who = owner.read_text(encoding="utf-8") if owner.is_file() else "刚刚开始"
     message = f"错误：另一个训练（{who}）正在写入 {folder}；请等它结束，或用 --output_dir 换一个文件夹。"
@@ -146,12 +146,13 @@ def opened(folder: str, overwrite: bool, model_name: str):
                 owner.unlink()
 
 
-def refuse_folder(folder: Path, overwrite: bool, model_name: str) -> None:
+def refuse_folder(folder: Path, overwrite: bool, model_name: str, adapter: str | None) -> None:
     """Raise SystemExit for a finished run, for a folder that holds anything else, such as a model, also the
-    one that is to be trained, and for one without permission."""
-    if Path(model_name).is_dir() and Path(model_name).resolve().is_relative_to(folder.resolve()):
-        where = f"--model_name {model_name} 在 --output_dir {folder} 里"
-        raise SystemExit(f"错误：{where}，训练会覆盖它；请用 --output_dir 换一个文件夹。")
+    one, or the adapter, that is to be trained, and for one without permission."""
+    for flag, source in {"model_name": model_name, "adapter": adapter}.items():
+        if source and os.path.isdir(source) and Path(source).resolve().is_relative_to(folder.resolve()):
+            where = f"--{flag} {source} 在 --output_dir {folder} 里"
+            raise SystemExit(f"错误：{where}，训练会覆盖它；请用 --output_dir 换一个文件夹。")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Tried out, as permissions do not tell of a disk that is mounted read-only.
@@ -185,6 +186,9 @@ def settings_of(args, model_path: str, system_prompt: str, dtype: object) -> dic
     settings["model_sha256"] = checkpoints.weights_sha256(model_path)
     settings["examples_per_step"] = args.examples_per_step
     settings["system_prompt"], settings["dtype"] = system_prompt, str(dtype)
+    if args.adapter:
+        settings["adapter"] = args.adapter
+        settings["adapter (sha256)"] = terminal.sha256(Path(args.adapter, ADAPTER_WEIGHTS))
     for file in (args.train_file, args.val_file):
         settings[f"{file} (sha256)"] = terminal.sha256(file)
     return json.loads(json.dumps(settings))
@@ -223,9 +227,9 @@ def refuse_changes(folder: Path, old: dict, now: dict) -> None:
         how = f"请用 --per_device_train_batch_size 让所有进程每步合计仍是 {old['examples_per_step']} 条"
     remedy = f"{how}，或用 --output_dir 换一个文件夹重新训练"
     if (folder / FINISHED_MARK).exists():
-        merged = "<先用 inference_lora.py --merge_to 合并出的文件夹>" if "lora_rank" in old else folder
+        flag = "--adapter" if "lora_rank" in old else "--model_name"
         what = "训练完的模型"
-        remedy = f"它不能再继续，可以从它开始新的训练：--model_name {merged} --output_dir <新文件夹>"
+        remedy = f"它不能再继续，可以从它开始新的训练：{flag} {folder} --output_dir <新文件夹>"
     raise SystemExit(f"错误：{folder} 里{what}用的是别的设置：{'，'.join(changes.values())}；{remedy}。")
 
 

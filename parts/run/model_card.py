@@ -160,6 +160,8 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
     for name in LORA_SETTINGS:
         if name in settings:
             rows[name] = settings[name]
+    if args.adapter:
+        rows["从哪个适配器接着训练"] = f"{args.adapter}，SHA-256 {settings['adapter (sha256)']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     prompt = settings["system_prompt"].replace("\n", "\n> ")
     return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=prompt)

@@ -45,13 +45,14 @@ class Arguments(TrainingArguments):
     full_logits: bool = False
     check: bool = False
     fsdp: bool = False
-    lora_rank: int | None = None  # None: all weights are trained, and the next six say nothing
+    lora_rank: int | None = None  # None: all weights are trained, and the next seven say nothing
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
     load_in_4bit: bool = False
+    adapter: str | None = None  # the folder of an adapter to start from
 
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"

@@ -87,6 +87,7 @@ TABLE = (  # under the headings of --help
     Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
     Flag("ddp_timeout", int, "最多等待其他进程多少秒（默认 7200）", ABOVE_0),
     "LoRA",
+    Flag("adapter", str, "接着训练这个文件夹里的 LoRA：秩、缩放、层和基础模型取自它"),
     Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
     Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
     Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
@@ -99,9 +100,9 @@ FLAGS = {row.name: row for row in TABLE if isinstance(row, Flag)}
 
 
 def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
-    """Return the `recipe`, {flag: value}, with what the command line says in place of its values. A recipe
-    with a `lora_rank` has the flags of LoRA too. Raises SystemExit with one sentence for a flag or value that
-    cannot be meant."""
+    """Return what the command line says, {flag: value}, and nothing of the `recipe`, to whose values it is
+    added. A recipe with a `lora_rank` has the flags of LoRA too. Raises SystemExit with one sentence for a
+    flag or value that cannot be meant."""
     parser = terminal.Parser(description=description, usage="%(prog)s [--flag value ...]")
     for row in TABLE:
         if row == "LoRA" and "lora_rank" not in recipe:  # the last heading: what follows is of adapters
@@ -112,13 +113,13 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
             add_flag(group, row, recipe.get(row.name))
     remedy = "放不下时请用 --fsdp true（每张卡放一部分），或 python train_lora.py"
     parser.gone = {"--deepspeed": f"不再支持；{remedy}"}
-    values = dict(recipe) | vars(parser.parse_args())
-    if values.get("target_modules") == ["all-linear"]:  # peft would take a list for names of layers
-        values["target_modules"] = "all-linear"
-    check(values)
-    require_packages(values)
+    given = vars(parser.parse_args())
+    if given.get("target_modules") == ["all-linear"]:  # peft would take a list for names of layers
+        given["target_modules"] = "all-linear"
+    check({**recipe, **given})
+    require_packages({**recipe, **given})
     terminal.say_loading()
-    return values
+    return given
 
 
 def add_flag(group, flag: Flag, default: object) -> None:

@@ -144,9 +144,9 @@ def test_a_checkpoint_that_is_named_is_not_passed_over(finished, tiny_model):
     refused(message, run_folder.choose_checkpoint, Path("new"), "full/checkpoint-2")
 
 
-@pytest.mark.parametrize(("name", "base"), [("full", "full"), ("lora", "<先用 inference_lora.py --merge_to ~>")])
+@pytest.mark.parametrize(("name", "base"), [("full", "--model_name full"), ("lora", "--adapter lora")])
 def test_a_finished_run_names_the_way_to_train_on(finished, tiny_model, name, base):
-    message = f"{name} 里训练完的模型用的是别的设置：max_steps 2 -> 4；~--model_name {base} --output_dir <新文件夹>。"
+    message = f"{name} 里训练完的模型用的是别的设置：max_steps 2 -> 4；~{base} --output_dir <新文件夹>。"
     changes = {"output_dir": "more", "max_steps": 4, "resume_from_checkpoint": f"{name}/checkpoint-2"}
     refused(message, run, tiny_model, name == "lora", **changes)
 

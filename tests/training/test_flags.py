@@ -56,6 +56,7 @@ ELSEWHERE = {  # flags that other tests see acting
     "test_samples": "eval_samples sample_tokens",
     "test_fsdp, test_processes": "fsdp ddp_timeout",
     "test_qlora": "load_in_4bit",
+    "test_train_lora": "adapter",
 }
 DECIDING = {*folder.SETTINGS, *folder.LORA_SETTINGS} - {"eval_steps"}  # which decides which checkpoint is the best
 DECIDING |= {"per_device_train_batch_size", "gradient_accumulation_steps"}  # in examples_per_step
