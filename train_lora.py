@@ -12,8 +12,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 import train
 from data import LORA_OUTPUT_DIR
 from parts import terminal
@@ -115,6 +113,8 @@ def add_adapter(model, args):
 def load_adapter(model, args) -> None:
     """Put the weights of the adapter that is trained further in place of the drawn ones. Raises SystemExit
     where they do not fit."""
+    from safetensors import SafetensorError
+
     try:
         # From the CPU: by itself peft would put them on the first GPU in each of several processes.
         loaded = model.load_adapter(args.adapter, "default", is_trainable=True, torch_device="cpu")

@@ -125,7 +125,9 @@ def test_a_folder_with_anything_but_a_run_is_not_written_into(finished, tiny_mod
     Path("foreign/checkpoint-1082").mkdir(parents=True)  # another program's
     before = contents(finished)
     for folder in ("base", "foreign", "."):
-        refused(f"{folder} 里有别的文件（~--output_dir~", run_folder.refuse_folder, Path(folder), False, "no model")
+        refused(
+            f"{folder} 里有别的文件（~--output_dir~", run_folder.refuse_folder, Path(folder), False, "no model", None
+        )
     assert contents(finished) == before
 
 
@@ -173,7 +175,7 @@ def test_a_renamed_checkpoint_is_continued_from(interrupted, tiny_model, capsys)
 def test_the_results_are_on_the_disk_before_the_mark(folder, monkeypatch):
     """Else power that ends would leave a finished run whose weights are gone, and checkpoints that nobody asks."""
     synced = []
-    monkeypatch.setattr(checkpoints, "sync", lambda path: synced.append((path.name, mark.exists())))
+    monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path, like: synced.append((path.name, mark.exists())))
     mark = Path(checkpoints.FINISHED_MARK)
     with run_folder.Run(".").finishing(transformers.TrainerState()):
         Path("model.safetensors").touch()
