@@ -47,7 +47,7 @@ def test_script_fails_with_one_sentence(folder):
     no_file, no_flag = "无法读取数据文件 no.csv（~）；~", "--datasets~你是不是想写 --dataset~"
     for flag, message, status in (("--dataset", no_file, 1), ("--datasets", no_flag, 2)):
         result = run_script("data.py", flag, "no.csv", cwd=folder)
-        assert result.returncode == status and says(result.stdout.strip(), message), result.stdout
+        assert result.returncode == status and says(result.stdout.splitlines()[-1], message), result.stdout
     assert not contents(folder)
 
 
