@@ -1,7 +1,7 @@
 """Download the medical R1 data, check it, clean it, split it, and turn rows into training examples.
 
     python data.py                                        # the published set, from ModelScope
-    python data.py --dataset my.jsonl                     # your own .jsonl, .json, .csv, .tsv or .parquet
+    python data.py --dataset my.jsonl                     # your own .jsonl, .json, .csv, .parquet, .xlsx
     python data.py --dataset owner/name hf://owner/name   # sets of ModelScope and Hugging Face, together
     python data.py --dataset my.jsonl owner/name#500      # 500 rows of the second
     python data.py --revision REV --sha256 HEX            # exactly this data, or none
@@ -40,6 +40,7 @@ TRAIN_FILE = "train.jsonl"
 VAL_FILE = "val.jsonl"
 OUTPUT_DIR = "output/qwen3-medical"
 LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
+KEEP_THINKLESS = "加 --without_thinking keep，可以学习不思考、直接回答（提问时加 --no_thinking）"
 SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
 
 
@@ -59,6 +60,8 @@ def refuse_empty(train: row.LocatedRows, val: row.LocatedRows, problems: row.Pro
     empty, usable = "验证集" if train else "训练集", len(train) + len(val)
     remedy = "，或加 --raw 保留原文" if traces.TOO_LITTLE in problems else ""
     error = f"错误：划分后{empty}为空，可用的只有 {usable} 行；请按下面的原因修改，或补充不重复的行{remedy}。"
+    if (thinkless := row.count_thinkless(problems)) > usable:
+        error = f"错误：数据没有思考（{thinkless} 行）。{KEEP_THINKLESS}；要它会思考，请换有思考的数据。"
     raise SystemExit("\n  ".join([error, *row.describe_problems(problems)]))
 
 
@@ -90,6 +93,8 @@ def prepare(
     # 2. Check the rows, and put the sets together.
     problems: row.Problems = {}
     train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
+    if thinkless := row.count_thinkless(problems):
+        lines.append(f"没有思考  {thinkless} 行，未采用；其余可用的 {len(train + val)} 行。{KEEP_THINKLESS}")
 
     # 3. Leave out of the thinking what its writer could only know from the answer.
     if raw:

@@ -89,13 +89,19 @@ def test_failed_download_ends_with_one_sentence_and_leaves_old_files(hub, folder
     assert contents(folder / "work") == old
 
 
-def test_too_long_examples_are_left_out_whole_and_counted(workspace, tokenizer, capsys):
+def test_too_long_examples_are_left_out_whole_and_counted(workspace, tokenizer, capsys, monkeypatch):
     examples = data.load_dataset("train.jsonl", tokenizer, max_length=10**6)["input_ids"]
     capsys.readouterr()
     short = data.load_dataset("train.jsonl", tokenizer, max_length=115)["input_ids"]
     assert len(examples) == 108 > len(short) > 0
     assert list(short) == [ids for ids in examples if len(ids) <= 115]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in short)
-    assert f"超过 --max_length 115 而未采用的 {108 - len(short)} 条" in capsys.readouterr().out
+    told = f"超过 --max_length 115 而未采用的 {108 - len(short)} 条（{1 - len(short) / 108:.1%}），"
+    assert f"；{told}" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    data.load_dataset("train.jsonl", tokenizer, max_length=115)
+    assert f"；\033[33m{told}" in capsys.readouterr().out
+    data.load_dataset("train.jsonl", tokenizer, max_length=10**6)
+    assert capsys.readouterr().out.endswith("而未采用的 0 条（0.0%）\n")
     message = "train.jsonl 的样本都超过 10 个 token（最短 ~）；请加大 --max_length。"
     refused(message, data.load_dataset, "train.jsonl", tokenizer, 10)
