@@ -89,6 +89,21 @@ def test_failed_download_ends_with_one_sentence_and_leaves_old_files(hub, folder
     assert contents(folder / "work") == old
 
 
+def test_summary_ends_with_the_command_that_trains(folder):
+    save(make_rows(20), "rows.jsonl")
+    out = run_script("data.py", "--dataset", "rows.jsonl", "--val_file", "my val.jsonl", cwd=folder).stdout
+    command = "python train.py --num_train_epochs 3 --train_file train.jsonl --val_file 'my val.jsonl'"
+    assert f"\n下一步    {command}\n          3 轮，约 15 步；RTX 4090 上估算约 1 分钟（" in out
+    # Rows of the published set's mean length in bytes: few, as many as it has, and many.
+    for rows, flag, said in (
+        (999, " --num_train_epochs 3", "3 轮，约 750 步；RTX 4090 上估算约 6 分钟"),
+        (2166, "", "2 轮，约 1,084 步；RTX 4090 上估算约 9 分钟"),
+        (20_000, " --num_train_epochs 1", "1 轮，约 5,000 步；RTX 4090 上估算约 41 分钟"),
+    ):
+        Path("train.jsonl").write_bytes(b"x" * 3609 * rows + b"\n" * rows)
+        assert f"python train.py{flag}\n          {said}" in data.propose("train.jsonl", "val.jsonl")
+
+
 def test_too_long_examples_are_left_out_whole_and_counted(workspace, tokenizer, capsys, monkeypatch):
     examples = data.load_dataset("train.jsonl", tokenizer, max_length=10**6)["input_ids"]
     capsys.readouterr()
