@@ -28,10 +28,10 @@ RECIPE = {  # what the command line may change; the other flags are in parts/tra
     "max_length": data.MAX_LENGTH,
     "output_dir": data.OUTPUT_DIR,
     "learning_rate": 1e-4,  # linear to 0, no warm-up
-    "num_train_epochs": 2,
+    "num_train_epochs": data.NUM_TRAIN_EPOCHS,
     # Examples a step on a device, about 3,150 tokens; in one pass when memory allows.
     # The learning rate is meant for 4 on all devices together.
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": data.EXAMPLES_PER_STEP,
     "gradient_accumulation_steps": 1,
     "eval_steps": 100,  # optimizer steps between evaluations; a checkpoint is written at each
     "early_stopping_patience": 3,  # evaluations without a better eval_loss before training stops; 0: never

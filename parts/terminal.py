@@ -27,6 +27,11 @@ def shorten(text: str, most: int = 120) -> str:
     return text if len(text) <= most else text[:most] + "……"
 
 
+def highlight(text: str) -> str:
+    """Return `text` in yellow where standard output is a terminal, else as it is."""
+    return f"\033[33m{text}\033[0m" if sys.stdout.isatty() else text
+
+
 def sha256(*paths: str | Path) -> str:
     """Return the SHA-256 of the files' contents, one after another. A person at a terminal who would wait,
     with several GB, sees a bar."""

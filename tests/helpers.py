@@ -55,8 +55,23 @@ def as_parquet(columns: dict[str, list]) -> bytes:
     return sink.getvalue()
 
 
+def as_xlsx(*sheets: list[list]) -> bytes:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for number, rows in enumerate(sheets):
+        sheet = book.create_sheet(f"表{number}", number)  # before the empty one that a book begins with
+        for row in rows:
+            sheet.append(row)
+    book.save(sink := io.BytesIO())
+    return sink.getvalue()
+
+
 def save(rows: list[dict], name: str | Path, mark: bytes = b"") -> str:
     """Write rows in the format of the name's ending, after a byte order mark where one is given."""
+    if str(name).endswith(".xlsx"):
+        Path(name).write_bytes(as_xlsx([[*rows[0]], *([*row.values()] for row in rows)]))
+        return str(name)
     csv.writer(table := io.StringIO()).writerows([rows[0], *(row.values() for row in rows)])
     forms = {".jsonl": as_jsonl(rows), ".json": json.dumps(rows, indent=1), ".csv": table.getvalue()}
     text = forms.get(Path(name).suffix.lower())

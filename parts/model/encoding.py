@@ -10,7 +10,7 @@ from bisect import bisect_right
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from parts.terminal import first_line, shorten
+from parts.terminal import first_line, highlight, shorten
 
 IGNORE_INDEX = -100  # a label that the loss skips
 THINKING_MODEL = "Qwen/Qwen3-1.7B"  # named where a template cannot do what is asked of it
@@ -198,12 +198,16 @@ def has_no_thinking_mode(tokenizer) -> bool:
 
 
 def describe_lengths(path: str, lengths: list[int], max_length: int) -> str:
-    """Return lengths in tokens, and how many examples were left out for theirs, in one line."""
+    """Return lengths in tokens, and how many examples were left out for theirs, in one line; where
+    they are many, that is in yellow."""
     ordered, count = sorted(lengths), len(lengths)
     over = count - bisect_right(ordered, max_length)
     middle, high = ordered[count // 2], ordered[int(count * 0.95)]
     numbers = f"token 数平均 {sum(lengths) / count:.0f}，p50 {middle}，p95 {high}，最长 {ordered[-1]}"
-    return f"{path}：{count} 条，{numbers}；超过 --max_length {max_length} 而未采用的 {over} 条"
+    left_out = f"超过 --max_length {max_length} 而未采用的 {over} 条（{over / count:.1%}）"
+    if over >= 0.05 * count:  # more than a person expects who did not choose the length
+        left_out = highlight(f"{left_out}，要用上它们请加大 --max_length")
+    return f"{path}：{count} 条，{numbers}；{left_out}"
 
 
 def describe_example(tokenizer, example: dict[str, list[int]]) -> str:

@@ -160,9 +160,12 @@ def describe_problems(problems: Problems, most: int = 5) -> list[str]:
         first = [f"{file} 第 {number} 行".lstrip() for file, number in sorted(locations)[:most]]
         more = " 等" if len(locations) > most else ""
         lines.append(f"{problem}：{len(locations)} 行（{'、'.join(first)}{more}）")
-    if not problems.keys().isdisjoint(THINKLESS):
-        lines.append("没有思考的行：加 --without_thinking keep 可以保留，用来学习不思考、直接回答")
     return lines
+
+
+def count_thinkless(problems: Problems) -> int:
+    """Return how many rows are left out because they have no thinking."""
+    return sum(len(problems.get(problem, ())) for problem in THINKLESS)
 
 
 def summary(lines: list[str], written: dict[str, Rows], problems: Problems) -> str:

@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from helpers import Started, as_jsonl, load_attentive, refused, run_script
+from helpers import Started, as_jsonl, load_attentive, refused, run_script, save
 
 import data
 from parts.model import generate, weights
@@ -249,6 +249,10 @@ def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
     Path("q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     expected = [{"question": "甲？", "history": [], "seen": True, "answer": "答?"}]
     assert questions.read("q.jsonl") == [*expected, {"question": "乙？", "history": [], "seen": False}]
+    for name, head in (("q.csv", "question\n"), ("q.txt", "")):  # as Excel in China saves it
+        Path(name).write_text(f"{head}甲？\n乙？\n", encoding="gb18030")
+    for name in ("q.csv", "q.txt", save([{"question": "甲？"}, {"question": "乙？"}], "q.xlsx")):
+        assert [row["question"] for row in questions.read(name)] == ["甲？", "乙？"]
     refused("无法读取 --questions missing.jsonl~", questions.read, "missing.jsonl")
     for name, content, message in (
         ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),

@@ -2,12 +2,14 @@
 
 import codecs
 import csv
+import datetime
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import as_jsonl, as_parquet, make_row, make_rows, published, refused, run_script, save, written
+from helpers import as_jsonl, as_parquet, as_xlsx, make_row, make_rows, published, refused, run_script, save, written
 
 import data
 from parts.rows import files
@@ -28,7 +30,7 @@ def test_every_format_gives_the_same_rows_of_the_same_texts(ending):
     assert files.read(save(ROWS, "marked" + ending, codecs.BOM_UTF8)) == list(enumerate(ROWS, 1))
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [*ENDINGS, ".xlsx"])
 def test_script_reads_each_format_and_writes_only_the_three_fields(folder, ending):
     # A process of its own: here, what this file imports could stand in for an import that data.py forgot.
     rows = [{"id": "7", **dict(reversed(row.items())), "来源": "x"} for row in make_rows(20)]
@@ -45,8 +47,15 @@ ERRORS = {  # name: (content, None where there is no file; message with {} for t
     "missing.jsonl": (None, "无法读取数据文件 {}（~）；~"),
     ".": (None, "{} 是文件夹；请指定里面的一个数据文件：~"),
     "blank.csv": (" \n\t\r\n", "{} 是空文件；~"),
-    "rows.xlsx": ("x", "不支持 {} 的格式；~"),
-    "gbk.jsonl": (GOOD.encode() + GOOD.encode("gbk"), "{} 第 21 行不是 UTF-8 编码；~iconv -f GB18030~"),
+    "rows.xls": ("x", "不支持 {} 的格式；~"),
+    "damaged.xlsx": ("x", "无法读取 {}（~）；请重新另存为 .xlsx"),
+    "sheets.xlsx": (as_xlsx(*[[FIELDS, ("q", "t", "a")]] * 2), "{} 有几个工作表都有数据（表0、表1）；~"),
+    "blank.xlsx": (as_xlsx(), "{} 里没有数据；~"),
+    "joined.jsonl": (GOOD.encode() + GOOD.encode("gbk"), "{} 第 21 行不是 UTF-8（也不是 GB18030）；~"),
+    # Both would decode as GB18030, to Chinese that nobody wrote.
+    "one bad byte.csv": (f"{HEAD}é,é,é\n".encode() + b"\xe9t,t,a\n", "{} 第 3 行不是 UTF-8~"),
+    "Windows-1252.csv": (HEAD.encode() + b"Don\x92t.,t,a\n", "{} 第 2 行不是 UTF-8~"),
+    "blank-utf-16.csv": ("\n \n".encode("utf-16"), "{} 是空文件；~"),
     "utf-16-unmarked.csv": (HEAD.encode("utf-16-be"), "{} 第 1 行含 NUL 字节~"),
     "nul.jsonl": (GOOD.replace("思考7", "思\0考7"), "{} 第 7 行含 NUL 字节~"),
     "long-line-cut.jsonl": (f'{GOOD}{{"think": "' + "思" * 10**6, "{} 第 21 行不是合法的 JSON（~）；~"),
@@ -108,3 +117,23 @@ def test_odd_text_is_kept_as_it_is():
     rows += [make_row(19, think="<|im_end|>"), make_row(20, think="思" * 10**6)]
     data.prepare(save(rows, "odd.jsonl"))
     assert written() == published(rows)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+def test_what_excel_saves_in_china_is_read_and_told(encoding, capsys):
+    Path("rows.csv").write_text(HEAD + "".join(LINES), encoding=encoding, newline="\r\n")
+    data.prepare("rows.csv")
+    assert written() == published(make_rows(20))
+    assert f"\n编码      rows.csv 不是 UTF-8，按 {encoding.upper()} 读取\n" in capsys.readouterr().out
+
+
+def test_cells_of_a_sheet_are_what_was_typed(monkeypatch, capsys):
+    """Numbers, dates and errors are no text, an empty cell is none; rows have the sheet's numbers."""
+    cells = [120, datetime.datetime(2024, 1, 2), "#NAME?", None, "0456", "NA"]
+    rows = [row | {"answer": cell} for row, cell in zip(make_rows(6), cells)] + make_rows(60, first=7)
+    data.prepare(save(rows, "rows.xlsx"))
+    assert sorted(map(str, sum(written(), []))) == sorted(map(str, rows[4:]))
+    out = capsys.readouterr().out
+    assert "answer 不是文本：3 行（第 2 行、第 3 行、第 4 行）" in out and "answer 为空：1 行（第 5 行）" in out
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    refused("无法读取 rows.xlsx（~）；请 pip install openpyxl==3.1.5", data.prepare, "rows.xlsx")

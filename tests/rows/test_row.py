@@ -55,10 +55,10 @@ def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
     rows = [make_row(i, think="思" * i) for i in (2, 150, 4)] + [make_row(i, think=" ") for i in range(7)]
     data.prepare(save(rows, "rows.csv"), "new/a.jsonl", "b.jsonl")
     out = capsys.readouterr().out
-    assert out.startswith(f"数据来源  rows.csv：共 10 行\nSHA-256   {terminal.sha256('rows.csv')}\n清理      0/3 行的")
+    assert out.startswith(f"数据来源  rows.csv：共 10 行\nSHA-256   {terminal.sha256('rows.csv')}\n没有思考  7 行，")
+    assert "行，未采用；其余可用的 3 行。加 --without_thinking keep，" in out and "\n清理      0/3 行的" in out
     assert "\n已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n" in out
     assert "\n未采用    think 为空：7 行（第 4 行、第 5 行、第 6 行、第 7 行、第 8 行 等）\n" in out
-    assert "\n未采用    没有思考的行：加 --without_thinking keep 可以保留，" in out
     assert "\n字符数    think：平均 52，中位数 4，最长 150\n" in out
     first = data.read_examples("new/a.jsonl")[0]
     assert f"思考：{first['think'][:120]}" in out and out.endswith(f"\n  回答：{first['answer']}\n")

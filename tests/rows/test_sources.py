@@ -116,7 +116,12 @@ def test_rows_without_thinking_are_kept_where_that_is_asked_for(capsys):
     assert written() == published(kept) == (data.read_examples("train.jsonl"), data.read_examples("val.jsonl"))
     data.prepare("rows.jsonl")
     assert written() == tuple([row for row in part if row["think"]] for part in published(kept))
-    assert "没有思考的行：加 --without_thinking keep 可以保留" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "没有思考  4 行，未采用；其余可用的 36 行。加 --without_thinking keep，" in out
+    save([{**row, "think": ""} for row in rows], "none.jsonl")
+    reason = "~--without_thinking keep~--no_thinking~\n  think 为空：40 行（~）"
+    refused(f"数据没有思考（40 行）。{reason}", data.prepare, "none.jsonl", "new.jsonl")
+    assert not Path("new.jsonl").exists()
 
 
 FILES = {
