@@ -15,6 +15,7 @@ from parts.terminal import first_line
 
 # A hub's data set that comes in several formats is read in the first of these.
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv", ".json", ".xlsx")
+BINARY = (".parquet", ".xlsx")  # the others are text
 CONTAINERS = ("data", "rows", "train", "examples", "items", "records")  # names of a list of rows in an object
 
 

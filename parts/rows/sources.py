@@ -166,7 +166,8 @@ def load(dataset: str, revision, sha256, name_files: bool, published: bool, seed
         shown, source = dataset, Path(dataset).name
     lines = [f"数据来源  {shown}：共 {len(rows) + len(own_val)} 行", f"SHA-256   {checksum}"]
     for name, content in contents.items():
-        if (encoding := files.encoding_of(content)) != "utf-8":
+        encoding = "utf-8" if (name or dataset).lower().endswith(files.BINARY) else files.encoding_of(content)
+        if encoding != "utf-8":
             lines.append(f"编码      {name or dataset} 不是 UTF-8，按 {encoding.upper()} 读取")
     if mapping:
         lines.append(f"读作      {mapping}")
