@@ -23,6 +23,11 @@ for name in ("SWANLAB_PROJECT", "SWANLAB_API_KEY"):
     os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files begin first: else one of them would be running alone at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_notebook.py", "test_processes.py"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def libraries():
     """Imported once, for all tests of this process."""
