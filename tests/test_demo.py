@@ -36,7 +36,6 @@ def test_the_path_runs_on_real_rows_with_the_real_tokenizer(tmp_path):
         ("data.py", "--dataset", "short.jsonl"),
         ("train.py", *one_step),
         ("inference.py", "--max_new_tokens", "8"),
-        ("train_lora.py", *one_step),
     ):
         result = run_script(*command, cwd=tmp_path)
         assert result.returncode == 0, result.stdout

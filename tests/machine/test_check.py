@@ -21,10 +21,10 @@ def test_it_tries_what_is_here(workspace, tiny_model):
 
 
 def test_what_is_not_here_yet_is_stood_in_for(folder):
-    """On a CPU by two layers of Qwen3-1.7B."""
-    checked = run_script("train_lora.py", "--check", cwd=folder)
+    """On a CPU by two layers of Qwen3-0.6B."""
+    checked = run_script("train_lora.py", "--check", "--model_name", "Qwen/Qwen3-0.6B", cwd=folder)
     assert checked.returncode == 0, checked.stdout
-    assert "模型：Qwen/Qwen3-1.7B 还没有下载" in checked.stdout and "缩到 2 层" in checked.stdout
+    assert "模型：Qwen/Qwen3-0.6B 还没有下载" in checked.stdout and "缩到 2 层" in checked.stdout
     assert "数据：2000 条随机样本" in checked.stdout and "结论：可以训练" in checked.stdout
     assert not any(folder.iterdir())
     refused("Qwen/Qwen3-Unknown 还没有下载，也不知道它的形状~", check.shape_of, "Qwen/Qwen3-Unknown")

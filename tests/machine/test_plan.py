@@ -72,7 +72,7 @@ def peak(layers: int, tokens: int, every: int, optimizer: str, shape: dict) -> f
     return snapshot["Total"]
 
 
-PEAKS = [(8, 2048, 0, "kahan", FEW_WORDS), (8, 8192, 4, "kahan", FEW_WORDS), (7, 8192, 3, "kahan", FEW_WORDS)]
+PEAKS = [(4, 2048, 0, "kahan", FEW_WORDS), (8, 8192, 4, "kahan", FEW_WORDS), (4, 8192, 3, "kahan", FEW_WORDS)]
 PEAKS += [(8, 8192, 1, "8bit_in_backward", FEW_WORDS), (2, 2048, 1, "8bit_in_backward", UNTIED)]
 
 
