@@ -142,13 +142,6 @@ def test_list_that_leaves_the_folder_is_refused_before_anything_is_written(hub, 
     assert contents(tmp_path) == before and not re.search(FILE, " ".join(hub.requests))
 
 
-def test_dots_and_brackets_that_leave_no_folder_are_names(hub, tmp_path):
-    (tmp_path / "set" / "a..b").mkdir()
-    (tmp_path / "set" / "rows.jsonl").rename(tmp_path / "set" / "a..b" / "..rows[1].JSONL")
-    for name in ("own/er", "hf://own/er"):
-        fetch("dataset", name)
-
-
 @NAMES
 def test_a_model_of_an_unknown_family_is_refused_before_its_weights_are_asked_for(hub, model, name):
     config = model / "config.json"
@@ -198,12 +191,6 @@ def test_model_that_has_changed_and_cannot_be_fetched_is_not_mixed_from_two_vers
     (model / "chat_template.jinja").write_text("another")
     hub.fault = on(FILE, partial(status, 500))
     assert "连不上" in ends(find_model, "own/er")
-
-
-def test_model_in_an_older_clients_folder_serves_no_pinned_revision(hub, tmp_path):
-    folder = shutil.move(find_model("own/er"), tmp_path / "home" / "cache" / "models" / "own" / "er")
-    assert weights.find_downloaded("own/er", None) == folder
-    assert weights.find_downloaded("own/er", "v1") is None
 
 
 # ---- names, revisions, checksums ----------------------------------------------------------------------------------

@@ -120,11 +120,3 @@ def test_a_checkpoint_is_merged_too_and_a_whole_model_is_not(finished):
     assert checkpoints.find_trained("merged") == Path("merged")  # no unfinished run, although it has its run.json
     assert not Path("merged/README.md").exists()  # the card is about the best weights
     refused("full 里是完整的模型，不是 LoRA 适配器，~", inference_lora.merge_to, "again", "full")
-
-
-def test_merging_asks_nothing(monkeypatch, capsys):
-    for flags in (["感冒了？"], ["--chat"], ["--no_thinking"], ["--max_new_tokens", "9"]):
-        monkeypatch.setattr(sys, "argv", ["inference_lora.py", "--merge_to", "merged", *flags])
-        with pytest.raises(SystemExit) as end:
-            inference_lora.main()
-        assert end.value.code == 2 and "--merge_to 只合并，不提问；请去掉 " in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Training with the real Trainer on a tiny model: what moves, what is saved, and the committed curve."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -82,22 +81,6 @@ def test_a_finished_run_is_not_overwritten_without_being_told(workspace, tiny_mo
     assert trainer.state.global_step == 4 and len(losses(trainer)) == 4  # anew, not continued
 
 
-def test_samples_are_answered_with_cache_and_without_dropout_or_checkpointing(workspace, tiny_model, monkeypatch):
-    seen = []
-    forward = transformers.Qwen3ForCausalLM.forward
-
-    @functools.wraps(forward)  # Trainer reads the names of its parameters
-    def watched(self, *args, **kwargs):
-        seen.append((self.training, kwargs.get("use_cache"), kwargs["input_ids"].shape))
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", watched)
-    run(tiny_model, sample_tokens=5)
-    samples = [(training, shape[1]) for training, use_cache, shape in seen if use_cache and shape[0] == train.SAMPLES]
-    # Three questions in one batch; after the prompt one new token at a time, which only a cache allows.
-    assert samples[0][1] > 1 and samples[1:] == [(False, 1)] * 4
-
-
 @pytest.mark.parametrize("check", [False, True])
 def test_a_template_that_does_not_think_is_refused_before_data_and_weights(workspace, tiny_model, check):
     shutil.copytree(tiny_model, "r1")
@@ -118,12 +101,6 @@ def test_another_system_prompt_of_the_base_is_replaced_and_said(workspace, tiny_
     assert encoding.default_system(load_tokenizer(data.OUTPUT_DIR)) == data.SYSTEM_PROMPT
     run(data.OUTPUT_DIR, max_steps=1, output_dir="further")
     assert "另一个系统提示词" not in capsys.readouterr().out
-
-
-def test_out_of_memory_says_what_to_lower_in_order():
-    steps = ("--memory_gb", "--max_length 1024", "train_lora.py", "--load_in_4bit", "Qwen/Qwen3-0.6B")
-    places = [train.OUT_OF_MEMORY.index(step) for step in steps]
-    assert places == sorted(places)
 
 
 def conversations(count: int) -> list[dict]:

@@ -15,7 +15,7 @@ import data
 import inference_lora
 import train_lora
 from parts.model import encoding
-from parts.model.weights import load_tokenizer, load_trained, load_weights, settle_generation
+from parts.model.weights import load_tokenizer, load_trained, load_weights
 
 
 def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_model):
@@ -31,12 +31,6 @@ def test_lora_training_moves_the_adapter_only_and_saves_only_it(workspace, tiny_
     config = json.loads(Path(data.LORA_OUTPUT_DIR, "adapter_config.json").read_text(encoding="utf-8"))
     settings = [config[key] for key in ("r", "lora_alpha", "lora_dropout", "base_model_name_or_path")]
     assert settings == [8, 32, 0.1, str(tiny_model)]
-
-
-def test_checkpoints_name_their_base_as_the_user_did(interrupted, tiny_model):
-    """An unfinished run can be asked too, on another machine, which does not have this one's download cache."""
-    config = json.loads(Path("lora/checkpoint-10/adapter_config.json").read_text(encoding="utf-8"))
-    assert config["base_model_name_or_path"] == str(tiny_model)
 
 
 def test_merged_adapter_replies_as_base_and_adapter_do(workspace, tiny_model):
@@ -177,11 +171,3 @@ def test_what_is_saved_is_asked_elsewhere_as_it_is_here(workspace, base, lora, c
             sampling = (settings.do_sample, settings.temperature, settings.top_p, settings.top_k)
             assert sampling == (True, 0.6, 0.95, 20)
             assert transformers.AutoConfig.from_pretrained(folder).eos_token_id == stop
-
-
-def test_settings_of_a_models_own_are_kept(tiny_model, tokenizer):
-    model = load_weights(str(tiny_model), torch.device("cpu"))
-    model.generation_config.temperature = 0.3
-    before = model.generation_config.to_dict()
-    settle_generation(model, tokenizer)
-    assert model.generation_config.to_dict() == before

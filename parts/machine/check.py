@@ -120,9 +120,8 @@ def draw(batch_size: int, longest: int, length: int) -> datasets.Dataset:
     print(f"数据：{ROWS} 条随机样本，最长 {longest} 个 token")
     # Ids that are ordinary tokens in every vocabulary here, the shrunk one too.
     ids = torch.randint(100, 1000, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
-    examples = []
-    for size in [longest] * batch_size + [length] * ROWS:
-        examples.append({"input_ids": ids[:size], "labels": ids[:size]})
+    sizes = [longest] * batch_size + [length] * ROWS
+    examples = [{"input_ids": ids[:size], "labels": ids[:size]} for size in sizes]
     return datasets.Dataset.from_list(examples)
 
 

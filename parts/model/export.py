@@ -65,10 +65,8 @@ def older_config(config: dict) -> dict:
 def older_tokenizer(folder: Path, settings: dict) -> dict:
     """Return the tokenizer's `settings` with special tokens and class under their older names, which newer
     libraries know too."""
-    decoder = {}
-    for token in json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]:
-        decoder[str(token.pop("id"))] = token
-    settings = settings | {"added_tokens_decoder": decoder}
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    settings = settings | {"added_tokens_decoder": {str(token.pop("id")): token for token in added}}
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -89,9 +87,8 @@ def write_modelfile(folder: str | Path, tokenizer, generation_config) -> None:
         return
     text = encoding.default_system(tokenizer)
     system = f'\nSYSTEM """{text}"""\n' if text else ""
-    lines = []
-    for stop in tokenizer.convert_ids_to_tokens(generation_config.eos_token_id):
-        lines.append(f'PARAMETER stop "{stop}"')
+    stops = tokenizer.convert_ids_to_tokens(generation_config.eos_token_id)
+    lines = [f'PARAMETER stop "{stop}"' for stop in stops]
     for name in ("temperature", "top_p", "top_k"):
         lines.append(f"PARAMETER {name} {getattr(generation_config, name)}")
     # What Ollama would otherwise fill in differently.

@@ -137,11 +137,8 @@ def read(path: str) -> list[Row]:
 
 def load_lines(path: str, content: bytes) -> list[tuple[int, dict]]:
     """Return (line number, row) for each line of text that is not empty."""
-    loaded = []
-    for number, line in enumerate(files.decode_all(Path(path), content).split("\n"), 1):
-        if line.strip():
-            loaded.append((number, {"question": line}))
-    return loaded
+    lines = enumerate(files.decode_all(Path(path), content).split("\n"), 1)
+    return [(number, {"question": line}) for number, line in lines if line.strip()]
 
 
 def list_candidates(name: str, revision: str | None, replies: str, others: list[str]) -> list[Candidate]:

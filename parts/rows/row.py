@@ -171,11 +171,9 @@ def count_thinkless(problems: Problems) -> int:
 def summary(lines: list[str], written: dict[str, Rows], problems: Problems) -> str:
     """Return what a person wants to know about the data, as text, after the `lines` on where it comes from.
     `written`: the rows of each file."""
-    lines, rows = list(lines), sum(written.values(), ())
-    for path, part in written.items():
-        lines.append(f"已写入    {path}：{len(part)} 行")
-    for problem in describe_problems(problems) or ["0 行"]:
-        lines.append(f"未采用    {problem}")
+    rows = sum(written.values(), ())
+    lines = lines + [f"已写入    {path}：{len(part)} 行" for path, part in written.items()]
+    lines += [f"未采用    {problem}" for problem in describe_problems(problems) or ["0 行"]]
     for field in FIELDS:
         lengths = [len(row[field]) for row in rows]
         middle = f"平均 {statistics.mean(lengths):.0f}，中位数 {statistics.median(lengths):.0f}"

@@ -130,9 +130,7 @@ def from_columns(row: dict, fields: Fields, answered: bool) -> object:
         values["instruction"] = lowered["instruction"]  # what the writer of the thinking was told
     history = decode_cell(lowered.get("history"))
     if are_pairs(history):
-        turns, history = history, []
-        for question, reply in turns:
-            history.append([question, split_block(reply)[1]])
+        history = [[question, split_block(reply)[1]] for question, reply in history]
     if isinstance(history, list) and history:  # a text, such as a patient's, is a column like any other
         values["history"] = history
     return values
@@ -201,8 +199,7 @@ def from_turns(turns: object, answered: bool) -> object:
         messages.append({})  # the reply that is to be asked for
     if not messages or len(messages) % 2:
         return Unusable("对话没有以助手的回答结束")
-    history = []
-    for question, reply in zip(messages[:-2:2], messages[1:-2:2]):
-        history.append([question["question"], reply["answer"]])
+    earlier = zip(messages[:-2:2], messages[1:-2:2])
+    history = [[question["question"], reply["answer"]] for question, reply in earlier]
     row = messages[-2] | messages[-1]
     return row | {"history": history} if history else row

@@ -124,8 +124,7 @@ def read_files(dataset: str, contents: dict, names: list[str], name_files: bool)
     rows = []
     for name in names:
         file = (name or dataset) if name_files else ""
-        for number, row in files.parse(Path(dataset, name), contents[name]):
-            rows.append(((file, number), row))
+        rows += [((file, number), row) for number, row in files.parse(Path(dataset, name), contents[name])]
     return shapes.to_fields(rows, dataset)
 
 

@@ -157,9 +157,7 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
         "精度": str(trainer.model.dtype).removeprefix("torch."),
         "库（保存时）": "，".join(map(" ".join, versions.items())),
     }
-    for name in LORA_SETTINGS:
-        if name in settings:
-            rows[name] = settings[name]
+    rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
     if args.adapter:
         rows["从哪个适配器接着训练"] = f"{args.adapter}，SHA-256 {settings['adapter (sha256)']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")

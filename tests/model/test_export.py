@@ -99,23 +99,6 @@ def test_what_older_readers_look_for_is_there(trained):
     assert OLDER.items() <= read(trained / "full" / "config.json").items()
 
 
-def test_transformers_5_reads_the_same_as_before(tmp_path, tokenizer):
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}
-    transformers.Qwen3Config(rope_parameters=rope, dtype="bfloat16").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-
-    def load() -> list:
-        tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        vocabulary = [tokens.get_vocab(), tokens.special_tokens_map, tokens.all_special_tokens, tokens.chat_template]
-        return [transformers.AutoConfig.from_pretrained(tmp_path).to_dict(), *vocabulary]
-
-    before = load()
-    export.translate(tmp_path)
-    assert load() == before
-    written = read(tmp_path / "config.json")
-    assert (written["rope_theta"], written["rope_scaling"]["factor"], written["torch_dtype"]) == (1e6, 4.0, "bfloat16")
-
-
 # ---- Ollama ----------------------------------------------------------------------------------------------------
 
 # Ollama hands these values over; its templates, too, are Go's own text/template.

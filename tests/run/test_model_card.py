@@ -47,11 +47,6 @@ def test_the_claims_are_of_the_saved_weights(workspace, tiny_model, capsys, chan
     assert last.startswith("训练完成：") and f"步。保存的权重：{claim}。模型在" in last
 
 
-def test_without_a_saved_step_the_best_evaluation_is_marked():
-    history = [{"step": 2, "eval_loss": 2.0}, {"step": 4, "eval_loss": 1.0}]
-    assert star(history, None) == "best: 1.000 at step 4"
-
-
 PUBLISHED_DATA = {"source": f"{data.DATASET_NAME}（r1.jsonl）", "revision": None, "sha256": "0"}
 FAIR = "eval_loss 1.151；公开方案的一次运行（全部参数，公布的原文）最低 1.146（第 500 步），最后 1.163（第 1000 步）。"
 

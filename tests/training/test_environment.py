@@ -97,10 +97,3 @@ def test_a_card_that_is_too_old_or_too_small_is_said(card):
     assert "没有为这张卡（GeForce GTX 1080，sm61）编译" in reason and "--use_cpu true" in reason
     assert environment.unusable(CUDA, 12.0) == "--memory_gb 12.0：这张卡只有 8.5 GB"
     assert environment.unusable(torch.device("cpu"), 12.0) is None
-
-
-def test_the_card_is_described_in_one_line(card, driver):
-    for version, said in (("580.95.05", "580.95.05"), ("", "未知")):
-        driver(version)
-        assert environment.describe_card(CUDA).startswith(f"GeForce GTX 1080，8.5 GB，sm61，驱动 {said}，")
-    assert environment.describe_card(torch.device("cpu")).startswith("没有 GPU，用 cpu（")

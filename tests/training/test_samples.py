@@ -109,8 +109,3 @@ def test_the_model_is_afterwards_what_it_was_also_after_an_error(callback):
     torch.manual_seed(0)
     assert drawn == torch.rand(1) and (model.config._attn_implementation, model.training) == before
     assert callback.trainer.last_hidden is None and all(p.grad is None for p in model.parameters())
-
-
-def test_the_same_weights_give_the_same_replies(callback):
-    first, _, second = callback.ask(), torch.rand(7), callback.ask()
-    assert first == second and len(first) == 2 and first[0].startswith("【问题】头痛怎么办？\n【思考】")
