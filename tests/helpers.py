@@ -535,5 +535,5 @@ def run_script(script: str, *flags, cwd: Path, env=None, stdin: str | None = Non
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
-        timeout=300,
+        timeout=900,
     )
