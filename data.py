@@ -100,6 +100,8 @@ def prepare(
     # 2. Check the rows, and put the sets together.
     problems: row.Problems = {}
     train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
+    if kept := sum(not example["think"] for _, example in train + val):
+        lines.append(f"没有思考  {kept} 行，用来学习不思考、直接回答（提问时加 --no_thinking）")
     if thinkless := row.count_thinkless(problems):
         lines.append(f"没有思考  {thinkless} 行，未采用；其余可用的 {len(train + val)} 行。{KEEP_THINKLESS}")
 

@@ -21,7 +21,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-由 {base} 微调的中文医学对话模型：先在 `<think>…</think>` 里思考，再回答。
+由 {base} 微调的中文医学对话模型：{way}。
 
 **它不是医生。** 回复可能有错，不能用于诊断和治疗；身体不适请就医，紧急情况请拨打 120。
 
@@ -160,9 +160,12 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
     rows |= {name: settings[name] for name in LORA_SETTINGS if name in settings}
     if args.adapter:
         rows["从哪个适配器接着训练"] = f"{args.adapter}，SHA-256 {settings['adapter (sha256)']}"
+    way = "先在 `<think>…</think>` 里思考，再回答"
+    if losses and "eval_think_loss" not in losses:  # no row had a thinking
+        way = "训练数据没有思考，直接回答"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     prompt = settings["system_prompt"].replace("\n", "\n> ")
-    return CARD.format(base=base, name=args.run_name, rows=table, system_prompt=prompt)
+    return CARD.format(base=base, name=args.run_name, way=way, rows=table, system_prompt=prompt)
 
 
 def describe_origin(origin: dict) -> str:
