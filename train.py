@@ -283,7 +283,7 @@ def report(trainer, script: str) -> None:
     ask = f"python {script}"
     if args.output_dir not in (data.OUTPUT_DIR, data.LORA_OUTPUT_DIR):  # where the scripts look by themselves
         ask += f" --model_path {shlex.quote(args.output_dir)}"
-    if not any(example["think"] for example in data.read_examples(args.train_file)):
+    if not trainer.learns_thinking():
         ask += " --no_thinking"  # it has learnt to answer without
     saved = f"保存的权重：{model_card.describe_saved(state)}。模型在 {args.output_dir}"
     origin = data.read_origin(args.train_file)

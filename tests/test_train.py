@@ -127,6 +127,16 @@ def test_conversations_and_rows_without_thinking_are_trained_on(workspace, tiny_
     assert len(set(texts)) == 12
 
 
+def test_data_without_thinking_are_said_to_the_end(workspace, tiny_model, capsys):
+    file = save([make_row(i, think="") for i in range(8)], "plain.jsonl")
+    train.report(run(tiny_model, max_steps=1, train_file=file, val_file=file), "inference.py")
+    assert capsys.readouterr().out.endswith("提问：python inference.py --no_thinking\n")
+    assert "训练数据没有思考，直接回答" in Path(data.OUTPUT_DIR, "README.md").read_text(encoding="utf-8")
+    train.report(run(tiny_model, max_steps=1, output_dir="thinks"), "inference.py")
+    assert capsys.readouterr().out.endswith("--model_path thinks\n")
+    assert "里思考，再回答" in Path("thinks", "README.md").read_text(encoding="utf-8")
+
+
 def test_rows_without_thinking_need_a_model_that_can_do_without(workspace, tiny_model, folder):
     shutil.copytree(tiny_model, "thinking_only")
     template = Path("thinking_only/chat_template.jinja")

@@ -242,9 +242,8 @@ def step_bytes(
     # Last norm, one of its tensors in float32, and the gradient on its way down; beside them the logits, all
     # at once, or a chunk of them in float32 and as much again inside logsumexp.
     tail = tokens * (4 + 4 * size) * hidden
-    loss = (
-        tokens * len(output) * 14 if args.full_logits else min(LOSS_BYTES, tokens * len(output) * LOGIT_BYTES)
-    )
+    logits = tokens * len(output)
+    loss = logits * 14 if args.full_logits else min(LOSS_BYTES, logits * LOGIT_BYTES)
     # Gradients on their way down through an MLP, while its activations, kept or recomputed, are still there.
     flowing = tokens * size * (4 * inner + 2 * hidden)
 

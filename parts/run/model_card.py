@@ -161,7 +161,7 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
     if args.adapter:
         rows["从哪个适配器接着训练"] = f"{args.adapter}，SHA-256 {settings['adapter (sha256)']}"
     way = "先在 `<think>…</think>` 里思考，再回答"
-    if losses and "eval_think_loss" not in losses:  # no row had a thinking
+    if not trainer.learns_thinking():
         way = "训练数据没有思考，直接回答"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     prompt = settings["system_prompt"].replace("\n", "\n> ")

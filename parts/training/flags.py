@@ -116,8 +116,9 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
     given = vars(parser.parse_args())
     if given.get("target_modules") == ["all-linear"]:  # peft would take a list for names of layers
         given["target_modules"] = "all-linear"
-    check({**recipe, **given})
-    require_packages({**recipe, **given})
+    values = {**recipe, **given}
+    check(values)
+    require_packages(values)
     terminal.say_loading()
     return given
 

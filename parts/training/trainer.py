@@ -156,6 +156,10 @@ class PackedTrainer(SafeTrainer):
         """Split the batch into one batch for each pass."""
         return packing.split_batch(inputs, self.plan.batch_tokens)
 
+    def learns_thinking(self) -> bool:
+        """Tell whether any training example has a thinking that is to be learnt."""
+        return any(self.end_of_thinking in labels for labels in self.train_dataset["labels"])
+
     def drop_gradients(self) -> None:
         """Forget the passes taken so far, of which no step is to come."""
         self.last_hidden = self.window_start = None
