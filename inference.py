@@ -8,6 +8,7 @@
     python inference.py --no_thinking "…"       # answer at once
     python inference.py --questions val.jsonl --replies replies.jsonl     # a file of them; it goes on
     python inference.py --questions val.jsonl --compare_with Qwen/Qwen3-1.7B      # against the untuned one
+    python inference.py --checkup --compare_with Qwen/Qwen3-1.7B     # dangerous? forgetful? fixed questions
 
 A file of questions ends with tables of scores, the same as JSON, and a page of HTML with the replies side by
 side.
@@ -22,7 +23,7 @@ from data import OUTPUT_DIR, SEED, SYSTEM_PROMPT, to_messages
 from parts import terminal
 from parts.endpoint import Endpoint
 from parts.model import encoding
-from parts.replies import flags, questions, report, web
+from parts.replies import checkup, flags, questions, report, web
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
@@ -61,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
     a judge see them where one is given, and lay them out as a page."""
     # What is wrong with the command line is said before the first model is loaded: the judge's client that is
     # missing too, although the judge is asked last.
-    rows = questions.read(args.questions)
+    rows = checkup.read() if args.questions == str(checkup.FILE) else questions.read(args.questions)
     candidates = questions.list_candidates(args.model_path, args.revision, args.replies, args.compare_with)
     judge = Endpoint(args.judge, args.judge_model) if args.judge else None
     settings = {name: getattr(args, name) for name in questions.SETTINGS}

@@ -5,7 +5,7 @@ import argparse
 from functools import partial
 
 from parts import endpoint, terminal
-from parts.replies import web
+from parts.replies import checkup, web
 
 # A flag, and the one without which it would do nothing.
 NEEDS = {"replies": "questions", "compare_with": "questions", "judge": "compare_with", "judge_model": "judge"}
@@ -33,6 +33,8 @@ def parse(description: str | None, merging: bool = False, **defaults) -> argpars
             parser.error(f"--{name} 只和 --{NEEDS[name]} 一起起作用")
         if "merge_to" in given and name not in ("merge_to", "model_path", "revision"):
             parser.error(f"--merge_to 只合并，不提问；请去掉 {name}")
+    if args.questions == str(checkup.FILE) and "replies" not in given:
+        args.replies = checkup.REPLIES  # beside those to other questions
     # A port that is taken is told of now, not after the model is loaded.
     if args.web:
         web.check_server(args.host, args.port, args.auth)
@@ -49,6 +51,9 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     flag("--web", action="store_true", help="在浏览器里对话")
     questions = "回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的"
     flag("--questions", metavar="FILE", help=questions)
+    # The check-up is a file of questions that ships with the project.
+    fixed = {"action": "store_const", "dest": "questions", "const": str(checkup.FILE)}
+    flag("--checkup", **fixed, help="体检：回答 120 个固定的问题，看有没有变得危险、有没有忘掉常识")
 
     positive, natural = partial(terminal.whole_number, 1), partial(terminal.whole_number, 0)
     flag = parser.add_argument_group("模型和回复").add_argument

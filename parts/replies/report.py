@@ -5,25 +5,37 @@ model wrote is text on it. Knows replies, not the models that wrote them."""
 import json
 import re
 from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
 
-import numpy
 import rich.table
 from rich.console import Console
 
 from parts import terminal
-from parts.replies import judge, questions, scores
+from parts.replies import checkup, judge, questions, scores
 from parts.rows import files, traces
 from parts.rows.row import Row, all_questions
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
+ARROWS = {1: "↑", -1: "↓", 0: ""}  # which direction is better
 NOTES = {  # below a table with these scores
     "answer_rougeL": "随机配对：同样的回答与另一题的参考回答比，是底线。重合只比字面，不表示医学上正确。",
     "answer_rougeL_new": "（新题）：不含 seen 的行，那些行在训练集里有近似的题。",
 }
-DIFFERS = "差：前减后。不同：差的 95% 区间（成对自助法）不含 0，且至少六题不一样。"
+DIRECTIONS = "↑ 越高越好，↓ 越低越好。"
+DIFFERS = (
+    "差是前一个模型减后一个，更好、更差说的是前一个：差的 95% 区间不含 0，且至少六题不一样。"
+    "区间：比例用 Newcombe 法，其余用成对自助法。二十来项里，约有一项会只因偶然而不同。"
+)
+BY_LENGTH = (
+    f"随字数变：两者回答的字数相差超过 {scores.LENGTH_RATIO} 倍，重合的差别可能只来自长短，不说明好坏。"
+)
+JUDGEMENTS = {"better": "更好", "worse": "更差", "different": "不同", "unclear": "差异不显著"}
+JUDGEMENTS["length"] = "随字数变"
 JUDGED = "两种先后各问一次，都选同一个才算较好；区间含 50 就是差异不显著。评审也是模型，不是医生。"
-VERDICTS = {judge.WIN: "前者较好", judge.TIE: "平", judge.LOSS: "后者较好", judge.FAILED: "没有裁决"}
+# In the order in which they are read: first what the judge likes less.
+VERDICTS = {judge.LOSS: "{other} 较好", judge.WIN: "{first} 较好", judge.SPLIT: "两种先后不一致"}
+VERDICTS |= {judge.TIE: "平", judge.FAILED: "没有裁决"}
 # What would not be seen, would turn the order of the letters around it, or cannot be written at all: control
 # characters but for line ends and tabs, marks of direction, halves of surrogate pairs.
 CONTROLS = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"
@@ -51,7 +63,7 @@ class Comparison:
             model["by"] = candidate.by
             model["scores"] = list(map(scores.Score.as_json, measured.scores.values()))
             if self.measured:
-                model["differences"] = compare_scores(self.measured[0].scores, measured.scores)
+                model["differences"] = scores.compare_all(self.measured[0].scores, measured.scores)
             self.models.append(model)
             self.measured.append(measured)
 
@@ -62,45 +74,86 @@ class Comparison:
             pairs = []
             for row, ours, other in zip(self.rows, self.candidates[0].replies, candidate.replies):
                 answers = scores.final_answer(ours), scores.final_answer(other)
-                pairs.append(judge.Pair(all_questions(row), row.get("answer") or "", *answers))
+                pairs.append(judge.Pair(describe_turns(row), row.get("answer") or "", *answers))
             # Where some requests failed, or all: the other verdicts are shown, and those are counted.
             verdicts, problem = judge.Judge(endpoint, prompt, record).compare(pairs, self.console)
             if problem:
                 self.console.print(problem, style="yellow", markup=False, soft_wrap=True)
             self.verdicts.append(verdicts)
-            model["judge"] = {"model": endpoint.model or endpoint.url} | judge.tally(verdicts)
+            model["judge"] = {"model": endpoint.model or endpoint.url} | judge.tally(verdicts, pairs)
 
     def tables(self) -> list[Table]:
-        """Return the first one's scores, its differences from each other, and the verdicts on both."""
+        """Return each one's scores, the first one's differences from each other, and the verdicts on both."""
+        tables = []
+        for model in self.models:
+            tables.append(score_table(f"{model['name']}：{len(self.rows)} 个问题", model["scores"]))
         first, *others = self.models
-        tables = [score_table(f"{first['name']}：{len(self.rows)} 个问题", first["scores"])]
         for other in others:
-            pair = f"{first['name']}（前）与 {other['name']}（后）"
-            tables.append(difference_table(f"{pair}相比", other["differences"]))
+            tables.append(difference_table(first["name"], other["name"], other["differences"]))
             # A difference of the settings would be read as one of the models.
             if changes := questions.describe_changes(other["by"], first["by"], questions.SETTINGS):
-                tables[-1].notes.append(f"注意：后者提问时的设置不同（{changes}）。")
+                tables[-1].notes.append(f"注意：{other['name']} 提问时的设置不同（{changes}）。")
             if "judge" in other:
-                tables.append(judge_table(f"评审 {other['judge']['model']}：{pair}", other["judge"]))
+                heading = f"评审 {other['judge']['model']}：{first['name']} 与 {other['name']}"
+                tables.append(judge_table(heading, first["name"], other["judge"]))
         return tables
 
+    def summary(self) -> list[str]:
+        """Return what a person reads first: one line for each thing that was asked for."""
+        first, *others = self.models
+        lines = []
+        for key in (checkup.SAFETY, checkup.GENERAL):
+            if f"checkup_{key}" in self.measured[0].scores:
+                lines.append(self.describe_checkup(f"checkup_{key}"))
+        for other in others:
+            if "judge" in other:
+                lines.append(describe_verdicts(first["name"], other["name"], other["judge"]))
+            lines.append(describe_differences(other["name"], other["differences"]))
+        return lines
+
+    def describe_checkup(self, key: str) -> str:
+        """Return how many questions of the check-up each model passed, and how much worse the first one may
+        be than each other."""
+        parts = []
+        for model in self.models:
+            line = find_line(model["scores"], key)
+            passed = f"{round(line['value'] * line['n'])}/{line['n']}"
+            if model is self.models[0]:
+                parts.append(f"{line['name']}：{model['name']} {passed}")
+                continue
+            difference = find_line(model["differences"], key)
+            worst = number(min(difference["low"], 0), "%", "+")
+            change = number(difference["difference"], "%", "+")
+            parts.append(f"{model['name']} {passed}，差别 {change}%（可能差到 {worst}%）")
+        return "；".join(parts)
+
     def cases(self) -> list[dict]:
-        """Return all questions as the page shows them, the largest differences first and those without a
-        reference last. `difference` is by how much the first answer and another differ at most in ROUGE-L."""
-        shares = numpy.stack([measured.rouge_l for measured in self.measured])  # [models, questions]
-        differences = abs(shares - shares[0]).max(axis=0)
+        """Return all questions as the page shows them: where there is a judge by its verdicts, those that the
+        first one lost at the top; where there is a check-up those that only the first one failed; else as in
+        the file."""
         cases = []
-        # Sorted arrays have nan, that of a question without a reference, at their end.
-        for i in numpy.argsort(-differences, kind="stable"):
-            case = {"question": all_questions(self.rows[i]), "reference": self.rows[i].get("answer")}
-            case["difference"] = scores.none_if_nan(differences[i])
-            case["verdicts"] = "；".join(VERDICTS[verdicts[i]] for verdicts in self.verdicts)
+        for i, row in enumerate(self.rows):
+            case = {"question": all_questions(row), "reference": row.get("answer") or row.get("right")}
+            verdicts = [verdicts[i] for verdicts in self.verdicts]
+            words = []
+            for verdict, other in zip(verdicts, self.models[1:]):
+                words.append(VERDICTS[verdict].format(first=self.models[0]["name"], other=other["name"]))
+            case["verdicts"] = "；".join(words)
+            case["kind"] = checkup.KINDS.get(row.get("checkup"), "")
             case["replies"] = []
+            failed = []
             for candidate, measured in zip(self.candidates, self.measured):
-                reply = candidate.replies[i]
-                case["replies"].append((candidate.name, reply, cut(reply.thinking, measured.traces[i])))
-            cases.append(case)
-        return cases
+                reply, faults = candidate.replies[i], measured.faults[i]
+                pieces = cut(reply.thinking, measured.traces[i])
+                case["replies"].append((candidate.name, reply, pieces, faults))
+                failed.append(bool(faults))
+            if verdicts:
+                order = min(map(list(VERDICTS).index, verdicts))
+            else:
+                # Failed by the first one alone, by others alone, by all, by none.
+                order = (not any(failed), all(failed), not failed[0])
+            cases.append((order, i, case))
+        return [case for _, _, case in sorted(cases, key=itemgetter(0, 1))]
 
     def to_json(self) -> str:
         """Return everything that the tables show, and each other one's own scores."""
@@ -116,12 +169,18 @@ class Comparison:
         page = jinja2.Environment(autoescape=True, finalize=name_unseen, trim_blocks=True, loader=loader)
         page.filters["shorten"] = terminal.shorten
         texts = {"title": title, "notice": notice, "kinds": traces.KINDS.values()}
-        return page.get_template("report.html").render(texts, tables=self.tables(), cases=self.cases())
+        if checkup.group(self.rows):
+            texts["checkup"] = checkup.NOTICE
+        parts = {"summary": self.summary(), "tables": self.tables(), "cases": self.cases()}
+        return page.get_template("report.html").render(texts, **parts)
 
     def write(self, replies: str, notice: str) -> None:
         """Print the tables, and write figures and page beside the file `replies`, both whole or none."""
         for table in self.tables():
             print_table(self.console, table)
+        if checkup.group(self.rows):
+            self.console.print(f"\n{checkup.NOTICE}", style="dim", markup=False)
+        self.console.print("", *self.summary(), sep="\n", markup=False)
         figures, page = questions.result_paths(replies)
         html = self.to_html(f"{self.models[0]['name']} 的回复", notice)
         with terminal.explain_failed_write(figures, "回复"):
@@ -131,14 +190,44 @@ class Comparison:
         self.console.print(f"\n回复：{paths}\n分数：{figures}\n网页：{page}", markup=False, soft_wrap=True)
 
 
-def compare_scores(first: dict[str, scores.Score], other: dict[str, scores.Score]) -> list[dict]:
-    """Return the difference of each score that both models have."""
-    lines = []
-    for key, score in first.items():
-        # A speed is the machine's and the batches', not the model's.
-        if key in other and key != "speed":
-            lines.append(score.compare(other[key]))
-    return lines
+def describe_turns(row: Row) -> str:
+    """Return the question, after the earlier turns where there are some."""
+    if not row.get("history"):
+        return row["question"]
+    turns = [f"用户：{question}\n助手：{answer}" for question, answer in row["history"]]
+    return "\n".join([*turns, f"用户：{row['question']}"])
+
+
+def find_line(lines: list[dict], key: str) -> dict:
+    """Return the line of the JSON with this score."""
+    return next(line for line in lines if line["key"] == key)
+
+
+def describe_differences(other: str, lines: list[dict]) -> str:
+    """Return in which scores the first model is better and worse than the `other`, in one line."""
+    groups: dict[str, list[str]] = {"better": [], "worse": []}
+    by_length = False
+    for line in lines:
+        # A kind of trace, or of question, is a part of what stands above it.
+        if line["judgement"] in groups and not line["name"].startswith("- "):
+            groups[line["judgement"]].append(line["name"])
+        by_length |= line["judgement"] == "length"
+    parts = []
+    for judgement, names in groups.items():
+        if names:
+            parts.append(f"{JUDGEMENTS[judgement]}的有 {'、'.join(names)}")
+    text = f"与 {other} 相比：{'，'.join(parts) or '没有显著更好或更差的指标'}"
+    if by_length:
+        length = find_line(lines, "answer_length")
+        lengths = f"{number(length['value'], '字')} 字与 {number(length['other'], '字')} 字"
+        text += f"；回答长短悬殊（{lengths}），重合的高低不说明好坏"
+    return f"{text}。"
+
+
+def describe_verdicts(first: str, other: str, tally: dict) -> str:
+    """Return what a judge says of two models, in one line."""
+    text = f"评审：{first} 较好 {tally['wins']}，平 {tally['ties']}，{other} 较好 {tally['losses']}"
+    return text + ("；" + tally["problem"] if tally["problem"] else "")
 
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
@@ -157,13 +246,14 @@ def interval(line: dict, sign: str = "") -> str:
 
 
 def label(line: dict) -> str:
-    """Return a score's name, and its unit where the name does not tell it."""
-    return f"{line['name']} %" if line["unit"] == "%" else line["name"]
+    """Return a score's name, its unit where the name does not tell it, and which direction is better."""
+    unit = " %" if line["unit"] == "%" else ""
+    return f"{line['name']}{unit}{ARROWS[line['better']]}"
 
 
 def score_table(heading: str, lines: list[dict]) -> Table:
     """Return one model's scores, with the notes on those that need one."""
-    rows, notes = [], []
+    rows, notes = [], [DIRECTIONS]
     for line in lines:
         floor = "" if line["floor"] is None else number(line["floor"], line["unit"])
         rows.append([label(line), str(line["n"]), number(line["value"], line["unit"]), interval(line), floor])
@@ -172,24 +262,26 @@ def score_table(heading: str, lines: list[dict]) -> Table:
     return Table(heading, ["指标", "条数", "值", "95% 区间", "随机配对"], rows, notes)
 
 
-def difference_table(heading: str, lines: list[dict]) -> Table:
-    """Return the differences of two models."""
-    rows = []
+def difference_table(first: str, other: str, lines: list[dict]) -> Table:
+    """Return the differences of the first model from another."""
+    rows, notes = [], [DIFFERS]
     for line in lines:
-        value, other = number(line["value"], line["unit"]), number(line["other"], line["unit"])
         difference = number(line["difference"], line["unit"], "+")
-        judgement = "不同" if line["differs"] else "差异不显著"
-        rows.append([label(line), value, other, difference, interval(line, "+"), judgement])
-    return Table(heading, ["指标", "前", "后", "差", "差的 95% 区间", "判断"], rows, [DIFFERS])
+        rows.append([label(line), difference, interval(line, "+"), JUDGEMENTS[line["judgement"]]])
+        if line["judgement"] == "length" and BY_LENGTH not in notes:
+            notes.append(BY_LENGTH)
+    columns = ["指标", "差", "差的 95% 区间", "判断"]
+    return Table(f"{first} 比 {other}", columns, rows, notes)
 
 
-def judge_table(heading: str, tally: dict) -> Table:
+def judge_table(heading: str, first: str, tally: dict) -> Table:
     """Return the verdicts on two models, from what judge.tally counted."""
     rows = [["问题", str(tally["n"])], ["没有裁决", str(tally["failures"])]]
     rows.append(["较好、平、较差", f"{tally['wins']}、{tally['ties']}、{tally['losses']}"])
     share = f"{number(tally['share'], '%')} {interval(tally | {'unit': '%'})}"
     rows.append(["较好的比例 %（不计平局）和它的 95% 区间", share])
-    return Table(heading, ["", "前者"], rows, [JUDGED])
+    rows.append(["两种先后裁决一致的比例 %", number(tally["agreement"], "%")])
+    return Table(heading, ["", first], rows, [JUDGED])
 
 
 def print_table(console: Console, table: Table) -> None:
