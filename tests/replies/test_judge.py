@@ -15,7 +15,7 @@ from rich.console import Console
 from parts import endpoint
 from parts.endpoint import KEY, Endpoint, Failed
 from parts.replies import judge
-from parts.replies.judge import FAILED, LOSS, TIE, WIN, Judge, Pair
+from parts.replies.judge import FAILED, LOSS, SPLIT, TIE, WIN, Judge, Pair
 
 SECRET = "sk-very-secret"
 PROMPT = "看哪个回答更好。{}"
@@ -61,9 +61,18 @@ def pairs(n: int) -> list[Pair]:
     return [Pair(f"问题{i}？", "", f"好{i}", f"坏{i}") for i in range(n)]
 
 
-def test_verdict_is_the_last_line_and_no_other():
+def test_verdict_is_one_line_and_no_other():
     assert judge.read_verdict("想，裁决：A\n裁决：A</think>都说了就医。\n\n**裁决：平。**\n") == "平"
-    for said in ("<think>裁决：A", "裁决：A\n裁决：B", "裁决：A\n因为它更好。", "裁决：A 或 B", ""):
+    for said in (
+        "**裁决：** A",
+        "裁决：**A**",
+        "裁决：Ａ",
+        "裁决：A，因为更安全。",
+        "裁决：A（更安全）\n理由：它劝人就医。",
+    ):
+        assert judge.read_verdict(said) == "A"
+    assert judge.read_verdict("裁决：平局") == "平"
+    for said in ("<think>裁决：A", "裁决：A\n裁决：B", "裁决：A 或 B", "裁决：AB", "我的裁决：A 更好", ""):
         with pytest.raises(Failed):
             judge.read_verdict(said)
 
@@ -76,9 +85,12 @@ def test_win_or_loss_where_both_orders_agree_and_what_needs_no_judge_is_not_aske
 
 
 @pytest.mark.parametrize("letter", ["A", "B", "平"])
-def test_judge_that_looks_at_the_order_alone_finds_ties(server, letter):
+def test_judge_that_looks_at_the_order_alone_cannot_tell(server, letter):
     server.speak = lambda body: text(f"裁决：{letter}")
-    assert compare(server, pairs(2)) == ([TIE] * 2, "")
+    verdicts, problem = compare(server, pairs(2))
+    tally = judge.tally(verdicts, pairs(2))
+    assert verdicts == [TIE if letter == "平" else SPLIT] * 2 and problem == "" and tally["ties"] == 2
+    assert (tally["agreement"], bool(tally["problem"])) == ((1, False) if letter == "平" else (0, True))
 
 
 def test_record_says_what_was_asked_and_answered_and_no_key(server):
@@ -102,7 +114,7 @@ def test_record_says_what_was_asked_and_answered_and_no_key(server):
 def test_failures_are_counted_and_a_useless_judge_is_given_up(server):
     server.speak = lambda body: prefer(body) if "问题0？" in body["messages"][1]["content"] else text("两个都好。")
     verdicts, problem = compare(server, pairs(2))
-    assert verdicts == [WIN, FAILED] and "有 2 次没有给出裁决（最后一行不是唯一的裁决 2 次）" in problem
+    assert verdicts == [WIN, FAILED] and "有 2 次没有给出裁决（没有唯一的一行裁决 2 次）" in problem
     asked(server)
     verdicts, problem = compare(server, pairs(30))
     assert verdicts == [WIN] + [FAILED] * 29 and "不再问其余 " in problem
@@ -139,7 +151,7 @@ def test_nothing_is_asked_twice_also_after_a_line_that_was_cut_off_and_ctrl_c(se
 
 
 def test_tally_is_wilsons():
-    tally = judge.tally([WIN] * 8 + [LOSS] * 2 + [TIE] * 5 + [FAILED])
+    tally = judge.tally([WIN] * 8 + [LOSS] * 2 + [TIE] * 5 + [FAILED], pairs(16))
     assert [tally[name] for name in ("n", "wins", "ties", "losses", "failures", "share")] == [16, 8, 5, 2, 1, 0.8]
     assert (tally["low"], tally["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # of 8 in 10
-    assert judge.tally([TIE])["share"] is None
+    assert judge.tally([TIE], pairs(1))["share"] is None

@@ -74,15 +74,21 @@ def read_page(*replies: Reply, row=ROWS[0]) -> Reader:
 
 def test_what_is_compared_with_itself_differs_nowhere():
     mixed = [*GOOD[:6], *BAD[6:]]
-    lines = compare(mixed, mixed).models[1]["differences"]
-    assert {(line["difference"], line["low"], line["high"], line["differs"]) for line in lines} == {(0, 0, 0, False)}
+    comparison = compare(mixed, mixed)
+    lines = comparison.models[1]["differences"]
+    assert {(line["difference"], line["differs"], line["judgement"]) for line in lines} == {(0, False, "unclear")}
+    assert comparison.summary() == ["与 模型1 相比：没有显著更好或更差的指标。"]
 
 
 def test_differences_are_found_and_have_the_sign_of_the_first_one():
-    lines = {line["key"]: line for line in compare(GOOD, BAD).models[1]["differences"]}
+    comparison = compare(GOOD, BAD)
+    lines = {line["key"]: line for line in comparison.models[1]["differences"]}
     different = {key for key, line in lines.items() if line["differs"] and "rouge" not in key}
     assert different == {"whole", "stopped", "traces", "traces_answer", "think_length"}
-    assert all(line["differs"] for key, line in lines.items() if "rouge" in key) and len(lines) == 17
+    assert all(line["differs"] for key, line in lines.items() if "rouge" in key) and len(lines) == 23
+    judged = {key: line["judgement"] for key, line in lines.items() if key in different}
+    assert judged == dict.fromkeys(different, "better") | {"think_length": "different"}
+    assert "更好的有 完整的回复、正常结束、思考有答案泄露" in comparison.summary()[0]
     assert (lines["whole"]["difference"], lines["traces"]["difference"]) == (1, -1)
     assert lines["answer_length"]["difference"] is None  # the second one never came to an answer
 
@@ -91,17 +97,17 @@ def test_tables_fit_into_80_columns_and_json_has_all_of_it():
     comparison = compare([*GOOD[:10], *BAD[10:]], BAD, seed=7)
     for table in comparison.tables():
         report.print_table(comparison.console, table)
-    first, second = comparison.console.export_text().split("模型0（前）与 模型1（后）相比")
-    assert all(text in first for text in ("模型0：12 个问题", "随机配对：", "（新题）："))
-    assert all(text in second for text in ("不同", "差异不显著", "—", "--seed 是 7，现在是 42"))
-    assert re.search(r"^完整的回复 % +12 +83.3 +\[58.3, 100.0\]", first, re.MULTILINE)
+    first, second = comparison.console.export_text().split("模型0 比 模型1")
+    assert all(text in first for text in ("模型0：12 个问题", "模型1：12 个问题", "随机配对：", "（新题）："))
+    assert all(text in second for text in ("更好", "差异不显著", "—", "--seed 是 7，现在是 42"))
+    assert re.search(r"^完整的回复 %↑ +12 +83.3 +\[55.2, 95.3\]", first, re.MULTILINE)
     one, other = json.loads(comparison.to_json())["models"]
-    assert one["by"] == BY and len(one["scores"]) == 18 and "differences" not in one
+    assert one["by"] == BY and len(one["scores"]) == 24 and "differences" not in one
     for line in one["scores"]:
-        assert [*line] == ["key", "name", "unit", "n", "value", "floor", "low", "high"]
+        assert [*line] == ["key", "name", "unit", "better", "n", "value", "floor", "low", "high"]
         assert line["name"] in first and (line["name"] in second) == (line["key"] != "speed")
-    names = ["key", "name", "unit", "n", "value", "other", "difference", "differs", "low", "high"]
-    assert [*other["differences"][0]] == names and "NaN" not in comparison.to_json()
+    names = ["key", "name", "unit", "better", "n", "value", "other", "difference", "differs", "low", "high"]
+    assert [*other["differences"][0]] == [*names, "judgement"] and "NaN" not in comparison.to_json()
 
 
 def test_a_judge_is_asked_about_answers_alone_and_heard_everywhere(folder):
@@ -117,12 +123,13 @@ def test_a_judge_is_asked_about_answers_alone_and_heard_everywhere(folder):
         comparison.ask_judge(Endpoint(server.url), "比较", "judge.jsonl")
         asked = [body["messages"][-1]["content"] for method, _, _, body in server.requests if method == "POST"]
     assert len(asked) == 4 and GOOD[0].thinking not in "".join(asked)
-    table = comparison.tables()[2]
-    assert table.heading == "评审 judge：模型0（前）与 模型1（后）" and ["较好、平、较差", "2、1、0"] in table.rows
-    assert sorted(case["verdicts"] for case in comparison.cases()) == ["前者较好", "前者较好", "平"]
+    table = comparison.tables()[3]
+    assert table.heading == "评审 judge：模型0 与 模型1" and ["较好、平、较差", "2、1、0"] in table.rows
+    assert [case["verdicts"] for case in comparison.cases()] == ["模型0 较好", "模型0 较好", "平"]
+    assert comparison.summary()[0] == "评审：模型0 较好 2，平 1，模型1 较好 0"
     judged = json.loads(comparison.to_json())["models"][1]["judge"]
     assert (judged["model"], judged["wins"]) == ("judge", 2)
-    assert "评审：前者较好" in comparison.to_html("页", "提醒")
+    assert "评审：模型0 较好" in comparison.to_html("页", "提醒")
 
 
 def test_a_judge_that_is_down_is_a_line_and_no_end(folder, monkeypatch):
@@ -132,7 +139,7 @@ def test_a_judge_that_is_down_is_a_line_and_no_end(folder, monkeypatch):
     comparison = compare(GOOD[:1], [GOOD[0]._replace(answer="别的")], rows=ROWS[:1])
     comparison.ask_judge(Endpoint(server.url), "比较", "judge.jsonl")
     assert comparison.verdicts == [["failed"]] and comparison.models[1]["judge"]["model"] == server.url
-    assert server.url in comparison.console.export_text() and len(comparison.tables()) == 3
+    assert server.url in comparison.console.export_text() and len(comparison.tables()) == 4
 
 
 def hostile_page() -> str:
@@ -198,12 +205,11 @@ def test_reply_that_is_not_whole_says_so():
         assert ("没有思考" in read.texts("reply")[0]) == (not thinking)
 
 
-def test_largest_differences_come_first_and_the_list_leads_to_them():
+def test_replies_stand_as_in_the_file_and_the_list_leads_to_them():
     rows = [*ROWS[:2], {"question": "多久？", "history": [["头痛？", "休息。"]]}]
     changed = GOOD[1]._replace(answer="多喝水，休息。", tokens=12, seconds=3.25)
     read = Reader(compare(GOOD[:3], [GOOD[0], changed, GOOD[2]], rows=rows).to_html("页", "提醒"))
-    assert [content[1:] for content in read.texts("h3")] == ["第 1 问？", "第 0 问？", "头痛？\n多久？"]
-    assert [line.split()[-1] for line in read.texts("li")][1:] == ["0.00", "—"]
+    assert [content[1:] for content in read.texts("h3")] == ["第 0 问？", "第 1 问？", "头痛？\n多久？"]
     links = [attributes["href"] for tag, attributes, _ in read.tags if tag == "a"][3:6]
     assert links == [f"#{attributes['id']}" for _, attributes, _ in read.tags if "case" in attributes.get("class", "")]
     assert "回答 7 字 · 12 token · 3.2 秒" in read.texts("facts") and "没有参考回答" in read.texts("case")[2]

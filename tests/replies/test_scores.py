@@ -22,12 +22,13 @@ REPLIES = [
     Reply("Think.", "Drink two litres of water every day.", True, "one", 20, 2.0),
     Reply("想", "多喝水。", True, "one", 20, 2.0),  # nothing to hold it against
 ]
-# rouge-score 0.1.2 with rjieba's words says so of the third and the fourth row, and of a text that repeats words.
+# rouge-score 0.1.2 with rjieba's words says so of the third and the fourth row, and of a text that repeats words: F1 of
+# ROUGE-1, -2, -L, then recall.
 MEASURED = {
-    ("规律作息，不喝咖啡。", "规律作息，少喝咖啡。"): [0.8333333333333334, 0.6, 0.8333333333333334],
-    (REPLIES[3].answer, ROWS[3]["answer"]): [0.823529411764706, 0.5333333333333333, 0.823529411764706],
-    ("多喝水，多休息，多喝水。", "多喝水。多喝水，休息。"): [0.769230769230769, 0.363636363636364, 0.615384615384615],
-    ("", "多喝水。"): [0, 0, 0],
+    ("规律作息，不喝咖啡。", "规律作息，少喝咖啡。"): [0.8333333333333334, 0.6, 0.8333333333333334] * 2,
+    (REPLIES[3].answer, ROWS[3]["answer"]): [14 / 17, 8 / 15, 14 / 17, 7 / 9, 0.5, 7 / 9],
+    ("多喝水，多休息，多喝水。", "多喝水。多喝水，休息。"): [10 / 13, 4 / 11, 8 / 13, 5 / 6, 0.4, 2 / 3],
+    ("", "多喝水。"): [0] * 6,
 }
 
 
@@ -51,7 +52,7 @@ def test_five_rows_worked_out_by_hand():
     by_hand |= {"traces": (5, 1 / 5), "traces_answer": (5, 1 / 5), "traces_process": (5, 0)}
     by_hand |= {"think_length": (5, (26 + 9 + 4 + 6 + 1) / 5), "speed": (5, 100 / 8)}
     by_hand["answer_length"] = (4, (0 + 10 + 36 + 4) / 4)  # the second one got to no answer
-    for i, kind in enumerate(scores.ROUGE):
+    for i, kind in enumerate(scores.OVERLAPS):
         by_hand[f"answer_{kind}"] = (4, (third[i] + fourth[i]) / 4)
         by_hand[f"answer_{kind}_new"] = (3, fourth[i] / 3)  # without the row that stands in the training part too
     for key, (n, value) in by_hand.items():
@@ -69,7 +70,7 @@ def test_a_reply_that_ends_in_its_thinking_shares_nothing_whatever_it_says():
     """Not even with the words that it wrote before it began to think."""
     text = ROWS[0]["answer"]
     measured = lines(ROWS[:1], [Reply(text, text, False, "unclosed")])
-    assert [measured[f"answer_{kind}"]["value"] for kind in scores.ROUGE] == [0, 0, 0]
+    assert [measured[f"answer_{kind}"]["value"] for kind in scores.OVERLAPS] == [0] * 6
     assert (measured["answer_length"]["n"], measured["answer_length"]["value"]) == (0, None)
 
 
@@ -84,20 +85,50 @@ def test_loops_are_found_wherever_they_are():
 
 
 def test_an_interval_is_about_as_wide_as_the_formula_says():
-    line = share([1] * 80 + [0] * 160).as_json()
     width = 1.96 * (1 / 3 * 2 / 3 / 240) ** 0.5  # of a share, by the normal distribution
-    assert (line["value"], line["n"]) == (pytest.approx(1 / 3), 240)
-    assert [line["low"], line["high"]] == pytest.approx([1 / 3 - width, 1 / 3 + width], abs=0.008)
+    for unit in ("%", "0–1"):  # a share, and a mean by the bootstrap
+        line = Score("share", "份额", unit, [1] * 80 + [0] * 160, seed=SEED).as_json()
+        assert (line["value"], line["n"]) == (pytest.approx(1 / 3), 240)
+        assert [line["low"], line["high"]] == pytest.approx([1 / 3 - width, 1 / 3 + width], abs=0.008)
     assert share([0, 0], of=[0, 0]).compare(share([1, 1]))["differs"] is False
+
+
+def test_none_of_twenty_may_still_be_one_in_six():
+    """Where all rows are alike the bootstrap would know it for sure."""
+    none, tenth = share([0] * 20), share([1] * 2 + [0] * 18)
+    assert [none.as_json()[end] for end in ("low", "high")] == pytest.approx([0, 0.1611], abs=1e-4)
+    assert [none.compare(none)[end] for end in ("low", "high")] == pytest.approx([-0.1611, 0.1611], abs=1e-4)
+    assert tenth.compare(none)["low"] < 0 < tenth.compare(none)["high"]
+    # Newcombe's example: of 50 pairs 36 are both, 12 and 2 the one alone.
+    line = share([1] * 48 + [0] * 2).compare(share([1] * 36 + [0] * 12 + [1] * 2))
+    assert [line[end] for end in ("difference", "low", "high")] == pytest.approx([0.2, 0.0569, 0.3404], abs=1e-4)
+
+
+def test_the_shorter_or_the_longer_answer_is_no_better_for_its_length():
+    """F1 prefers the first one's, recall the other's: both say the same, the second one among much else."""
+    rows = [{"question": f"第 {i} 问？", "answer": f"多喝水，休息 {i} 天，少吃盐。"} for i in range(12)]
+    short = [Reply("想", f"多喝水，休息 {i} 天。", True, "one", 9, 1.0) for i in range(12)]
+    padding = "另外注意观察体温和饮食的变化，保持室内通风，避免劳累，按时作息，适当活动。"
+    long = [reply._replace(answer=f"{reply.answer}少吃盐。{padding}") for reply in short]
+    one, other = (scores.measure(rows, replies, True, SEED).scores for replies in (short, long))
+    lines = {line["key"]: line for line in scores.compare_all(one, other)}
+    assert lines["answer_rouge1"]["differs"] and lines["answer_rouge1"]["difference"] > 0.1
+    assert lines["answer_rouge1_recall"]["differs"] and lines["answer_rouge1_recall"]["difference"] < -0.1
+    overlapping = {line["judgement"] for key, line in lines.items() if key.startswith("answer_rouge")}
+    assert overlapping == {"length"} and lines["answer_length"]["judgement"] == "different"
+    half = scores.measure(rows, [reply._replace(answer=reply.answer[:5]) for reply in short], True, SEED).scores
+    assert {line["judgement"] for line in scores.compare_all(one, one | {"loops": half["loops"]})} == {"unclear"}
 
 
 def test_pairs_show_a_difference_that_two_intervals_would_hide():
     """Each row is a little better: the rows scatter far more than they differ."""
     generator = numpy.random.default_rng(2)
     values = generator.random(100)
-    better = share(values + 0.02 + generator.normal(0, 0.01, 100))
-    assert better.as_json()["low"] < share(values).as_json()["high"]
-    line = better.compare(share(values))
+    better, worse = (Score("mean", "平均", "0–1", some, seed=SEED) for some in (values + 0.02, values))
+    better.counts[:, 0] += generator.normal(0, 0.01, 100)
+    better = Score("mean", "平均", "0–1", better.counts[:, 0], seed=SEED)
+    assert better.as_json()["low"] < worse.as_json()["high"]
+    line = better.compare(worse)
     assert line["differs"] and 0 < line["low"] < line["difference"] < line["high"] < 0.03
 
 
