@@ -75,7 +75,8 @@ def test_an_unfinished_thinking_is_wrong(field, folder):
 def test_only_what_follows_a_finished_thinking_is_marked():
     """Also where the template writes the opening mark itself."""
     options = [json.loads(words[words.index("--dataset-args") + 1]) for words in commands()]
-    filters = [args["filters"] for sets in options for args in sets.values()]
+    exams = [args for sets in options for name, args in sets.items() if name != "health_bench"]  # a judge marks that
+    filters = [args["filters"] for args in exams]
     assert filters and all(set(one) == {"regex"} for one in filters)
     for one in filters:
         for reply in ("<think>\n答案：A\n</think>\n\n答案：B", "答案：A\n</think>\n\n答案：B"):
