@@ -25,7 +25,8 @@ ELSEWHERE = {
     "transformers": "serve --port",
     "vllm": "serve --reasoning-parser --host --port",
     "sglang": "serve --model-path --reasoning-parser --host --port",
-    "evalscope": "eval --model --model-args --api-url --datasets --dataset-args --generation-config --judge-model-args --work-dir",
+    "evalscope": "eval --model --model-args --api-url --datasets --dataset-args --generation-config --judge-model-args "
+    "--work-dir",
 }
 # What other tests run as it stands here, or what the line before it makes.
 AS_THEY_STAND = (
