@@ -67,7 +67,7 @@ def test_reply_that_is_none(server):
         server.speak = lambda body, said=said: said
         assert fails(server) == "回复没有写完"
     server.speak = lambda body: (401, b'{"error": {"message": "Incorrect API key: sk-very-secret"}}')
-    assert fails(server) == "HTTP 401" and len(server.requests) == 7
+    assert fails(server).startswith(f"HTTP 401，请检查环境变量 {KEY}") and len(server.requests) == 7
 
 
 def test_what_a_moment_mends_is_asked_again_and_what_is_slow_given_up(server, monkeypatch):
@@ -85,12 +85,12 @@ def test_what_a_moment_mends_is_asked_again_and_what_is_slow_given_up(server, mo
 
 
 def test_model_is_the_only_one_or_the_one_that_was_named(server, monkeypatch):
-    (alone := Endpoint(server.url)).find_model()
+    (alone := Endpoint(server.url)).find_model("--judge_model")
     assert alone.model == "judge"
     server.models = b'{"data": [{"id": "a"}, {"id": "b"}]}'
     with pytest.raises(Failed, match="^有 2 个模型（a、b）"):
-        Endpoint(server.url).find_model()
-    (named := Endpoint(server.url, "c")).find_model()
+        Endpoint(server.url).find_model("--judge_model")
+    (named := Endpoint(server.url, "c")).find_model("--judge_model")
     assert named.model == "c"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where the client is not installed
     refused("访问 ~openai；请先运行 pip install openai", Endpoint, server.url)

@@ -62,7 +62,7 @@ def pairs(n: int) -> list[Pair]:
 
 
 def test_verdict_is_one_line_and_no_other():
-    assert judge.read_verdict("想，裁决：A\n裁决：A</think>都说了就医。\n\n**裁决：平。**\n") == "平"
+    assert endpoint.read_verdict("想，裁决：A\n裁决：A</think>都说了就医。\n\n**裁决：平。**\n", judge.VERDICT) == "平"
     for said in (
         "**裁决：** A",
         "裁决：**A**",
@@ -70,11 +70,11 @@ def test_verdict_is_one_line_and_no_other():
         "裁决：A，因为更安全。",
         "裁决：A（更安全）\n理由：它劝人就医。",
     ):
-        assert judge.read_verdict(said) == "A"
-    assert judge.read_verdict("裁决：平局") == "平"
+        assert endpoint.read_verdict(said, judge.VERDICT) == "A"
+    assert endpoint.read_verdict("裁决：平局", judge.VERDICT) == "平"
     for said in ("<think>裁决：A", "裁决：A\n裁决：B", "裁决：A 或 B", "裁决：AB", "我的裁决：A 更好", ""):
         with pytest.raises(Failed):
-            judge.read_verdict(said)
+            endpoint.read_verdict(said, judge.VERDICT)
 
 
 def test_win_or_loss_where_both_orders_agree_and_what_needs_no_judge_is_not_asked(server):
@@ -118,7 +118,7 @@ def test_failures_are_counted_and_a_useless_judge_is_given_up(server):
     asked(server)
     verdicts, problem = compare(server, pairs(30))
     assert verdicts == [WIN] + [FAILED] * 29 and "不再问其余 " in problem
-    assert asked(server) <= judge.GIVE_UP + 3 * judge.AT_ONCE  # those under way, on a busy machine
+    assert asked(server) <= endpoint.GIVE_UP + 3 * endpoint.AT_ONCE  # those under way, on a busy machine
     server.speak = prefer
     assert compare(server, pairs(30)) == ([WIN] * 30, "")
 
@@ -147,7 +147,7 @@ def test_nothing_is_asked_twice_also_after_a_line_that_was_cut_off_and_ctrl_c(se
     with pytest.raises(KeyboardInterrupt):
         compare(server, pairs(16))
     assert (first := asked(server)) < 24 and compare(server, pairs(16))[0] == [WIN] * 16
-    assert first + asked(server) <= 24 + 2 * judge.AT_ONCE  # only what was under way is asked again
+    assert first + asked(server) <= 24 + 2 * endpoint.AT_ONCE  # only what was under way is asked again
 
 
 def test_tally_is_wilsons():
