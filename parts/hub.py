@@ -158,7 +158,7 @@ def read_card(card: Path, names: list[str]) -> tuple[dict[str, list[tuple[str, s
     data = DatasetCard.load(card).data
     if not data.get("configs"):
         return {}, ""
-    # Not in its documentation, but in datasets 4.8 to 5.2; the import takes seconds.
+    # Not in its documentation; tried with datasets 5.2. The import takes seconds.
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from fsspec.utils import glob_translate  # whose rules datasets' patterns have
