@@ -163,9 +163,13 @@ class Parser(argparse.ArgumentParser):
         self.gone: dict[str, str] = {}  # {flag: what to do instead}
 
     def parse_args(self, args=None, namespace=None):
+        # A shell leaves the ~ of --flag=~/file as it is.
+        args = list(map(expand_home, sys.argv[1:] if args is None else args))
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"多了一个 {flag}：它前面的参数只要一个值；有空格的值请放在引号里")
             # argparse keeps a table of its flags, but has no public way to it.
             names = [name.lstrip("-") for name in self._option_string_actions]
             nearest = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
@@ -180,6 +184,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"错误：{message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
+def expand_home(word: str) -> str:
+    """Return a word of a command line, --flag=~/file with the path of the home folder."""
+    flag, equals, value = word.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("--") else word
+
+
 def true_or_false(text: str) -> bool:
     """Return what a switch says, for argparse. Raises ArgumentTypeError."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -192,7 +202,7 @@ def one_of(words: tuple[str, ...], text: str) -> str:
     """Return `text` where it is one of these words, for argparse: its own `choices` would be told in
     English. Raises ArgumentTypeError."""
     if text not in words:
-        raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)}，不是 {text!r}")
+        raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)} 之一，不是 {text!r}")
     return text
 
 

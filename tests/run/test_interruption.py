@@ -12,7 +12,7 @@ import pytest
 from parts.run.interruption import Interruption
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGXCPU, 152)])
 def test_a_signal_is_noted_and_ends_with_its_status(number, status, capfd):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, Interruption() as interruption:
