@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import threading
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def run_main(main) -> None:
         if rank == "0" or not isinstance(error.code, str):
             raise
         raise SystemExit(f"（进程 {rank}）{error.code}") from None
+    except Exception as error:
+        explain_failed_import(error)
+        if not isinstance(error, OSError):
+            raise
+        # What is said names the file: a folder without permission, a disk that is full.
+        raise SystemExit(f"错误：{first_line(error)}") from None
+
+
+def explain_failed_import(error: Exception) -> None:
+    """Raise SystemExit with the file and the remedy where `error` is that of a library that cannot be
+    imported: a broken one, one that does not go with another, or a file of the user's with its name."""
+    while error.__cause__:  # transformers hides it behind an error of its own
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ImportError) or any(frame.name == "<module>" for frame in frames):
+        failed = f"载入 {frames[-1].filename} 时出错（{type(error).__name__}：{first_line(error)}）"
+        remedy = "请运行 pip install -r requirements.txt；用不到的库请卸载，自己的、与库同名的文件请改名"
+        raise SystemExit(f"错误：{failed}；{remedy}。") from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -218,14 +218,14 @@ def read_settings(folder: Path) -> dict[str, object]:
 
 def by_content(settings: Mapping[str, object]) -> dict[str, object]:
     """Return those of a run's settings that are compared, with checksums in place of names and paths."""
-    compared, data_files = {}, []
+    compared = {}
     for name, value in settings.items():
         if name.endswith(" (sha256)") and name not in CONTENT.values():
-            data_files.append(value)
+            # Those of the data are called by the files, the training file first. It may be both.
+            compared.setdefault("train_file (sha256)", value)
+            compared["val_file (sha256)"] = value
         elif not settings.get(CONTENT.get(name)):
             compared[name] = value
-    if data_files:  # one, where the same file was named twice
-        compared["train_file (sha256)"], compared["val_file (sha256)"] = data_files[0], data_files[-1]
     return compared
 
 

@@ -19,11 +19,9 @@ import torch
 
 from parts.terminal import in_main_thread
 
-
 # Those that end a process by default; a system has some of them. Clusters send USR1, USR2 or XCPU before a
 # limit. Not those that tell of a fault of the process itself.
 ENDING = "HUP INT QUIT TERM BREAK USR1 USR2 ALRM VTALRM PROF XCPU PWR".split()
-BROKEN_PIPE = 13  # the number of SIGPIPE, which Windows does not have
 
 
 class Interruption:
@@ -74,7 +72,9 @@ class Interruption:
         if type(raw) is not io.FileIO:
             return stream
         stream.flush()
-        buffer = io.BufferedWriter(Output(self, raw.fileno()))
+        output = Output(raw.fileno(), "w", closefd=False)
+        output.interruption = self
+        buffer = io.BufferedWriter(output)
         return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
 
     def requested(self) -> bool:
@@ -88,20 +88,15 @@ class Interruption:
         return came
 
 
-
 class Output(io.FileIO):
     """A file, pipe or terminal in which no write fails: what it does not take is dropped. A reader who is
     gone (`| head`) counts as the signal that is meant for this."""
 
-    def __init__(self, interruption: Interruption, number: int):
-        super().__init__(number, "w", closefd=False)
-        self.interruption = interruption
-
     def write(self, data) -> int:
         try:
             return super().write(data)
-        except OSError as error:
-            # A terminal that is gone without SIGHUP was left on purpose, and a full disk says nothing.
-            if isinstance(error, BrokenPipeError):
-                self.interruption.number = self.interruption.number or BROKEN_PIPE
-            return len(data)
+        except BrokenPipeError:
+            self.interruption.number = self.interruption.number or 13  # SIGPIPE, which Windows does not have
+        except OSError:
+            pass  # a terminal that is gone without SIGHUP was left on purpose; a disk may be full
+        return len(data)

@@ -5,7 +5,6 @@ handed in by the scripts."""
 import importlib.util
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -126,10 +125,10 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
     check(values)
     require_packages(values)
     terminal.say_loading()
-    if os.environ.get("LOCAL_RANK") == "0" and os.environ["WORLD_SIZE"] != "1":
-        # Where another machine or process never comes, one sees for what this one waits.
-        size, address, port = (os.environ[name] for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-        print(f"等 {size} 个进程在 {address}:{port} 会合……", file=sys.stderr, flush=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # where another one never comes, one sees who is waited for
+        print(
+            "等 {WORLD_SIZE} 个进程在 {MASTER_ADDR}:{MASTER_PORT} 会合……".format_map(os.environ), flush=True
+        )
     return given
 
 
@@ -188,12 +187,11 @@ def check_launch(values: Mapping[str, object]) -> None:
     what does not go with --fsdp."""
     launched = "LOCAL_RANK" in os.environ
     found = [name for name in SIZES if os.environ.get(name, "") not in ("", "0", "1")]
-    found += ["LOCAL_RANK"] * launched
     lacking = [name for name in LAUNCHER if not os.environ.get(name)]
     # Each process would train alone, and all would write into one folder; or they would wait for each other.
-    if found and lacking:
-        there = f"{found[0]}={os.environ[found[0]]}"
-        refuse(f"有环境变量 {there}，却没有 {'、'.join(lacking)}；请用 torchrun 启动，或去掉 {found[0]}")
+    if (found or launched) and lacking:
+        name = (*found, "LOCAL_RANK")[0]
+        refuse(f"有环境变量 {name}，却没有 {'、'.join(lacking)}；请用 torchrun 启动，或去掉 {name}")
     # What accelerate launch sets for its own --use_fsdp and --use_deepspeed
     cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     if launched and "true" in cuts:
