@@ -59,10 +59,10 @@ def run_main(main) -> None:
     several processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
     # Launchers set both; RANK alone may be left over from something else.
     rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
-    if rank != "0":
+    if rank != "0" or sys.stdout is None:  # as after >&-
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     # A reply may hold what a terminal in GBK or ASCII cannot show: a question mark, and no traceback.
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")
     # A shell reports a process that a signal ended as 128 + its number: SIGINT is 2, SIGPIPE 13.
     try:
@@ -93,9 +93,9 @@ def explain_failed_import(error: Exception) -> None:
         error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ImportError) or any(frame.name == "<module>" for frame in frames):
-        failed = f"载入 {frames[-1].filename} 时出错（{type(error).__name__}：{first_line(error)}）"
-        remedy = "请运行 pip install -r requirements.txt；用不到的库请卸载，自己的、与库同名的文件请改名"
-        raise SystemExit(f"错误：{failed}；{remedy}。") from None
+        cause = f"{type(error).__name__}：{first_line(error)}"
+        remedy = "请补装缺的库，或运行 pip install -r requirements.txt；用不到的请卸载，与库同名的文件请改名"
+        raise SystemExit(f"错误：载入 {frames[-1].filename} 时出错（{cause}）；{remedy}。") from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -128,7 +128,9 @@ def explain_failed_write(path: str | Path, intact: str = "此前的检查点"):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
-        raise SystemExit(f"{failure}。{intact}都还在；请腾出空间，再用同一命令继续。") from None
+        raise SystemExit(
+            f"{failure}。{intact}都还在；请按原因处理（满了就腾出空间），再用同一命令继续。"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():  # a broken one was passed over without a word
             transformers.GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # each field of a configuration has errors of its own
         explain_failed_import(error)
         reason = f"{path} 里的模型无法读取（{first_line(error)}）"
         raise SystemExit(f"错误：{reason}；请重新下载或重新训练。") from None

@@ -126,9 +126,7 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
     require_packages(values)
     terminal.say_loading()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # where another one never comes, one sees who is waited for
-        print(
-            "等 {WORLD_SIZE} 个进程在 {MASTER_ADDR}:{MASTER_PORT} 会合……".format_map(os.environ), flush=True
-        )
+        print("等 {WORLD_SIZE} 个进程在 {MASTER_ADDR}:{MASTER_PORT} 会合".format_map(os.environ), flush=True)
     return given
 
 
@@ -191,7 +189,9 @@ def check_launch(values: Mapping[str, object]) -> None:
     # Each process would train alone, and all would write into one folder; or they would wait for each other.
     if (found or launched) and lacking:
         name = (*found, "LOCAL_RANK")[0]
-        refuse(f"有环境变量 {name}，却没有 {'、'.join(lacking)}；请用 torchrun 启动，或去掉 {name}")
+        refuse(
+            f"有环境变量 {name}={os.environ[name]}，却没有 {'、'.join(lacking)}；请用 torchrun 启动，或去掉它"
+        )
     # What accelerate launch sets for its own --use_fsdp and --use_deepspeed
     cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     if launched and "true" in cuts:

@@ -48,6 +48,22 @@ def test_a_signal_that_the_shell_ignores_is_ignored(number):
         signal.signal(number, before)
 
 
+@pytest.mark.parametrize(("gone", "status"), [(True, 141), (False, 0)])
+def test_output_that_is_not_taken_ends_nothing_before_it_is_saved(gone, status, monkeypatch):
+    """A reader who is gone asks for the end, as SIGPIPE does; a full disk does not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with open(writer if gone else "/dev/full", "w") as stream, pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with Interruption() as interruption:
+            print("a step")
+            interruption.acted = interruption.requested()
+            print("saving")
+        raise SystemExit(0)
+    assert end.value.code == status
+
+
 def train_on(terminal: str, piped: bool, *before: int) -> None:
     """A training on this terminal, as far as signals and printing go; what it saves is the file `saved`. `piped`: what
     it prints goes to a pipe whose reader is gone; `before`: signals that came before the terminal closed."""

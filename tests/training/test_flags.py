@@ -148,6 +148,7 @@ def test_what_cannot_be_meant_is_refused_at_once(changes, stem):
     [
         ("--deepspeed true", "--deepspeed：不再支持；放不下时请用 --fsdp true"),
         ("--optimizer sgd", "--optimizer：只能是 kahan、8bit、8bit_in_backward、adamw 之一，不是 'sgd'"),
+        ("--report_to wandb tensorboard", "多了一个 tensorboard"),
         ("--check maybe", "--check：只能是 true 或 false，不是 'maybe'"),
         ("--optimizer 8bit", "--optimizer 8bit 要用 torchao；请先运行 pip install torchao"),
         ("--report_to wandb", "--report_to wandb 要用 wandb；请先运行 pip install wandb"),
