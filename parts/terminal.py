@@ -94,7 +94,7 @@ def explain_failed_import(error: Exception) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ImportError) or any(frame.name == "<module>" for frame in frames):
         cause = f"{type(error).__name__}：{first_line(error)}"
-        remedy = "请补装缺的库，或运行 pip install -r requirements.txt；用不到的请卸载，与库同名的文件请改名"
+        remedy = "缺库请补装，或运行 pip install -r requirements.txt；用不到的请卸载，与库同名的文件请改名"
         raise SystemExit(f"错误：载入 {frames[-1].filename} 时出错（{cause}）；{remedy}。") from None
 
 
@@ -128,9 +128,7 @@ def explain_failed_write(path: str | Path, intact: str = "此前的检查点"):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
-        raise SystemExit(
-            f"{failure}。{intact}都还在；请按原因处理（满了就腾出空间），再用同一命令继续。"
-        ) from None
+        raise SystemExit(f"{failure}。{intact}都还在；请按原因处理（如腾出空间），再用同一命令继续") from None
 
 
 @contextlib.contextmanager

@@ -189,9 +189,7 @@ def check_launch(values: Mapping[str, object]) -> None:
     # Each process would train alone, and all would write into one folder; or they would wait for each other.
     if (found or launched) and lacking:
         name = (*found, "LOCAL_RANK")[0]
-        refuse(
-            f"有环境变量 {name}={os.environ[name]}，却没有 {'、'.join(lacking)}；请用 torchrun 启动，或去掉它"
-        )
+        refuse(f"有环境变量 {name}={os.environ[name]}，却没有 {'、'.join(lacking)}；请用 torchrun，或去掉它")
     # What accelerate launch sets for its own --use_fsdp and --use_deepspeed
     cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     if launched and "true" in cuts:

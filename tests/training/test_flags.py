@@ -80,6 +80,11 @@ def test_help_and_a_wrong_flag_need_no_torch(script):
     assert re.search("你是不是想写 --(model_path|train_file)", wrong.stderr)
 
 
+@pytest.mark.parametrize(("script", "flag"), [("data.py", "--dataset"), ("train.py", "--resume_from_checkpoint")])
+def test_a_path_behind_an_equals_sign_begins_at_home(script, flag):
+    assert "/somewhere/none" in parse(script, f"{flag}=~/none", HOME="/somewhere").stderr
+
+
 def test_every_flag_of_the_table_is_seen_to_act_somewhere():
     seen = [*ACTS, *SETS, *" ".join(ELSEWHERE.values()).split()]
     assert sorted(seen) == sorted(flags.FLAGS)
