@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, as_flags, free_port, history, run_script, same, says, together, weights
+from helpers import ROOT, as_flags, free_port, history, run_script, same, together, weights
 
 import train
 from parts import terminal
