@@ -21,7 +21,7 @@ from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from parts.run.folder import read_base_sha256
-from parts.terminal import first_line
+from parts.terminal import explain_failed_import, first_line
 
 # Dense decoders of text, by the model_type of their config.json, that tests/model/test_families.py proves to
 # be trained rightly here. The proof fails for gemma2, granite and cohere, which scale or cap their logits,
@@ -122,6 +122,7 @@ def load_tokenizer(path: str):
             raise ValueError(f"没有 {END_OF_TURN}")
         encode_messages(tokenizer, PROBE, prompt_only=True)
     except Exception as error:  # tokenizers and jinja raise what they like
+        explain_failed_import(error)
         remedy = "请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
         raise SystemExit(f"错误：{path} 里的分词器不能用（{first_line(error)}）；{remedy}") from None
     # A base model, such as Qwen3-1.7B-Base, names <|endoftext|>, at which no reply would end.
@@ -160,7 +161,8 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():  # a broken one was passed over without a word
             transformers.GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # each field of a configuration has errors of its own
+        explain_failed_import(error)
         reason = f"{path} 里的模型无法读取（{first_line(error)}）"
         raise SystemExit(f"错误：{reason}；请重新下载或重新训练。") from None
     if not (in_4bit or on_cpu):
