@@ -88,6 +88,7 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         if args.questions:
             return evaluate(args)
 
+        read_line = terminal.line_reader("\n问：") if args.chat else None
         # The model is in a folder of train.py or train_lora.py, in any other one, or on a hub.
         from parts.model import weights  # imports torch, which takes seconds
 
@@ -97,10 +98,12 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
             texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION}
             web.serve(conversation, args.host, args.port, args.auth, **texts, out_of_memory=OUT_OF_MEMORY)
         elif args.chat:
-            conversation.chat()
+            conversation.chat(read_line)
         else:
-            print(f"\n【问题】{args.question}\n", flush=True)
-            conversation.ask(args.question)
+            piped = questions.read_piped() if args.question == QUESTION else ""
+            question = piped or args.question
+            print(f"\n【问题】{terminal.name_unseen(question)}\n", flush=True)
+            conversation.ask(question)
 
 
 if __name__ == "__main__":
