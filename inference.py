@@ -2,6 +2,7 @@
 
     python inference.py                         # the trained model in output/, the published question
     python inference.py "感冒了要吃抗生素吗？"
+    echo "感冒了要吃抗生素吗？" | python inference.py   # text that a pipe brings; with - it is waited for
     python inference.py --chat                  # a conversation; an empty line ends it
     python inference.py --web          # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
     python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any model, untuned too
@@ -100,8 +101,9 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         elif args.chat:
             conversation.chat(read_line)
         else:
-            piped = questions.read_piped() if args.question == QUESTION else ""
-            question = piped or args.question
+            question = args.question
+            if question in ("-", QUESTION):
+                question = questions.read_piped(wait=question == "-") or QUESTION
             print(f"\n【问题】{terminal.name_unseen(question)}\n", flush=True)
             conversation.ask(question)
 

@@ -90,10 +90,9 @@ def run_main(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except SystemExit as error:
-        if not isinstance(error.code, str):
-            raise
-        process = "" if rank == "0" else f"（进程 {rank}）"
-        raise SystemExit(name_unseen(f"{process}{error.code}")) from None
+        alone = rank == "0" or not isinstance(error.code, str)
+        code = error.code if alone else f"（进程 {rank}）{error.code}"
+        raise SystemExit(name_unseen(code)) from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -165,8 +164,7 @@ def line_reader(prompt: str):
     # Also what is pasted before the first prompt and between two: else each of its lines would be one that
     # was typed, and what follows an empty one, which ends a chat, a command for the shell.
     mark_pastes()
-    atexit.register(session.output.flush)
-    atexit.register(session.output.disable_bracketed_paste)  # the last one is called first
+    atexit.register(lambda: (session.output.disable_bracketed_paste(), session.output.flush()))
     return lambda: mark_pastes(session.prompt())
 
 

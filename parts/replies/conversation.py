@@ -106,34 +106,29 @@ class Conversation:
         """Return the messages of a question after its history, of which the oldest exchanges go until both
         fit into the context, and a sentence on how many went, or "". It raises SystemExit for a question that
         is too long by itself."""
+        self.check_length(self.to_messages(question, history=[]), "这个问题")
         for dropped in range(len(history) + 1):
             messages = self.to_messages(question, history=history[dropped:])
-            try:
-                self.check_lengths([messages], ["这个问题"])
+            with contextlib.suppress(SystemExit):
+                self.check_length(messages, "")
                 break
-            except SystemExit:
-                if dropped == len(history):
-                    raise
         del history[:dropped]
         return messages, f"对话超过了模型的上下文，最早的 {dropped} 轮不再计入。" if dropped else ""
 
-    def check_lengths(self, conversations: list[generate.Messages], names: list[str]) -> list[int]:
-        """Return the tokens of each prompt. It raises SystemExit, with the name of the conversation, for one
-        that does not fit into the model's context together with its reply."""
+    def check_length(self, messages: generate.Messages, name: str) -> int:
+        """Return the tokens of a prompt. It raises SystemExit, with the prompt's `name`, where it does not
+        fit into the model's context together with its reply."""
         # What a model writes beyond its context cannot be relied on.
         most = self.model.config.max_position_embeddings
-        lengths = []
-        for name, messages in zip(names, conversations):
-            length, unit = sum(len(message["content"]) for message in messages), "个字"
-            # 10 MB would take 14 s to be cut into tokens: what is far too long is told by its characters.
-            if length <= most * TOKEN_LENGTH:
-                length, unit = len(encode_messages(self.tokenizer, messages, True, self.thinking)), "个 token"
-            if length + self.max_new_tokens > most:
-                total = f"{length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
-                limit = f"超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
-                raise SystemExit(f"错误：{name}有 {total} {limit}")
-            lengths.append(length)
-        return lengths
+        length, unit = sum(len(message["content"]) for message in messages), "个字"
+        # 10 MB would take 14 s to be cut into tokens: what is far too long is told by its characters.
+        if length <= most * TOKEN_LENGTH:
+            length, unit = len(encode_messages(self.tokenizer, messages, True, self.thinking)), "个 token"
+        if length + self.max_new_tokens > most:
+            total = f"{length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
+            limit = f"超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
+            raise SystemExit(f"错误：{name}有 {total} {limit}")
+        return length
 
     def warn(self, text: str) -> None:
         """Show a remark that is not the model's."""

@@ -5,7 +5,7 @@ import argparse
 from functools import partial
 
 from parts import endpoint, terminal
-from parts.replies import questions, web
+from parts.replies import web
 
 # A flag, and the one without which it would do nothing.
 NEEDS = {"replies": "questions", "compare_with": "questions", "judge": "compare_with", "judge_model": "judge"}
@@ -44,12 +44,11 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     # argparse takes one of these at most; without any the published question is asked.
     ways = parser.add_argument_group("提问的方式，选一种").add_mutually_exclusive_group()
     flag = ways.add_argument
-    words = "一个问题；- 是读标准输入；不写：管道里的文字，没有就是公开方案的那一个"
-    flag("question", nargs="?", type=questions.given, help=words)
+    flag("question", nargs="?", type=terminal.some_text, help="一个问题，- 读标准输入（不写：公开方案的）")
     flag("--chat", action="store_true", help="在终端里多轮对话，空行结束")
     flag("--web", action="store_true", help="在浏览器里对话")
-    words = "回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的"
-    flag("--questions", metavar="FILE", help=words)
+    questions = "回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的"
+    flag("--questions", metavar="FILE", help=questions)
 
     positive, natural = partial(terminal.whole_number, 1), partial(terminal.whole_number, 0)
     flag = parser.add_argument_group("模型和回复").add_argument

@@ -105,25 +105,20 @@ class Candidate:
             files.write({self.path: "".join(lines)})
 
 
-def given(text: str) -> str:
-    """Return a question, for argparse; - stands for what standard input brings. Raises ArgumentTypeError."""
-    return terminal.some_text(read_piped(wait=True) if text == "-" else text)
-
-
-def read_piped(wait: bool = False) -> str:
+def read_piped(wait: bool) -> str:
     """Return the text that standard input brings, whole. Without `wait` it is "" where nothing has come yet:
     nobody can tell whether a pipe that is open will ever bring anything."""
     # Where it is closed there is none, and nohup's cannot be read. On Windows select takes no pipe.
     with contextlib.suppress(OSError):
-        if sys.stdin and (wait or not sys.stdin.isatty() and select.select([0], [], [], 0)[0]):
-            content = sys.stdin.buffer.read(1 << 24)  # `yes` has no end
-            return files.decode_all(Path("标准输入"), content).strip()
+        if sys.stdin and (wait or not sys.stdin.isatty() and select.select([sys.stdin], [], [], 0)[0]):
+            # `yes` has no end.
+            return clean(files.decode_all(Path("标准输入"), sys.stdin.buffer.read(1 << 24)))
     return ""
 
 
 def read(path: str) -> list[Row]:
     """Return rows with `question` and `history`, with `answer` where there is one, with `seen`, which is True
-    where data.py saw a near duplicate in the training part, and with `others`, the fields that are not read:
+    where data.py saw a near duplicate in the training part, and with `rest`, the fields that are not read:
     one for each line of a .txt file, or for each row of a file that data.py reads, which has any text. It
     raises SystemExit for a file that cannot be read, has no question, or a row without one."""
     suffix = Path(path).suffix.lower()
@@ -149,7 +144,7 @@ def read(path: str) -> list[Row]:
         # A reference that is no text is none; a question can be asked without one.
         if isinstance(fields.get("answer"), str) and fields["answer"].strip():
             row["answer"] = fields["answer"]
-        row["others"] = to_json({name: raw[name] for name in raw if name.lower() not in READ})
+        row["rest"] = to_json({name: raw[name] for name in raw if name.lower() not in READ})
         rows.append(row)
     return rows
 
@@ -162,8 +157,7 @@ def load_lines(path: str, content: bytes) -> list[tuple[int, dict]]:
 
 def has_text(raw: object) -> bool:
     """Tell whether anything stands in a row, as nothing does in those that Excel leaves at the end."""
-    values = raw.values() if isinstance(raw, dict) else [raw]
-    return any(clean(str(value)) for value in values if value is not None)
+    return not isinstance(raw, dict) or any(clean(str(value)) for value in raw.values() if value is not None)
 
 
 def to_json(fields: dict) -> dict:
@@ -213,8 +207,7 @@ def to_line(row: Row, reply: Reply, by: dict) -> str:
     """Return one line of a file of replies."""
     history = {"history": row["history"]} if row.get("history") else {}
     line = {"question": row["question"], **history, **dict(zip(FIELDS, reply)), "by": by}
-    line |= row.get("others", {})
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json.dumps(line | row.get("rest", {}), ensure_ascii=False) + "\n"
 
 
 def identify(row: Row) -> str:
@@ -277,11 +270,10 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
 
     missing = candidate.missing()
     answered = len(rows) - len(missing)
-    prompts, names = [], []
+    prompts, lengths = [], []
     for number, row in enumerate(rows, 1):
         prompts.append(conversation.to_messages(row["question"], history=row.get("history")))
-        names.append(f"第 {number} 个问题连同之前的对话")
-    lengths = conversation.check_lengths(prompts, names)
+        lengths.append(conversation.check_length(prompts[-1], f"第 {number} 个问题连同之前的对话"))
     new_tokens = conversation.max_new_tokens + CACHE_STEP  # the cache grows in steps
     batches = make_batches(missing, lengths, new_tokens, room_in_memory(conversation.model))
     if answered:

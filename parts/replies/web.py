@@ -18,7 +18,7 @@ HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
 # gradio reads HTML in a text for which it is told to read no Markdown. A tag or an entity begins with one of
 # two signs; behind that sign this one, of no width, makes it a sign like any other.
 JOINER = "\u2060"
-CSS = ".message .md { white-space: pre-wrap; overflow-wrap: anywhere; }"
+CSS = ".chatbot { white-space: pre-wrap; }"  # of each text: line ends, and spaces in a row
 
 
 def user_and_password(text: str) -> tuple[str, str]:
@@ -105,9 +105,8 @@ def open_page(conversation, host: str, port: int, auth, title, notice, example, 
         if not reply.complete:
             yield [*to_chat(reply, hint), chat_message(conversation.unfinished, title="提示")]
 
-    look = {"show_label": False, "buttons": ["copy"], "editable": "user"}
-    look |= {"render_markdown": False, "latex_delimiters": []}  # a dose of 1~2 would lose its ~
-    chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", **look)
+    look = {"show_label": False, "buttons": ["copy"], "editable": "user", "render_markdown": False}
+    chatbot = gradio.Chatbot(scale=1, placeholder=f"例如：{example}", latex_delimiters=[], **look)
     box = {"show_label": False, "submit_btn": True, "stop_btn": True, "max_lines": 8, "autofocus": True}
     textbox = gradio.Textbox(label="问题", placeholder="输入问题，回车发送", **box)
     words = {"title": title, "description": notice, "editable": True, "analytics_enabled": False}

@@ -30,9 +30,8 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
     texts = []
     for row, reply in zip(rows, replies):
         end = "" if reply.complete else "……（没有写完）"
-        text = f"【问题】{row['question']}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}"
-        texts.append(name_unseen(text))
-    return texts
+        texts.append(f"【问题】{row['question']}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
+    return list(map(name_unseen, texts))
 
 
 class Samples(transformers.TrainerCallback):
