@@ -74,10 +74,10 @@ def visit(browser, tiny_model, tokenizer):
     """visit(*replies) is a Visitor of a page whose model recites them slowly; its prompts are in `.prompts`."""
     opened = []
 
-    def start(*replies: str, max_new_tokens: int = 2048) -> Visitor:
+    def start(*replies: str, max_new_tokens: int = 2048, pause: float = 0.03) -> Visitor:
         model = weights.load_weights(str(tiny_model), torch.device("cpu"))
         conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens, seed=42)
-        prompts = recite(model, tokenizer, [*replies], pause=0.03)
+        prompts = recite(model, tokenizer, [*replies], pause)
         interface, url = web.open_page(conversation, "127.0.0.1", free_port(), None, **TEXTS)
         visitor = Visitor(browser, url)
         visitor.prompts, visitor.conversation = prompts, conversation
@@ -145,7 +145,8 @@ def test_what_is_too_long_is_refused_and_what_is_cut_off_says_so(visit, tokenize
 
 
 def test_each_character_is_seen_of_replies_and_questions_and_read_back(visit, tokenizer):
-    person = visit(f"<think>\n{SIGNS.replace('think', 'i')}\n</think>\n\n{SIGNS}", "答", "改答")
+    said = SIGNS.replace("think>", "reply>")
+    person = visit(f"<think>\n{said}\n</think>\n\n{said}", "答", "改答", pause=0)
 
     def seen(speaker: str) -> list[str]:
         texts = person.page.locator(f"[data-testid={speaker}] .md").all_inner_texts()
@@ -155,14 +156,14 @@ def test_each_character_is_seen_of_replies_and_questions_and_read_back(visit, to
     person.page.get_by_test_id("submit-button").wait_for()
     person.page.get_by_text("思考", exact=True).click()
     person.page.wait_for_timeout(500)
-    assert seen("user") == [SIGNS] and seen("bot")[-2:] == [SIGNS.replace("think", "i"), SIGNS]
+    assert seen("user") == [SIGNS] and seen("bot")[-2:] == [said, said]
     person.ask("还有呢？", sees="答")
     person.page.get_by_test_id("submit-button").wait_for()
     person.page.get_by_label("编辑").first.click()
     person.page.get_by_label("发送").click()
     person.sees("改答")
     assert seen("user") == [SIGNS]
-    asked = (SIGNS, []), ("还有呢？", [[SIGNS, SIGNS]]), (SIGNS, [])
+    asked = (SIGNS, []), ("还有呢？", [[SIGNS, said]]), (SIGNS, [])
     assert person.prompts == prompts(tokenizer, *asked)
 
 
