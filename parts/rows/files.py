@@ -105,8 +105,11 @@ def load_json(text: str) -> object:
         row = dict(pairs)
         return row if len(row) == len(pairs) else SAME_FIELD_TWICE
 
-    # int() refuses numbers of more than 4,300 digits with a ValueError; no number is used anyway.
-    return json.loads(text, parse_int=float, object_pairs_hook=to_object)
+    def to_number(digits: str) -> int | float:
+        # int() refuses numbers of more than 4,300 digits with a ValueError.
+        return int(digits) if len(digits) < 4300 else float(digits)
+
+    return json.loads(text, parse_int=to_number, object_pairs_hook=to_object)
 
 
 def parse_json(path: Path, text: str, line: int = 1) -> object:

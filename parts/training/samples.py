@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from parts.model import generate
 from parts.run import tracking
-from parts.terminal import is_out_of_memory
+from parts.terminal import is_out_of_memory, name_unseen
 from parts.training.safe_trainer import same_random_states
 
 
@@ -31,7 +31,7 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
     for row, reply in zip(rows, replies):
         end = "" if reply.complete else "……（没有写完）"
         texts.append(f"【问题】{row['question']}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
-    return texts
+    return list(map(name_unseen, texts))
 
 
 class Samples(transformers.TrainerCallback):
