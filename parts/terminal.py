@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 # What would not be seen, would turn the order of the letters around it, would move the cursor or colour what
 # follows, or cannot be written at all: control characters but for line ends and tabs, marks of direction,
@@ -49,11 +50,14 @@ def highlight(text: str) -> str:
     return f"\033[33m{text}\033[0m" if sys.stdout.isatty() else text
 
 
+def progress(items, what: str):
+    """Return `items`, with a bar on standard error for a person at a terminal who would wait."""
+    return tqdm(items, desc=what, delay=1, leave=False, disable=None)  # None: hidden where it is piped
+
+
 def sha256(*paths: str | Path) -> str:
     """Return the SHA-256 of the files' contents, one after another. A person at a terminal who would wait,
     with several GB, sees a bar."""
-    from tqdm import tqdm
-
     digest, size = hashlib.sha256(), sum(Path(path).stat().st_size for path in paths)
     hidden = size < 4e9 or not sys.stderr.isatty()  # 4 GB take two seconds or three
     with tqdm(desc="SHA-256", total=size, unit="B", unit_scale=True, disable=hidden) as progress:
