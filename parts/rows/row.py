@@ -36,10 +36,11 @@ BLOCKS = (
     # HuatuoGPT-o1
     (THINK_HEADING, HEADING.format("(?:final )?(?:response|answer)|(?:最终)?(?:回答|回复|答案)")),
 )
-# Marks of a thinking, an answer or a chat template: in a reply that is learnt they would be text.
+# Marks of a thinking, an answer or a chat template: in a reply that is learnt they would be text. Each begins
+# with a plain character, as re.search then passes quickly over all others.
 MARK = re.compile(
     rf"(?i:</?(?:{THINK_TAGS}|answer|output|response|solution|tool_call|tool_response|unused\d+|s|\w+_of_turn)>"
-    r"|<\|\w{2,40}\|>|<｜[^｜<>]{1,40}｜>|[\[◁]/?think[\]▷]|\[/?(?:INST|TOOL_CALLS)\]|<</?SYS>>)"
+    r"|<\|\w{2,40}\|>|<｜[^｜<>]{1,40}｜>|◁/?think▷|\[/?(?:INST|THINK|TOOL_CALLS)\]|<</?SYS>>)"
 )
 # FIELDS are texts; after earlier turns there is history, [[question, answer], …]; instruction is a text that
 # the row's writer was told, and seen a bool of validation rows.
@@ -70,7 +71,7 @@ def clean(text: str) -> str:
 
     Before a letter the two characters stay: there they begin a LaTeX command (\\nu) or a path.
     """
-    text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?|[\v\f\x85]", "\n", CONTROL.sub("", text))
+    text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?|\v|\f|\x85", "\n", CONTROL.sub("", text))
     # 8 of 241 published answers have the two characters where a line break was meant.
     text = re.sub(r"\\n(?![A-Za-z])", "\n", text).strip()
     return "" if re.fullmatch(f"{INVISIBLE}*", text) else text

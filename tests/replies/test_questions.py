@@ -261,7 +261,7 @@ def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
     refused("无法读取 --questions missing.jsonl~", questions.read, "missing.jsonl")
     for name, content, message in (
         ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),
-        ("q.csv", b"question,id\n,7\n", "q.csv 第 1 行：question 为空；~"),
+        ("q.csv", b"question,id\n,7\n", "q.csv 第 2 行：question 为空；~"),
         ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：缺少字段 question；~"),
         ("q.scores.json", b"[]", "--questions q.scores.json 应是 .txt~"),
     ):

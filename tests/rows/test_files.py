@@ -77,7 +77,7 @@ ERRORS = {  # name: (content, None where there is no file; message with {} for t
     "none.json": ("[]", "{} 里没有数据；~"),
     "columns.csv": (
         "question,la\x1b[31mbel\n问,答\n",
-        "{} 里认不出问题和回答（有这些列：“question”、“label”；~\n~python -c ~",
+        "{} 里认不出问题和回答（有这些列：“question”、“la[U+001B][31mbel”；~\n~python -c ~",
     ),
     "number.json": ("5", "划分后训练集为空，可用的只有 0 行；~\n  不是对象：1 行（第 1 行）"),
     "equal.jsonl": (as_jsonl([make_row(1)] * 10), "划分后验证集为空，可用的只有 1 行；~\n  与前面的行重复：9 行（~）"),
