@@ -126,10 +126,7 @@ def read(path: str) -> list[Row]:
     if suffix not in (".txt", *files.SUFFIXES) or path.endswith(RESULTS):
         kinds = f".txt（一行一个问题）或 {'、'.join(files.SUFFIXES)}（每行有 question 字段）"
         raise SystemExit(f"错误：--questions {path} 应是 {kinds}，不能是 {'、'.join(RESULTS)}。")
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise SystemExit(f"错误：无法读取 --questions {path}（{error.strerror}）；请检查路径。") from None
+    content = files.read_bytes(Path(path))
     loaded = load_lines(path, content) if suffix == ".txt" else files.parse(Path(path), content)
     loaded = [(number, raw) for number, raw in loaded if has_text(raw)]
     if not loaded:

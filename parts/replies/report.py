@@ -14,6 +14,7 @@ from parts import terminal
 from parts.replies import judge, questions, scores
 from parts.rows import files, traces
 from parts.rows.row import Row, all_questions
+from parts.terminal import name_unseen
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
 NOTES = {  # below a table with these scores
@@ -108,9 +109,7 @@ class Comparison:
         # The template has no other author than this project; what it shows may come from anybody.
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         # Autoescape and name_unseen hold for all that the template shows, wherever it stands.
-        page = jinja2.Environment(
-            autoescape=True, finalize=terminal.name_unseen, trim_blocks=True, loader=loader
-        )
+        page = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader, finalize=name_unseen)
         page.filters["shorten"] = terminal.shorten
         texts = {"title": title, "notice": notice, "kinds": traces.KINDS.values()}
         return page.get_template("report.html").render(texts, tables=self.tables(), cases=self.cases())

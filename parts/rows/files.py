@@ -222,11 +222,9 @@ def read_xlsx(path: Path, content: bytes) -> list[tuple[int, object]]:
         sheets = read_excel(io.BytesIO(content), None, header=None, dtype=object, na_filter=False)
         tables = {name: under_header(sheet.to_numpy().tolist()) for name, sheet in sheets.items()}
     except Exception as error:  # zipfile's, the XML parser's, openpyxl's own; or there is no openpyxl
-        remedy = (
-            "请 pip install openpyxl==3.1.5"
-            if isinstance(error, ImportError)
-            else "请改正，或重新另存为 .xlsx"
-        )
+        remedy = "请改正，或重新另存为 .xlsx"
+        if isinstance(error, ImportError):
+            remedy = "请 pip install openpyxl==3.1.5"
         raise SystemExit(f"错误：无法读取 {path}（{first_line(error)}）；{remedy}") from None
     tables = {name: rows for name, rows in tables.items() if rows}
     if len(tables) > 1:

@@ -147,9 +147,7 @@ def read_contents(dataset: str, revision: str | None, published: bool) -> tuple[
     if os.path.exists(dataset) or "://" not in dataset and files.has_known_suffix(dataset):
         if revision:
             raise SystemExit(f"错误：{dataset} 是本地文件，--revision {revision} 只能用于 hub 上的数据集。")
-        if inside := sorted(
-            Path(dataset).rglob("data*.arrow")
-        ):  # datasets' save_to_disk wrote it
+        if inside := sorted(Path(dataset).rglob("data*.arrow")):  # datasets' save_to_disk wrote it
             contents = {path.relative_to(dataset).as_posix(): path.read_bytes() for path in inside}
             return contents, {name: split_of(name) for name in contents}
         return {"": files.read_bytes(Path(dataset))}, {"": "train"}

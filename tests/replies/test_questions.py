@@ -258,7 +258,7 @@ def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
     rows = [{"question": text, "id": None} for text in ("甲？", "乙？", None, "")]
     for name in ("q.csv", "q.txt", save(rows, "q.xlsx"), save(rows, "q.jsonl"), save(rows, "q.parquet")):
         assert [row["question"] for row in questions.read(name)] == ["甲？", "乙？"], name
-    refused("无法读取 --questions missing.jsonl~", questions.read, "missing.jsonl")
+    refused("无法读取数据文件 missing.jsonl~", questions.read, "missing.jsonl")
     for name, content, message in (
         ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),
         ("q.csv", b"question,id\n,7\n", "q.csv 第 2 行：question 为空；~"),
