@@ -114,12 +114,17 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
 
     # What is fast is taken only where it was seen to run here and to agree with its plain form.
     kernels.require(model, args.load_in_4bit)
-    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model) if args.fast_kernels else kernels.Kernels()
 
     # Plans from the fastest to the smallest, those left out whose bytes do not fit by the estimate.
     lengths = packing.lengths_of(train_dataset)
     free = plan.free_bytes(args.device, model, args.memory_gb)
     plans = plan.choose(args, model, lengths, fast.layers.runs, free, **resumed_plan)
+    if fast.layers.slower:  # they are worth it where a faster plan needs the memory that they save
+        plain = plan.choose(args, model, lengths, False, free, **resumed_plan)
+        if (plain[0][:4], plain[0].fits) == (plans[0][:4], plans[0].fits):
+            plans, fast = plain, fast._replace(layers=fast.layers.left_out())
+    kernels.use(model, fast.layers)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
@@ -181,7 +186,8 @@ def show_samples(trainer, tokenizer, rows) -> list[str]:
         return []
     no_memory = f"错误：显存不足，无法生成示例回复；但训练已经完成，模型在 {args.output_dir}。"
     with terminal.explain_out_of_memory(no_memory):
-        texts = samples.answer(trainer.model, tokenizer, rows[:SAMPLES], data.to_messages, args.sample_tokens)
+        asked = (trainer.model, tokenizer, rows[:SAMPLES], data.to_messages, args.sample_tokens)
+        texts = samples.answer(*asked, args.fast_kernels)
     print("", *texts, sep="\n\n")
     return texts
 

@@ -2,6 +2,7 @@
 reply as it is written. Knows a console, not where the model comes from."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +12,7 @@ from threading import Event
 import transformers
 from rich.console import Console
 
-from parts.model import fused, generate
+from parts.model import generate
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 
 TOKEN_LENGTH = 16  # characters: on average no text has tokens as long, but for runs of spaces
@@ -69,9 +70,11 @@ class Conversation:
         self.closed = Event()
         # One reply at a time: all draw from the same random numbers, and a CUDA graph is captured alone.
         self.worker = ThreadPoolExecutor(1)
-        transformers.set_seed(seed)
         if fast_kernels and model.device.type == "cuda":
-            fused.fuse_norms(model)
+            verdict = generate.fuse(model)
+            if verdict.expected and not verdict.runs:
+                print(f"（生成时没有用 Liger 的融合算子：{verdict.why}）", file=sys.stderr)
+        transformers.set_seed(seed)
 
     def stream(self, messages: generate.Messages) -> Iterator[Reply]:
         """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends

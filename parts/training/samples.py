@@ -13,7 +13,9 @@ from parts.terminal import is_out_of_memory
 from parts.training.safe_trainer import same_random_states
 
 
-def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=None) -> list[str]:
+def answer(
+    model, tokenizer, rows: list[dict], to_messages, tokens: int, fast_kernels: bool, stop=None
+) -> list[str]:
     """Return one text for each of `rows`: its question, and a reply of at most `tokens` tokens. A question
     comes after its history, as `to_messages(question, history=…)` puts it. All are asked in one batch,
     without thinking where no row has any; `stop()` is asked at each token, and cuts them off."""
@@ -23,7 +25,9 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        replies = generate.generate(model, tokenizer, conversations, tokens, thinking, stop=stop)
+        replies = generate.generate(
+            model, tokenizer, conversations, tokens, thinking, stop=stop, fast_kernels=fast_kernels
+        )
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
@@ -74,7 +78,9 @@ class Samples(transformers.TrainerCallback):
             with same_random_states(device):
                 torch.manual_seed(args.seed)
                 asked = (model, self.trainer.processing_class, self.rows, self.to_messages, self.tokens)
-                return answer(*asked, stop=lambda: self.stop_requested() or time.monotonic() > end)
+                return answer(
+                    *asked, args.fast_kernels, stop=lambda: self.stop_requested() or time.monotonic() > end
+                )
         finally:
             self.trainer.last_hidden = None  # the hook has kept what the replies passed through
             model.set_attn_implementation(attention)

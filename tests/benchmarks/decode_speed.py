@@ -39,13 +39,13 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     """Seconds of the first and the timed run, steps a second, seconds of a capture, peak GB of one arm."""
     import torch
 
-    from parts.model import fused, generate
+    from parts.model import generate
 
     rows, ours, fuse = ARMS[name]
     model = build_model(small).eval()
     device = model.device
     if fuse:
-        fused.fuse_norms(model)
+        generate.fuse(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 150_000, (rows, PROMPT_TOKENS), generator=generator).to(device)
 
