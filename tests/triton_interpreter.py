@@ -109,7 +109,7 @@ def main() -> None:
 
     model.set_attn_implementation("sdpa")
     probe = fused.shrink(model).eval()
-    run = partial(generate.step_twice, probe)
+    run = partial(generate.take_steps, probe)
     with torch.inference_mode():
         verdicts["layers in replies"] = fused.try_layers(probe, run(), run, norms=False)
 

@@ -4,7 +4,6 @@ norms as one kernel, and Liger's layers. It knows no plan, no flag and no prompt
 import copy
 import functools
 import importlib.util
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from parts.model.weights import head_dim
 from parts.terminal import first_line, shorten
@@ -22,7 +19,6 @@ ROUNDING = 0.03  # relative difference that bfloat16 explains; right kernels wer
 PROBE_VOCABULARY = 128  # of the small model on which kernels are tried
 COMPILER = "没有 C 编译器，Linux 上可以 apt install gcc"
 HEADERS = "没有 Python.h，Linux 上可以 apt install python3-dev"
-NOT_SLOWER = 1.05  # of the plain form's time: what is measured varies by some per cent
 
 
 class Verdict(NamedTuple):
@@ -31,19 +27,11 @@ class Verdict(NamedTuple):
     runs: bool
     why: str  # how far its outcome is from the plain one's, or why it is left out
     expected: bool = True  # False where the device or the installation does not have it, which is no fault
-    time: float = 0.0  # relative to the plain form's, where it was measured
-
-    @property
-    def slower(self) -> bool:
-        return self.time > NOT_SLOWER
-
-    def left_out(self) -> "Verdict":
-        """Return the verdict on what runs and is not taken."""
-        return self._replace(runs=False, expected=False)
+    slower: bool = False  # than the plain one, where both were timed
 
 
 def missing(why: str) -> Verdict:
-    """Return the verdict on what cannot run here, and need not."""
+    """Return the verdict on what cannot run here, or is not worth it, and need not."""
     return Verdict(False, why, expected=False)
 
 
@@ -77,18 +65,18 @@ def reason(error: Exception) -> str:
     """Return why a kernel failed, in a few words."""
     if "C compiler" in str(error):
         return COMPILER
-    # Triton's error is the compiler's command alone: what the compiler says goes straight to the screen.
-    compiling = isinstance(error, subprocess.CalledProcessError) or "Python.h" in str(error)
-    if compiling and not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
+    # Triton's error is its compiler's command and status: what it says itself goes straight to the screen.
+    compiled = "exit status" in str(error) or "Python.h" in str(error)
+    if compiled and not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
         return HEADERS
     return shorten(first_line(error), 100)
 
 
 def fuse_norms(model) -> None:
-    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel
+    """Replace each RMSNorm like Llama's or Qwen's, in place, by torch's with the same weight: one GPU kernel
     instead of eight."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
+        if hasattr(module, "variance_epsilon"):  # Gemma's, which adds 1 to its weight, has none
             # On "meta" it takes no memory: its weight of ones is replaced at once.
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
             norm.weight = module.weight
@@ -110,27 +98,25 @@ def fuse_layers(model, norms: bool = True) -> None:
     alone; but the rotary embedding is a function, which is exchanged for all models of the family."""
     from transformers.integrations.liger import apply_liger_kernel
 
-    name = class_of(model).__module__
-    module = vars(sys.modules[name])
-    classes = {name: value for name, value in originals(name).items() if isinstance(value, type)}
     # The loss stays: training has one of its own, which needs no logits.
-    kinds = {"rms_norm": norms, "cross_entropy": False, "fused_linear_cross_entropy": False}
-    apply_liger_kernel(model, kinds)
+    module, loss = restore(model), {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel(model, {"rms_norm": norms} | loss)
     # Liger exchanges the classes of transformers' module too, for models that are still to be made: those
     # stay plain, as what Liger gives was only compared for this one.
-    module.update(classes)
+    vars(module).update({name: value for name, value in originals(module).items() if isinstance(value, type)})
 
 
 @functools.cache
-def originals(name: str) -> dict:
+def originals(module) -> dict:
     """Return what transformers' module has, as it was before anything of Liger's was put into it."""
-    return dict(vars(sys.modules[name]))
+    return dict(vars(module))
 
 
-def restore(model) -> None:
-    """Give all models of this one's family transformers' own rotary embedding again."""
-    name = class_of(model).__module__
-    vars(sys.modules[name]).update(originals(name))
+def restore(model):
+    """Give all models of this one's family transformers' own rotary embedding again; return its module."""
+    module = sys.modules[class_of(model).__module__]
+    vars(module).update(originals(module))
+    return module
 
 
 def try_layers(probe, plain, run, norms: bool = True) -> Verdict:

@@ -184,37 +184,33 @@ def try_graph(model) -> Verdict:
     """Tell whether a step can be recorded here, and then gives what it gives by itself."""
     if model.device.type != "cuda":
         return missing("需要 GPU")
-    ids = torch.arange(100, 120, device=model.device)[None]  # [1, 20]
-    decoder = Decoder(model, ids, torch.arange(20, device=model.device)[None])
-    for token in ids[0, :WARM_UP]:
-        decoder.advance(token[None])
-    return decoder.verdict
+    take_steps(model)
+    return Decoder.verdict
 
 
 @torch.inference_mode()
-def fuse(model) -> Verdict:
+def fuse(model) -> None:
     """Give `model`, which is to be asked, norms of one kernel, and Liger's rotary embedding and SwiGLU where
-    a small model's logits are then the same; return the verdict on these."""
+    they were seen to run on a model of one layer, in a graph too, and to give the same."""
     fused.fuse_norms(model)
-    if verdict := fused.layers_missing(model):
-        return verdict
-    probe = fused.shrink(model).eval()
-    run = partial(step_twice, probe)
-    verdict = fused.try_layers(probe, attempt(run), run, norms=False)
+    if not (verdict := fused.layers_missing(model)):
+        probe = fused.shrink(model).eval()
+        run = partial(take_steps, probe)
+        verdict = fused.try_layers(probe, attempt(run), run, norms=False)
     if verdict.runs:
         fused.fuse_layers(model, norms=False)
-    return verdict
+    elif verdict.expected:
+        print(f"（生成时没有用 Liger 的融合算子：{verdict.why}）", file=sys.stderr)
 
 
-def step_twice(model) -> list[torch.Tensor]:
-    """Return the logits [2, vocabulary] after two prompts of 20 and 15 tokens, and after a token more."""
+def take_steps(model) -> list[torch.Tensor]:
+    """Return the logits [2, vocabulary] after two prompts, at other positions, and WARM_UP tokens more; where
+    there are graphs the last step is one."""
     ids = torch.arange(40, device=model.device).view(2, 20)
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0  # padding
-    decoder = Decoder(model, ids, (mask.cumsum(-1) - 1).clamp(min=0), mask)
-    after_prompt, decoder.capturable = decoder.logits, False
-    decoder.advance(ids[:, 0])
-    return [after_prompt, decoder.logits]
+    decoder = Decoder(model, ids, ids % 20 + ids // 20 * 5)  # the second row's as after padding
+    for token in ids.T[:WARM_UP]:
+        decoder.advance(token)
+    return [decoder.logits]
 
 
 def decode(

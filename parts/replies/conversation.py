@@ -2,7 +2,6 @@
 reply as it is written. Knows a console, not where the model comes from."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -71,9 +70,7 @@ class Conversation:
         # One reply at a time: all draw from the same random numbers, and a CUDA graph is captured alone.
         self.worker = ThreadPoolExecutor(1)
         if fast_kernels and model.device.type == "cuda":
-            verdict = generate.fuse(model)
-            if verdict.expected and not verdict.runs:
-                print(f"（生成时没有用 Liger 的融合算子：{verdict.why}）", file=sys.stderr)
+            generate.fuse(model)
         transformers.set_seed(seed)
 
     def stream(self, messages: generate.Messages) -> Iterator[Reply]:

@@ -13,21 +13,19 @@ from parts.terminal import is_out_of_memory
 from parts.training.safe_trainer import same_random_states
 
 
-def answer(
-    model, tokenizer, rows: list[dict], to_messages, tokens: int, fast_kernels: bool, stop=None
-) -> list[str]:
+def answer(trainer, rows: list[dict], to_messages, tokens: int, stop=None) -> list[str]:
     """Return one text for each of `rows`: its question, and a reply of at most `tokens` tokens. A question
     comes after its history, as `to_messages(question, history=…)` puts it. All are asked in one batch,
     without thinking where no row has any; `stop()` is asked at each token, and cuts them off."""
+    model, tokenizer = trainer.model, trainer.processing_class
     conversations = [to_messages(row["question"], history=row.get("history")) for row in rows]
     thinking = any(row["think"] for row in rows)
     # Under --full_determinism top-p's sums would raise: on CUDA torch has no order for them.
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        replies = generate.generate(
-            model, tokenizer, conversations, tokens, thinking, stop=stop, fast_kernels=fast_kernels
-        )
+        how = {"stop": stop, "fast_kernels": trainer.args.fast_kernels}
+        replies = generate.generate(model, tokenizer, conversations, tokens, thinking, **how)
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
@@ -77,10 +75,8 @@ class Samples(transformers.TrainerCallback):
         try:
             with same_random_states(device):
                 torch.manual_seed(args.seed)
-                asked = (model, self.trainer.processing_class, self.rows, self.to_messages, self.tokens)
-                return answer(
-                    *asked, args.fast_kernels, stop=lambda: self.stop_requested() or time.monotonic() > end
-                )
+                asked = (self.trainer, self.rows, self.to_messages, self.tokens)
+                return answer(*asked, stop=lambda: self.stop_requested() or time.monotonic() > end)
         finally:
             self.trainer.last_hidden = None  # the hook has kept what the replies passed through
             model.set_attn_implementation(attention)

@@ -92,23 +92,20 @@ def step_on_rows(optimizer) -> list[DTensor]:
     The arithmetic is the same. But each operation on a DTensor costs some 20 us of Python, and optimizers'
     kernels do not know them.
     """
-    pairs = []
+    weights, rows = [], []
     for group in optimizer.param_groups:
-        rows = [torch.nn.Parameter(p.detach().to_local()) for p in group["params"]]
-        pairs += zip(group["params"], rows)
-        group["params"] = rows
+        weights += group["params"]
+        group["params"] = [torch.nn.Parameter(p.detach().to_local()) for p in group["params"]]
+        rows += group["params"]
 
     def lend_gradients(*_) -> None:
-        for weight, rows in pairs:
-            rows.grad = None if weight.grad is None else weight.grad.to_local()
-
-    def forget_gradients(*_) -> None:
-        for _, rows in pairs:  # else they would live on when the weights' are dropped
-            rows.grad = None
+        for weight, own in zip(weights, rows):
+            own.grad = None if weight.grad is None else weight.grad.to_local()
 
     optimizer.register_step_pre_hook(lend_gradients)
-    optimizer.register_step_post_hook(forget_gradients)
-    return [weight for weight, _ in pairs]
+    # Else they would live on when the weights' gradients are dropped.
+    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    return weights
 
 
 def gather_states(optimizer, weights: list[DTensor], first: bool) -> dict:
@@ -121,8 +118,8 @@ def gather_states(optimizer, weights: list[DTensor], first: bool) -> dict:
         p, state = weights[i], dict(state)
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == p.to_local().shape:
-                size = {"shape": p.shape, "stride": p.stride()}
-                state[name] = DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, **size)
+                cut_as = (p.device_mesh, p.placements)
+                state[name] = DTensor.from_local(value, *cut_as, shape=p.shape, stride=p.stride())
         gathered[i] = collect(state, first)
     return states | {"state": gathered}  # a new dict: state_dict() gives the optimizer's own
 

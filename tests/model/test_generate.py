@@ -183,7 +183,7 @@ def test_graphs_are_for_gpus_and_replies_that_are_not_short(model):
     assert generate.fast_loop(model, generate.SHORT_REPLY - 1) is None
 
 
-@pytest.mark.parametrize(("kind", "norms"), [("Qwen3", 2 * 4 + 1), ("Qwen2", 2 * 2 + 1)])
+@pytest.mark.parametrize(("kind", "norms"), [("Qwen3", 2 * 4 + 1), ("Qwen2", 2 * 2 + 1), ("Llama", 2 * 2 + 1)])
 @torch.inference_mode()
 def test_fused_norms_change_no_logits(kind, norms):
     model = build_model(torch.float32, 2, SMALL | {"vocab_size": 4096}, kind).eval()
