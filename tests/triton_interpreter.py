@@ -1,5 +1,6 @@
 """Triton's kernels on a CPU: Liger's layers and optimi's step, which training and replies take on a GPU, run by
-Triton's interpreter through the very probes that choose them there. It prints {probe: [it agrees, why]}.
+Triton's interpreter (3.7.1 and 3.9.0 were tried) through the very probes that choose them there. It prints
+{probe: [it agrees, why]}.
 
     python tests/triton_interpreter.py             # 20 seconds; tests/machine/test_triton.py runs it
 
