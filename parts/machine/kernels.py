@@ -108,10 +108,9 @@ def try_step(name: str, device: torch.device, triton: bool = False) -> Verdict:
     if package == "torchao":
         # torchao compiles its step; without this line a person would take the program for hung.
         print("检查 8 位优化器：第一次要编译，可能要一两分钟……", flush=True)
-    share = attempt(optimizers.share_of_way, name, device, triton)
-    if isinstance(share, Exception):
-        return Verdict(False, fused.reason(share))
-    deviation = abs(share - 1)
+    deviation = attempt(optimizers.deviation, name, device, triton)
+    if isinstance(deviation, Exception):
+        return Verdict(False, fused.reason(deviation))
     # bfloat16's moments explain 0.1 %, which was seen on a CPU; 8-bit states round more.
     most = 0.005 if name == "kahan" else ROUNDING
     return Verdict(deviation < most, f"与算式相差 {deviation:.1%}")

@@ -17,15 +17,14 @@ def answer(trainer, rows: list[dict], to_messages, tokens: int, stop=None) -> li
     """Return one text for each of `rows`: its question, and a reply of at most `tokens` tokens. A question
     comes after its history, as `to_messages(question, history=…)` puts it. All are asked in one batch,
     without thinking where no row has any; `stop()` is asked at each token, and cuts them off."""
-    model, tokenizer = trainer.model, trainer.processing_class
     conversations = [to_messages(row["question"], history=row.get("history")) for row in rows]
     thinking = any(row["think"] for row in rows)
     # Under --full_determinism top-p's sums would raise: on CUDA torch has no order for them.
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        how = {"stop": stop, "fast_kernels": trainer.args.fast_kernels}
-        replies = generate.generate(model, tokenizer, conversations, tokens, thinking, **how)
+        asked = (trainer.model, trainer.processing_class, conversations, tokens, thinking)
+        replies = generate.generate(*asked, stop=stop, fast_kernels=trainer.args.fast_kernels)
     finally:
         torch.use_deterministic_algorithms(deterministic)
 

@@ -25,10 +25,10 @@ WEIGHT_GB = 3.44  # of Qwen3-1.7B in bfloat16, all of it read at each step
 BANDWIDTH = 4300  # GB/s of an H200, measured
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}  # Qwen3's while thinking
 
-ARMS = {  # name -> (rows, our loop, torch's norms)
+ARMS = {  # name -> (rows, our loop, fused layers)
     "generate, 1 question": (1, False, False),
-    "generate, 1 question, fused norms": (1, False, True),
-    "ours without fused norms, 1 question": (1, True, False),
+    "generate, 1 question, fused layers": (1, False, True),
+    "ours without fused layers, 1 question": (1, True, False),
     "ours, 1 question": (1, True, True),
     "generate, 64 questions": (64, False, False),
     "ours, 64 questions": (64, True, True),

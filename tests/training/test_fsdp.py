@@ -98,6 +98,7 @@ def step(file: str) -> None:
     optimizer = kahan(model)
     parts = sharding.step_on_rows(optimizer)
     gathered = sharding.gather_states(take_steps(model, optimizer), parts, first)
+    assert all(p.grad is None for p in optimizer.param_groups[0]["params"])  # else a step's gradients would stay
     if first:
         torch.save(gathered, "states.pt")
     torch.distributed.barrier()
