@@ -104,7 +104,7 @@ def test_an_interrupted_run_from_an_adapter_continues_to_the_same_weights(interr
     [
         ({"lora_rank": 16}, "--lora_rank 16：适配器 lora 是 8；请去掉 --lora_rank。"),
         ({"target_modules": ["q_proj"]}, "--target_modules ['q_proj']：适配器 lora 是 "),
-        ({"adapter": "full"}, "--adapter full 不能接着训练（"),
+        ({"adapter": "full"}, "--adapter full 不是 LoRA 适配器；"),
         ({"adapter": "lora/checkpoint-2", "output_dir": "lora"}, "--adapter lora/checkpoint-2 在 --output_dir lora 里"),
         ({"model_name": "other"}, "lora 的适配器不是在现在的 other 上训练的"),
     ],

@@ -5,6 +5,7 @@ in."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -212,6 +213,16 @@ def read_settings(folder: Path) -> dict[str, object]:
     if "optimizer" in settings:
         settings["optimizer"] = RENAMED.get(settings["optimizer"], settings["optimizer"])
     return settings
+
+
+def read_base_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 of the weights that the adapter in `folder` was trained on, by its run or else its
+    card, as run.json is not uploaded; None, with a line that says so, for an adapter from elsewhere."""
+    card, told = folder / "README.md", None
+    if card.is_file() and not (folder / RUN_FILE).is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        told = re.search(rf"{checkpoints.BASE_SHA256} \| (\w+)", text)
+    return told[1] if told else read_settings(folder).get("model_sha256")
 
 
 def refuse_changes(folder: Path, old: dict, now: dict) -> None:

@@ -87,7 +87,7 @@ TABLE = (  # under the headings of --help
     Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
     Flag("ddp_timeout", int, "最多等待其他进程多少秒（默认 7200）", ABOVE_0),
     "LoRA",
-    Flag("adapter", str, "接着训练这个文件夹里的 LoRA：秩、缩放、层和基础模型取自它"),
+    Flag("adapter", str, "接着训练这个 LoRA（文件夹或 hub 上的名称）：秩、缩放、层和基础模型取自它"),
     Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
     Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
     Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
