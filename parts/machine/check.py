@@ -136,5 +136,6 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
     verdicts |= kernels.require(trainer.model, args.load_in_4bit)
     # Last, as the trainer cannot go on afterwards: the graph needs the optimizer's memory.
     model = trainer.release()
-    verdicts["生成的 CUDA graph"] = missing("不支持分片的模型") if args.fsdp else generate.try_graph(model)
-    return verdicts
+    off = missing("不支持分片的模型") if args.fsdp else kernels.OFF
+    usable = args.fast_kernels and not args.fsdp
+    return verdicts | {"生成的 CUDA graph": generate.try_graph(model) if usable else off}

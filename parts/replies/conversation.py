@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 
 from parts import terminal
-from parts.model import fused, generate
+from parts.model import generate
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 
 TOKEN_LENGTH = 16  # characters: on average no text has tokens as long, but for runs of spaces
@@ -70,9 +70,9 @@ class Conversation:
         self.closed = Event()
         # One reply at a time: all draw from the same random numbers, and a CUDA graph is captured alone.
         self.worker = ThreadPoolExecutor(1)
-        transformers.set_seed(seed)
         if fast_kernels and model.device.type == "cuda":
-            fused.fuse_norms(model)
+            generate.fuse(model)
+        transformers.set_seed(seed)
 
     def stream(self, messages: generate.Messages) -> Iterator[Reply]:
         """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends

@@ -69,7 +69,7 @@ TABLE = (  # under the headings of --help
     Flag("checkpoint_every", int, "每几层重算一层，0 不重算，1 全部重算（默认按显存规划）", FROM_0),
     Flag("offload_activations", bool, "重算的层的输入放到内存（默认按显存规划）"),
     Flag("optimizer", OPTIMIZERS, "bfloat16 权重的优化器（默认按显存规划）"),
-    Flag("fast_kernels", bool, "使用本机可用的快速算子（默认 true）"),
+    Flag("fast_kernels", bool, "使用本机可用的快速算子和 CUDA graph（默认 true）"),
     Flag("full_logits", bool, "用 transformers 自带的损失，仅供对比（默认 false）"),
     Flag("check", bool, "只检查这台机器能否训练、速度如何，不训练"),
     Flag("rehearse", bool, "训练前先预演最大的一步（默认有 GPU 时预演）"),

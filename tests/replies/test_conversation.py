@@ -17,7 +17,7 @@ from rich.console import Console
 import data
 import inference
 from parts import terminal
-from parts.model import encoding, fused, weights
+from parts.model import encoding, weights
 from parts.model.encoding import encode_messages, split_reply
 from parts.replies.conversation import Conversation, print_stream
 
@@ -145,14 +145,14 @@ def test_a_model_that_cannot_do_without_thinking_is_not_asked_to(tiny_model, fol
 def test_fast_kernels_are_one_switch(model, tokenizer, monkeypatch):
     """Without it no layer is another one, and the loop is transformers'."""
     used = []
-    monkeypatch.setattr(fused, "fuse_norms", lambda model: used.append("norms"))
+    monkeypatch.setattr("parts.model.generate.fuse", lambda _: used.append("layers"))
     monkeypatch.setattr("parts.model.generate.fast_loop", lambda *_: used.append("loop"))
     for fast in (True, False):
         converse(model, tokenizer, most=2, fast_kernels=fast).ask("头痛？")
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where norms are fused
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # where layers are fused
     for fast in (True, False):
         converse(model, tokenizer, fast_kernels=fast)
-    assert used == ["loop", "norms"]
+    assert used == ["loop", "layers"]
 
 
 def test_a_reply_streams_as_it_is_written_and_comes_whole_at_last(model, thinking_only):

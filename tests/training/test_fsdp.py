@@ -95,12 +95,15 @@ def step(file: str) -> None:
     first = not torch.distributed.get_rank()
     model = build_halves()
     sharding.shard(model, CPU, 2)
-    gathered = sharding.gather_states(take_steps(model, kahan(model)), first)
+    optimizer = kahan(model)
+    parts = sharding.step_on_rows(optimizer)
+    gathered = sharding.gather_states(take_steps(model, optimizer), parts, first)
+    assert all(p.grad is None for p in optimizer.param_groups[0]["params"])  # else a step's gradients would stay
     if first:
         torch.save(gathered, "states.pt")
     torch.distributed.barrier()
     optimizer = kahan(model)
-    sharding.load_states(optimizer, "states.pt")
+    sharding.load_states(optimizer, sharding.step_on_rows(optimizer), "states.pt")
     take_steps(model, optimizer)
     gathered = sharding.collect(sharding.trained_of(model), first)
     if first:
