@@ -46,7 +46,7 @@ def arguments(**changes):
             if (sorted(given) if isinstance(given, list) else given) != value:
                 flags.refuse(f"--{name} {given}：适配器 {path} 是 {value}；请去掉 --{name}")
         if "model_name" not in changes:
-            own["model_name"], own["model_revision"] = weights.read_base(path)
+            own["model_name"], own["model_revision"] = weights.read_base(path, changes["adapter"])
         settings = "，".join(f"{name} {value}" for name, value in own.items())
         print(f"从适配器 {path} 接着训练：{terminal.shorten(settings, 300)}")
         changes = own | changes | {"adapter": path}
@@ -54,12 +54,16 @@ def arguments(**changes):
 
 
 def read_adapter(name: str) -> tuple[str, dict]:
-    """Return the folder of the adapter that `name` means, a training's folder or one that peft wrote, and
-    its OWN, {flag: value}. Raises SystemExit unless it is a plain LoRA in safetensors."""
+    """Return the folder of the adapter that `name` means, a training's folder, one that peft wrote or a hub's
+    name, and its OWN, {flag: value}. Raises SystemExit unless it is a plain LoRA in safetensors."""
     import peft
 
+    from parts.model import weights
+
+    path = str(weights.find_local(name) or weights.find_folder(name, "检查 --adapter"))
+    if not Path(path, checkpoints.ADAPTER_CONFIG).is_file():
+        flags.refuse(f"--adapter {name} 不是 LoRA 适配器；如果是完整的模型，请改用 --model_name {name}")
     try:
-        path = str(checkpoints.find_trained(name) if checkpoints.holds_adapter(name) else Path(name))
         Path(path, checkpoints.ADAPTER_WEIGHTS).stat()  # which raises for the only weights that are read here
         plain = peft.LoraConfig(task_type="CAUSAL_LM").to_dict()
         config = plain | json.loads(Path(path, checkpoints.ADAPTER_CONFIG).read_bytes())

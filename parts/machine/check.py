@@ -81,7 +81,7 @@ def find_model(args):
     # Nothing is downloaded: a person wants to know first whether this card is worth the gigabytes.
     path = None if local or not hub.split(name) else weights.find_downloaded(name, revision)
     if local or path:
-        path = str(path or weights.find_model(name, "", revision))
+        path = weights.find_model(str(path or name), "", None if path else revision)
         print(f"模型：{path}")
         tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)

@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import warnings
-from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -21,8 +20,8 @@ from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
-from parts.run.folder import read_settings
-from parts.terminal import first_line
+from parts.run.folder import read_base_sha256
+from parts.terminal import explain_failed_import, first_line
 
 # Dense decoders of text, by the model_type of their config.json, that tests/model/test_families.py proves to
 # be trained rightly here. The proof fails for gemma2, granite and cohere, which scale or cap their logits,
@@ -135,6 +134,7 @@ def load_tokenizer(path: str):
             raise ValueError(f"没有 {END_OF_TURN}")
         encode_messages(tokenizer, PROBE, prompt_only=True)
     except Exception as error:  # tokenizers and jinja raise what they like
+        explain_failed_import(error)
         remedy = "请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
         raise SystemExit(f"错误：{path} 里的分词器不能用（{first_line(error)}）；{remedy}") from None
     # A base model, such as Qwen3-1.7B-Base, names <|endoftext|>, at which no reply would end.
@@ -176,7 +176,8 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit=False, o
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():  # a broken one was passed over without a word
             transformers.GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # each field of a configuration has errors of its own
+        explain_failed_import(error)
         reason = f"{path} 里的模型无法读取（{first_line(error)}）"
         raise SystemExit(f"错误：{reason}；请重新下载或重新训练。") from None
     if not (in_4bit or on_cpu):
@@ -203,7 +204,7 @@ def load(trained: Trained, device: torch.device | None = None):
             model = peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = f"{trained.path} 的适配器无法加载到 {trained.base} 上（{first_line(error)}）"
-            raise SystemExit(f"错误：{reason}；请重新运行 python train_lora.py") from None
+            raise SystemExit(f"错误：{reason}；请换一个适配器，或重新运行 python train_lora.py") from None
     tokenizer = load_tokenizer(trained.path)
     settle_generation(model, tokenizer)
     return model, tokenizer
@@ -234,12 +235,13 @@ def settle_generation(model, tokenizer) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a downloaded model is complete: it has what belongs beside the weights, all weight files
-    of the index, each as long as its own header says, and no download of it was cut off."""
+    """Tell whether a downloaded model or adapter is complete: it has what belongs beside the weights, all
+    weight files of the index, each as long as its own header says, and no download of it was cut off."""
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
     try:
-        for name in weight_files(folder):
+        for name in [ADAPTER_WEIGHTS] if is_adapter else weight_files(folder):
             safe_open(folder / name, "pt")  # which compares the header with the file's length
-        complete = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
+        complete = is_adapter or all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
         return complete and not any(folder.rglob("*.incomplete"))  # clients download into these
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
@@ -253,7 +255,17 @@ def find_downloaded(name: str, revision: str | None) -> Path | None:
 
 
 def find_model(name: str, remedy: str, revision: str | None = None, to_train: bool = False) -> str:
-    """Return the folder of the model `name`, which is a local folder or a hub's name.
+    """Return the folder of the model `name`, as find_folder does. Raises SystemExit for an adapter too."""
+    folder = find_folder(name, remedy, revision, to_train)
+    if Path(folder, ADAPTER_CONFIG).is_file():
+        command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+        reason = f"{name} 是 LoRA 适配器，不是完整的模型"
+        raise SystemExit(f"错误：{reason}；接着训练用 train_lora.py --adapter，其他用途先合并：{command}")
+    return folder
+
+
+def find_folder(name: str, remedy: str, revision: str | None = None, to_train: bool = False) -> str:
+    """Return the folder of the model or the adapter `name`, which is a local folder or a hub's name.
 
     A hub's client downloads it; where the hub cannot be reached, a complete earlier download will do.
     `remedy` says what else could be done where that fails. A model that is `to_train` is refused before its
@@ -262,10 +274,6 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
         if revision:
             raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
-        if Path(name, ADAPTER_CONFIG).is_file():
-            command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-            reason = f"{name} 是 LoRA 适配器，不是完整的模型"
-            raise SystemExit(f"错误：{reason}；接着训练用 train_lora.py --adapter，其他用途先合并：{command}")
         if hub.split(name) and not any(Path(name).glob("*.safetensors")):
             # The hub's model may be meant: a folder of the same name is not passed over in silence.
             remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
@@ -276,12 +284,13 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
         kinds = "既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）"
         raise SystemExit(f"错误：找不到模型 {name}：{kinds}。{hub.forms(name)}")
 
-    def choose(names: list[str]) -> list[str]:
+    def choose(names: list[str], fetch) -> list[str]:
+        if to_train and hub.CONFIG in names:
+            check_family(fetch(hub.CONFIG).parent, name)
         return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
 
-    look = partial(check_family, name=name) if to_train else None
     try:
-        return str(hub.download(name, "model", remedy, choose, revision=revision, look=look)[0])
+        return str(hub.download(name, "model", remedy, choose, revision=revision)[0])
     except hub.Unreachable:
         folder = find_downloaded(name, revision)
         if not folder:
@@ -310,12 +319,12 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
     # A local model with a revision goes on to find_model, which refuses it.
     local = find_local(name) if adapter or not revision else None
-    path = str(local or find_model(name, "检查 --model_path", revision))
+    path = str(local or find_folder(name, "检查 --model_path", revision))
     if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
         raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
     if not Path(path, ADAPTER_CONFIG).is_file():
         return Trained(path)
-    base, trained_revision = read_base(path)
+    base, trained_revision = read_base(path, name)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = find_model(base, remedy, revision if local and revision else trained_revision)
     require_base(path, base, base_path)
@@ -326,16 +335,17 @@ def require_base(path: str, base: str, base_path: str, sha256: str | None = None
     """Raise SystemExit where the adapter in `path` was trained on another base than that in `base_path`,
     which the user calls `base`. `sha256`: of its weights, where that is known already."""
     # Another base of the same shape would load without an error. An adapter from elsewhere has no record.
-    expected = read_settings(run_folder(path)).get("model_sha256")
+    expected = read_base_sha256(run_folder(path))
     if expected and (actual := sha256 or checkpoints.weights_sha256(base_path)) != expected:
         reason = f"{path} 的适配器不是在现在的 {base} 上训练的"
         sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
         raise SystemExit(f"错误：{reason}（{sums}）；请放回原来的基础模型（训练时用 --model_name 指定）。")
 
 
-def read_base(path: str) -> tuple[str, str | None]:
-    """Return the name or folder, and the revision, of the base model of the adapter in `path`. A folder of
-    another machine stands for the hub's model of that name, where `require_base` can compare it."""
+def read_base(path: str, name_of_adapter: str) -> tuple[str, str | None]:
+    """Return the name or folder, and the revision, of the base model of the adapter in `path`, which the user
+    calls `name_of_adapter`. A folder of another machine stands for the hub's model of that name, where
+    `require_base` can compare it; what tells no hub is on the adapter's."""
     config = Path(path, ADAPTER_CONFIG)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
@@ -343,9 +353,11 @@ def read_base(path: str) -> tuple[str, str | None]:
         if not (os.path.isdir(base) or hub.split(base)):
             # Windows' paths have either slash. ModelScope's cache writes a dot as three underscores.
             name = "/".join(PureWindowsPath(base).parts[-2:]).replace("___", ".")
-            if not hub.split(name) or not read_settings(run_folder(path)).get("model_sha256"):
+            if not hub.split(name) or not read_base_sha256(run_folder(path)):
                 raise ValueError(f"找不到基础模型 {base}")
             print(f"提示：这台机器上没有 {base}，改用 {name}，并核对权重的 SHA-256。", flush=True)
+        if name_of_adapter.startswith("hf://") and "://" not in name and not os.path.isdir(name):
+            name = f"hf://{name}"
         return name, None if os.path.isdir(name) else settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "请把其中的 base_model_name_or_path 改为基础模型的文件夹或名字"

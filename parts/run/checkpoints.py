@@ -17,6 +17,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FINISHED_MARK = "trainer_state.json"
 # The settings of a run, written before its first checkpoint: who continues one is compared with them.
 RUN_FILE = "run.json"
+BASE_SHA256 = "基础权重的 SHA-256"  # a row of the model card, which travels where run.json does not
 # {file: [bytes, sha256]} of a checkpoint, written into it last: one without it was cut off.
 MANIFEST = "manifest.json"
 

@@ -15,6 +15,11 @@ OPTIMIZERS = ("kahan", "8bit", "8bit_in_backward", "adamw")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
 
+# What launchers set: torchrun all of the first, mpirun and srun one of the second, with a number above 1.
+LAUNCHER = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+SIZES = "WORLD_SIZE OMPI_COMM_WORLD_SIZE PMI_SIZE MV2_COMM_WORLD_SIZE SLURM_STEP_NUM_TASKS".split()
+
+
 class Limit(NamedTuple):
     """What a number may be."""
 
@@ -87,7 +92,7 @@ TABLE = (  # under the headings of --help
     Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
     Flag("ddp_timeout", int, "最多等待其他进程多少秒（默认 7200）", ABOVE_0),
     "LoRA",
-    Flag("adapter", str, "接着训练这个文件夹里的 LoRA：秩、缩放、层和基础模型取自它"),
+    Flag("adapter", str, "接着训练这个 LoRA（文件夹或 hub 上的名称）：秩、缩放、层和基础模型取自它"),
     Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
     Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
     Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
@@ -120,6 +125,8 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
     check(values)
     require_packages(values)
     terminal.say_loading()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # where another one never comes, one sees who is waited for
+        print("等 {WORLD_SIZE} 个进程在 {MASTER_ADDR}:{MASTER_PORT} 会合".format_map(os.environ), flush=True)
     return given
 
 
@@ -176,9 +183,13 @@ def check(values: Mapping[str, object]) -> None:
 def check_launch(values: Mapping[str, object]) -> None:
     """Raise SystemExit for a launcher that tells a process too little or would cut the model itself, and for
     what does not go with --fsdp."""
-    count, launched = int(os.environ.get("WORLD_SIZE") or 1), "LOCAL_RANK" in os.environ
-    if count > 1 and not launched:  # each process would train alone, and all would write into one folder
-        refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
+    launched = "LOCAL_RANK" in os.environ
+    found = [name for name in SIZES if os.environ.get(name, "") not in ("", "0", "1")]
+    lacking = [name for name in LAUNCHER if not os.environ.get(name)]
+    # Each process would train alone, and all would write into one folder; or they would wait for each other.
+    if (found or launched) and lacking:
+        name = (*found, "LOCAL_RANK")[0]
+        refuse(f"有环境变量 {name}={os.environ[name]}，却没有 {'、'.join(lacking)}；请用 torchrun，或去掉它")
     # What accelerate launch sets for its own --use_fsdp and --use_deepspeed
     cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     if launched and "true" in cuts:
@@ -187,7 +198,7 @@ def check_launch(values: Mapping[str, object]) -> None:
         )
     if not values.get("fsdp"):
         return
-    if count < 2:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         refuse("--fsdp：模型分给几张卡，要用 torchrun 启动：torchrun --nproc_per_node 2 train.py --fsdp true")
     for name in ("load_in_4bit", "full_logits", "eval_samples"):
         if values.get(name):

@@ -253,8 +253,14 @@ def test_a_weight_that_is_no_number_in_one_part_stops_all(folder, tiny_model):
 
 def test_what_does_not_go_with_a_cut_model_is_refused(monkeypatch):
     helpers.refused("--fsdp：模型分给几张卡，要用 torchrun 启动~", flags_of.check, {"fsdp": True})
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     for name, value in {"load_in_4bit": True, "optimizer": "8bit"}.items():
         helpers.refused(f"--{name}~ 不能和 --fsdp 一起用。", flags_of.check, {"fsdp": True, name: value})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
