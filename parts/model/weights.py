@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
+from parts.model.precision import best_dtype, require_range
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from parts.run.folder import read_base_sha256
@@ -88,29 +89,6 @@ def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device computes in it; else float16 on a GPU, for weights that are not
-    trained, and float32 elsewhere."""
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        has_bf16 = device.type == "npu"
-    if has_bf16:
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
-
-
-def overflows(model) -> bool:
-    """Tell whether numbers inside the model are too large for its dtype. float16 ends at 65,504, which is too
-    little for Qwen2-1.5B (QwenLM/Qwen3#826)."""
-    # The largest ones belong to the first token, whatever it is, and from there spoil all others.
-    ids = torch.arange(100, 120, device=model.device)[None]  # [1, 20]
-    with torch.inference_mode():
-        return not model(input_ids=ids, logits_to_keep=1).logits.isfinite().all()
-
-
 def quiet_libraries() -> None:
     """Keep off the screen what libraries tell each other: progress of files, deprecations, tied weights."""
     transformers.utils.logging.disable_progress_bar()
@@ -157,7 +135,7 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit=False, o
     device = device or accelerate.PartialState().device
     # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Its products would be added up in float16, which overflows sooner.
+    # Products of float16 would be added up in float16, which overflows sooner.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if not any(Path(path).glob("*.safetensors")):
         reason = "没有 safetensors 格式的权重（其他格式可能执行代码，不会读取）"
@@ -183,12 +161,8 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit=False, o
     if not (in_4bit or on_cpu):
         model.to(device)
     model.eval()
-    if model.dtype == torch.float16 and overflows(model):
-        if dtype:  # it stands among the run's settings already
-            remedy = "请加 --fast_kernels false，用 float32 训练，或换一个模型"
-            raise SystemExit(f"错误：{path} 的中间结果超出 float16 的范围；{remedy}。")
-        print(f"提示：{path} 的中间结果超出 float16 的范围，改用 float32。", flush=True)
-        model.float()
+    if model.dtype == torch.float16:
+        require_range(model, path, for_training=dtype is not None)
     return model
 
 
