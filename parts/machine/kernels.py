@@ -10,7 +10,6 @@ import torch
 
 from parts.model import fused
 from parts.model.fused import ROUNDING, Verdict, attempt, compare, missing
-from parts.model.weights import best_dtype
 from parts.training import optimizers, packing
 from parts.training.packing import LinearCrossEntropy
 
@@ -85,7 +84,7 @@ def try_step(name: str, device: torch.device, triton: bool = False) -> Verdict:
     package = "triton" if triton else "torchao" if name.startswith("8bit") else "optimi"
     if importlib.util.find_spec(package) is None or triton and device.type != "cuda":
         return missing("需要 GPU 和 triton" if triton else f"没有 {package}，请先运行 pip install {package}")
-    if device.type == "cuda" and best_dtype(device) != torch.bfloat16:
+    if device.type == "cuda" and fused.best_dtype(device) != torch.bfloat16:
         return missing("这张卡不支持 bfloat16")
     if package == "torchao":
         # torchao compiles its step; without this line a person would take the program for hung.

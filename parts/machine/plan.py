@@ -15,7 +15,7 @@ import rich.console
 import rich.table
 import torch
 
-from parts.model.weights import head_dim
+from parts.model.fused import head_dim
 from parts.training.optimizers import OPTIMIZERS, state_bytes
 from parts.training.packing import LOGIT_BYTES, LOSS_BYTES, repeats_heads
 

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
-from parts.model.precision import best_dtype, require_range
+from parts.model.fused import best_dtype, require_range
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from parts.run.folder import read_base_sha256
@@ -82,11 +82,6 @@ def attends_to_all(config) -> bool:
     if kinds := getattr(config, "layer_types", None):
         return set(kinds) == {"full_attention"}
     return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
-
-
-def head_dim(config) -> int:
-    """Return the size of one attention head, which Qwen2's configuration does not give."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def quiet_libraries() -> None:
