@@ -131,6 +131,9 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
         print(kernels.describe(fast))
     if args.use_cpu:
         print("没有找到 GPU，在 CPU 上训练：Qwen3-1.7B 会非常慢。")
+    if args.mixed_precision == "fp16":
+        frozen = "这张卡不支持 bfloat16：冻结的权重用 float16，适配器用 float32"
+        print(f"{frozen}。溢出的一步会跳过，梯度范数显示 inf 或 nan。")
 
     trainer = trainer_class(
         model=model,
@@ -218,7 +221,7 @@ def train(args, add_adapter=None, callbacks=()):
             # 2. Tokenizer. Is there a run to go on with? Nothing is written yet
             tokenizer, settings = load_tokenizer(args, base), None
             if state.is_local_main_process:  # checksums of gigabytes are made once on each machine
-                settings = folder.settings_of(args, base, data.SYSTEM_PROMPT, weights.best_dtype(args.device))
+                settings = folder.settings_of(args, base, data.SYSTEM_PROMPT, args.dtype)
                 if args.adapter:
                     weights.require_base(args.adapter, args.model_name, base, settings["model_sha256"])
             run.find(settings, vars(args), flags.OPTIMIZERS)
@@ -233,7 +236,7 @@ def train(args, add_adapter=None, callbacks=()):
 
             # 4. Model, adapter. The adapter's first weights are drawn before Trainer sets the seed
             transformers.set_seed(args.seed)
-            model = weights.load_weights(base, args.device, args.load_in_4bit, on_cpu=args.fsdp)
+            model = weights.load_weights(base, args.device, args.load_in_4bit, args.fsdp, args.dtype)
             weights.settle_generation(model, tokenizer)  # Trainer would do a part of it, with a long warning
             if add_adapter:
                 model = add_adapter(model, args)

@@ -84,6 +84,7 @@ def add_adapter(model, args):
     """Return a peft.PeftModel: `model`, frozen, with a trainable adapter on every linear layer but the output
     layer, or on the layers that are named. Raises SystemExit for a layer that the model does not have."""
     import peft
+    import torch
 
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
@@ -95,8 +96,10 @@ def add_adapter(model, args):
         use_dora=args.use_dora,
     )
     # Adapters in the weights' dtype: peft's float32 ones would make float32 copies of every layer's input.
+    # float16 alone is too coarse for what is trained.
+    in_float32 = model.dtype == torch.float16
     try:
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     except ValueError as error:
         cause = terminal.first_line(error)
         raise SystemExit(f"错误：--target_modules 无法使用（{cause}）；请改正层的名字。") from None

@@ -207,7 +207,7 @@ def build_trainer(model_path, tokenizer, lora=False, dtype=None, file="train.jso
 
     make = train_lora.arguments if lora else train.arguments
     args = make(**{"report_to": "none", "disable_tqdm": True, "logging_steps": 1} | changes)
-    model = load_weights(str(model_path), args.device, args.load_in_4bit)
+    model = load_weights(str(model_path), args.device, args.load_in_4bit, dtype=args.dtype)
     model = model.to(dtype) if dtype else model
     model = train_lora.add_adapter(model, args) if lora else model
     dataset = data.load_dataset(file, tokenizer, 2048)

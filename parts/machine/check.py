@@ -86,7 +86,7 @@ def find_model(args):
         tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
         weights.check_family(path, name, tokenizer)
-        return weights.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
+        return weights.load_weights(path, args.device, args.load_in_4bit, args.fsdp, args.dtype), tokenizer
     if args.fsdp:
         remedy = "请先下载，或去掉 --fsdp"
         raise SystemExit(f"错误：--check 和 --fsdp 一起用时需要模型，而 {name} 还没有下载；{remedy}。")
@@ -95,11 +95,11 @@ def find_model(args):
     print(f"模型：{name} 还没有下载，用形状相同的随机权重代替{note}")
     config = shape_of(name, **SMALL if shrunk else {})
     weights.quiet_libraries()
-    folder, dtype = str(Path(args.output_dir, "model")), weights.best_dtype(args.device)
+    folder = str(Path(args.output_dir, "model"))
     # Through files, as 4-bit weights are made when a model is loaded; drawn on the device, which is faster.
     with args.device:
-        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
-    return weights.load_weights(folder, args.device, args.load_in_4bit), None
+        transformers.AutoModelForCausalLM.from_config(config, dtype=args.dtype).save_pretrained(folder)
+    return weights.load_weights(folder, args.device, args.load_in_4bit, dtype=args.dtype), None
 
 
 def shape_of(name: str, **changes) -> transformers.Qwen3Config:

@@ -105,6 +105,8 @@ def try_step(name: str, device: torch.device, triton: bool = False) -> Verdict:
     package = "triton" if triton else "torchao" if name.startswith("8bit") else "optimi"
     if importlib.util.find_spec(package) is None or triton and device.type != "cuda":
         return missing("需要 GPU 和 triton" if triton else f"没有 {package}，请先运行 pip install {package}")
+    if device.type == "cuda" and fused.best_dtype(device) != torch.bfloat16:
+        return missing("这张卡不支持 bfloat16")
     if package == "torchao":
         # torchao compiles its step; without this line a person would take the program for hung.
         print("检查 8 位优化器：第一次要编译，可能要一两分钟……", flush=True)

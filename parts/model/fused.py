@@ -1,5 +1,6 @@
 """What training and asking share of fast paths: whether a fast form gives here what its plain form gives,
-norms as one kernel, and Liger's layers. It knows no plan, no flag and no prompt."""
+norms as one kernel, and Liger's layers; and in what a device computes best. It knows no plan, no flag and no
+prompt."""
 
 import copy
 import functools
@@ -12,11 +13,11 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from parts.model.weights import head_dim
 from parts.terminal import first_line, shorten
 
 ROUNDING = 0.03  # relative difference that bfloat16 explains; right kernels were under 0.01 on a CPU
 PROBE_VOCABULARY = 128  # of the small model on which kernels are tried
+PROBE_IDS = range(100, 120)  # ordinary tokens in every vocabulary here
 COMPILER = "没有 C 编译器，Linux 上可以 apt install gcc"
 HEADERS = "没有 Python.h，Linux 上可以 apt install python3-dev"
 
@@ -167,3 +168,42 @@ def outcome(probe, sizes: tuple[int, ...], **attention) -> list[torch.Tensor]:
     direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
     total = (hidden.float() * direction).sum()
     return [hidden.detach(), *torch.autograd.grad(total, list(decoder.parameters()))]
+
+
+def head_dim(config) -> int:
+    """Return the size of one attention head, which Qwen2's configuration does not give."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the device computes in it; else float16 on a GPU, for weights that are not
+    trained, and float32 elsewhere."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        has_bf16 = device.type == "npu"
+    if has_bf16:
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def require_range(model, path: str, for_training: bool) -> None:
+    """Make a float16 model that is to be asked float32 where its numbers are too large. Raises SystemExit
+    where it is to be trained: the dtype stands among the run's settings by then.
+
+    float16 ends at 65,504, which is too little for Qwen2-1.5B (QwenLM/Qwen3#826).
+    """
+    # The largest numbers belong to the first token, whatever it is, and from there spoil all others.
+    ids = torch.tensor([PROBE_IDS], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, logits_to_keep=1).logits
+    if logits.isfinite().all():
+        return
+    problem = f"{path} 的中间结果超出 float16 的范围"
+    if for_training:
+        remedy = "请加 --fast_kernels false，用 float32 训练，或换一个模型"
+        raise SystemExit(f"错误：{problem}；{remedy}。")
+    print(f"提示：{problem}，改用 float32。", flush=True)
+    model.float()

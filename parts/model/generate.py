@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 
 from parts.model import fused
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
-from parts.model.fused import Verdict, attempt, compare, missing
-from parts.model.weights import head_dim
+from parts.model.fused import Verdict, attempt, compare, head_dim, missing
 from parts.terminal import first_line
 
 # What Qwen advises for replies without thinking. While thinking the model's own generation settings hold.

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
+from parts.model.fused import best_dtype, require_range
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
 from parts.run.folder import read_base_sha256
@@ -83,22 +84,6 @@ def attends_to_all(config) -> bool:
     return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
-def head_dim(config) -> int:
-    """Return the size of one attention head, which Qwen2's configuration does not give."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device computes in it, else float32."""
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        has_bf16 = device.type == "npu"
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
 def quiet_libraries() -> None:
     """Keep off the screen what libraries tell each other: progress of files, deprecations, tied weights."""
     transformers.utils.logging.disable_progress_bar()
@@ -132,22 +117,25 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = False, on_cpu: bool = False):
-    """Return the model of a folder, in `best_dtype(device)` and eval mode, on `device` or where accelerate,
-    and so the Trainer, computes here.
+def load_weights(path: str, device: torch.device | None = None, in_4bit=False, on_cpu=False, dtype=None):
+    """Return the model of a folder in eval mode, on `device` or where accelerate, and so the Trainer,
+    computes here.
 
     `in_4bit`: its linear layers are in NF4, for training adapters on it. `on_cpu`: it stays in the CPU's
-    memory, from which it is cut for several devices. Raises SystemExit where the folder holds no complete
-    model in safetensors.
+    memory, from which it is cut for several devices. `dtype`: a training's; without one it is
+    `best_dtype(device)`, or float32 where that is too small for the model. Raises SystemExit where the folder
+    holds no complete model in safetensors, or the training's dtype is too small for it.
     """
     quiet_libraries()
     device = device or accelerate.PartialState().device
     # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # Products of float16 would be added up in float16, which overflows sooner.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if not any(Path(path).glob("*.safetensors")):
         reason = "没有 safetensors 格式的权重（其他格式可能执行代码，不会读取）"
         raise SystemExit(f"错误：{path} 里{reason}；请换一个模型。")
-    options = {"dtype": best_dtype(device), "output_loading_info": True}
+    options = {"dtype": dtype or best_dtype(device), "output_loading_info": True}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
@@ -167,7 +155,10 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
         raise SystemExit(f"错误：{reason}；请重新下载或重新训练。") from None
     if not (in_4bit or on_cpu):
         model.to(device)
-    return model.eval()
+    model.eval()
+    if model.dtype == torch.float16:
+        require_range(model, path, for_training=dtype is not None)
+    return model
 
 
 def load(trained: Trained, device: torch.device | None = None):

@@ -249,6 +249,8 @@ def refuse_changes(folder: Path, old: dict, now: dict) -> None:
     if not changes:
         return
     what, how = "未完成的训练", "请用原来的设置继续"
+    if changes == {"dtype": "dtype torch.float32 -> torch.float16"}:  # begun before float16 was used
+        how = "请加 --fast_kernels false 继续"
     if list(changes) == ["examples_per_step"]:  # with more or fewer processes than before
         how = f"请用 --per_device_train_batch_size 让所有进程每步合计仍是 {old['examples_per_step']} 条"
     remedy = f"{how}，或用 --output_dir 换一个文件夹重新训练"

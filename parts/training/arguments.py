@@ -12,6 +12,8 @@ gc.disable()  # it would look through what these imports build again and again: 
 import torch  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
+from parts.model import weights  # noqa: E402
+
 gc.enable()
 
 # Fields of TrainingArguments that are no flags, and act for those who call the training from Python
@@ -78,6 +80,8 @@ class Arguments(TrainingArguments):
         sharded, self.fsdp = self.fsdp, None  # accelerate would cut the model its own way, on GPUs only
         super().__post_init__()
         self.fsdp, self.fsdp_config = sharded, {}
+        # Derived, as Trainer's own class does it from its flag: float16 autocast, with a scaler of the loss.
+        self.mixed_precision = "fp16" if self.dtype == torch.float16 else "no"
         if self.world_size > 1:
             processes.agree(self.facts())
         if reason := environment.unusable(self.device, self.memory_gb):
@@ -111,6 +115,15 @@ class Arguments(TrainingArguments):
     @property
     def trains_adapter(self) -> bool:
         return self.lora_rank is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model's weights are loaded: float16 only for frozen ones."""
+        best = weights.best_dtype(self.device)
+        frozen = self.trains_adapter and not self.fsdp  # which wants one dtype for base and adapter
+        if best == torch.float16 and not (frozen and self.fast_kernels):
+            return torch.float32
+        return best
 
     @property
     def examples_per_step(self) -> int:

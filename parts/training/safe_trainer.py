@@ -126,7 +126,14 @@ class SafeTrainer(transformers.Trainer):
     def check_finite(self, numbers: dict[str, float]) -> None:
         """Raise SystemExit, before anything is saved, when one of these is infinite or no number: the weights
         are ruined, or will be at the next step."""
-        for name in ("loss", "grad_norm", "eval_loss", "weights"):
+        names, remedy = ["loss", "grad_norm", "eval_loss", "weights"], "更小的 --learning_rate"
+        if scaler := self.accelerator.scaler:
+            remedy += " 或 --fast_kernels false（float32）"
+            # A step that overflows in float16 is skipped, and the loss is scaled by half as much from then
+            # on. It starts at 65,536: after 17 steps in a row there is nothing left to gain.
+            if scaler.get_scale() >= 1:
+                names = ["eval_loss", "weights"]
+        for name in names:
             if not math.isfinite(numbers.get(name, 0)):
                 self.finish_checkpoint()
                 good = checkpoints.find_intact(self.args.output_dir)
@@ -136,7 +143,7 @@ class SafeTrainer(transformers.Trainer):
                 raise SystemExit(
                     f"错误：到第 {self.state.global_step} 步 {name} 成了 {numbers[name]}（学习率 {rate:g}），"
                     f"训练停止，这之后的权重没有保存。最近的好检查点：{good[-1] if good else '还没有'}。"
-                    "请用更小的 --learning_rate 和另一个 --output_dir 重新训练。"
+                    f"请用{remedy}，并换一个 --output_dir 重新训练。"
                 )
 
 

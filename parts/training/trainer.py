@@ -76,7 +76,8 @@ class PackedTrainer(SafeTrainer):
         DistributedDataParallel sees the pass."""
         inputs = self.for_attention(inputs)
         targets = inputs.pop("labels")[:, 1:]  # [B, T-1]: each position predicts the next token
-        model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
+        with self.accelerator.autocast():  # of float16, if any: a rehearsal's model has none of its own yet
+            model(**inputs, logits_to_keep=torch.empty(0, dtype=torch.long, device=targets.device))
         hidden, self.last_hidden = self.last_hidden, None
         positions = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # waits for the device, once
         weight = self.model.get_output_embeddings().weight  # [V, H]
