@@ -1,7 +1,6 @@
 """A checkpoint: undamaged or not, sealed with a manifest, found again, and whether the disk has room for it.
 It knows the files of an output folder, not the training that writes them, and imports no heavy library."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,9 +21,6 @@ FINISHED_MARK = "trainer_state.json"
 RUN_FILE = "run.json"
 # {file: [bytes, sha256]} of a checkpoint, written into it last: one without it was cut off.
 MANIFEST = "manifest.json"
-# Of a checkpoint that a training can go on from. Where it is missing the best weights lie, and no more.
-OPTIMIZER = "optimizer.pt"
-TRIED_BYTES = 200_000_000  # written to see how fast a disk is
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -154,17 +150,14 @@ def check_space(folder: str | Path, count: int, size: float, weights: float) -> 
 
 
 def seconds_to_write(folder: str | Path, size: float) -> float:
-    """Return how long it takes to write `size` bytes to the disk of `folder` and to hash them; at most
-    TRIED_BYTES are tried."""
-    block = os.urandom(1 << 20)  # some disks compress, and this they cannot
-    begun, tried = time.perf_counter(), 0
+    """Return how long it takes to bring `size` bytes to the disk of `folder`. At most 200 MB are tried."""
+    tried = os.urandom(1 << 20) * int(min(size, 200e6) / (1 << 20) + 1)  # which no disk compresses
+    begun = time.perf_counter()
     with tempfile.NamedTemporaryFile(prefix=".write_test", dir=folder) as file:
-        while tried < min(size, TRIED_BYTES):
-            tried += file.write(block)
-            hashlib.sha256(block)
+        file.write(tried)
         file.flush()
         os.fsync(file.fileno())
-    return (time.perf_counter() - begun) * size / tried
+    return (time.perf_counter() - begun) * size / len(tried)
 
 
 class Sealer(threading.Thread):
@@ -187,23 +180,20 @@ class Sealer(threading.Thread):
     def run(self) -> None:
         try:
             for folder in self.written:
-                self.seal(folder)
+                manifest = {}
+                for path in files_in(folder):
+                    # Trainer syncs nothing. Older ones are deleted soon, and the power may end after that.
+                    flush_to_disk(path, like=folder / FINISHED_MARK)
+                    manifest[path.relative_to(folder).as_posix()] = path.stat().st_size, sha256(path)
+                # The manifest vouches for all other files, so it is the last one. Its folder is not synced:
+                # until the rename is on the disk the checkpoint does not count, and file systems with a
+                # journal store it before the deletions that follow.
+                write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
             self.sweep()
         # An error would end this thread alone: the main one raises it when it waits for the manifest.
         except Exception as error:
             self.error = error
         self.ended = time.perf_counter()
-
-    def seal(self, folder: Path) -> None:
-        manifest = {}
-        for path in files_in(folder):
-            # Trainer syncs nothing. Older checkpoints are deleted soon, and the power may end after that.
-            flush_to_disk(path, like=folder / FINISHED_MARK)
-            manifest[path.relative_to(folder).as_posix()] = path.stat().st_size, sha256(path)
-        # The manifest vouches for all other files, so it is the last one. Its folder is not synced: until
-        # the rename is on the disk the checkpoint does not count, and file systems with a journal store
-        # it before the deletions that follow.
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def sweep(self) -> None:
         """Delete what an interrupted save left, and the oldest checkpoints beyond the limit."""

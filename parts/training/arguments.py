@@ -56,7 +56,7 @@ class Arguments(TrainingArguments):
 
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
-    save_steps: float | None = None  # by time: training/safe_trainer.py
+    save_steps: float = 0  # as often as its share of the time allows: training/safe_trainer.py
     metric_for_best_model: str | None = "eval_loss"  # as earlier versions noted it among a run's settings
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
@@ -67,8 +67,6 @@ class Arguments(TrainingArguments):
     def __post_init__(self):
         flags.check(vars(self))
         self.refuse_unread()
-        self.saves_by_time = self.save_steps is None
-        self.save_steps = self.save_steps or self.eval_steps  # where it is looked whether it is time
         self.run_name = self.run_name or Path(self.output_dir).name
         has_gpu = torch.accelerator.is_available()
         if not (self.use_cpu or has_gpu) and (reason := environment.unused_card()):

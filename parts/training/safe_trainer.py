@@ -43,9 +43,9 @@ class SafeTrainer(transformers.Trainer):
     state_bytes: float = 0  # of the optimizer, that go into each checkpoint
     kept: list[torch.Tensor] | None = None  # `parts` as they were at the best evaluation
     unsaved: list[Path] = []  # the folder of what is kept, as long as it is not there yet
-    # By the clock of the first process, which decides: when the training and the last save began, the seconds
-    # that a save takes, and those of all so far.
-    begun = save_begun = save_seconds = all_seconds = 0.0
+    # By the clock of the first process, which decides: when the training began or the last save ended, when
+    # that one began, and the seconds that one takes.
+    rested_since = save_begun = save_seconds = 0.0
     saved_step = -1  # of the checkpoint last written, or continued from
     interruption = None  # the Interruption that this training listens to, if any
 
@@ -79,7 +79,7 @@ class SafeTrainer(transformers.Trainer):
         the best and the newest always), the one that is written before an older one goes, and the final
         weights."""
         most = max(self.limit or math.inf, 2) + 1  # the best, the newest, the one being written
-        count = min(most, math.ceil(self.state.max_steps / self.state.save_steps))
+        count = min(most, math.ceil(self.state.max_steps / (self.state.save_steps or self.state.eval_steps)))
         weights = self.trained_bytes()
         checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, weights)
 
@@ -88,50 +88,42 @@ class SafeTrainer(transformers.Trainer):
         size, lost = self.trained_bytes() + self.state_bytes, f"{self.args.save_steps:.0f} 步"
         with explain_failed_write(folder):
             self.save_seconds = checkpoints.seconds_to_write(folder, size)
-        if self.args.saves_by_time:
-            minutes = math.ceil(self.save_seconds / SAVING / 60)
-            lost = f"约 {minutes} 分钟再加 {eval_steps:.0f} 步"
+        if not self.args.save_steps:
+            lost = f"约 {math.ceil(self.save_seconds / SAVING / 60)} 分钟再加 {eval_steps:.0f} 步"
         takes = f"一个检查点 {size / 1e9:.2f} GB，约 {self.save_seconds:.1f} 秒"
         return f"保存：{takes}；kill -9 或断电最多损失{lost}的训练，Ctrl-C 不损失。"
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Trainer asks this after each evaluation of a training, and then looks whether it should save.
-        better = super()._determine_best_metric(metrics, trial)
-        if self.args.saves_by_time:
-            # The first process decides for all.
-            [self.control.should_save] = accelerate.utils.broadcast_object_list([self.may_save()])
+        better, control = super()._determine_best_metric(metrics, trial), self.control
+        # At the end a checkpoint would be for nothing, and one that is still written would be waited for.
+        due = not (control.should_training_stop or (self.sealing and self.sealing.is_alive()))
+        if due:
+            self.finish_checkpoint()
+            due = self.save_seconds <= SAVING * (time.perf_counter() - self.rested_since)
+        room = bool(self.kept) or psutil.virtual_memory().available > 2 * self.trained_bytes()
+        # The first process decides for all, by its clock and its memory.
+        due, room = accelerate.utils.broadcast_object_list([due, room])
+        if not self.args.save_steps:
+            control.should_save = due
         if better:
-            best = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            self.state.best_model_checkpoint = str(best)  # or it will be, once it is written
-            # Without room in the memory it goes to the disk at once.
-            self.control.should_save |= not self.keep(best)
+            best = f"checkpoint-{self.state.global_step}"  # is there, or will be once it is written
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir, best))
+            control.should_save |= not room
+            if room:
+                self.keep()
         return better
-
-    def may_save(self) -> bool:
-        """Return whether saving stays in its share of the time with one more checkpoint now. At the end of a
-        training it would be written for nothing."""
-        if self.control.should_training_stop or (self.sealing and self.sealing.is_alive()):
-            return False
-        self.finish_checkpoint()
-        return self.all_seconds + self.save_seconds <= SAVING * (time.perf_counter() - self.begun)
 
     def parts(self) -> list[torch.Tensor]:
         """Return the trained weights, or what this process holds of them."""
         return [p.detach() for p in self.model.parameters() if p.requires_grad]
 
-    def keep(self, best: Path) -> bool:
-        """Copy the weights, which are to lie in the folder `best`, into the CPU's memory. Return False where
-        it has no room, as if all processes were on one machine."""
-        parts = self.parts()
-        if self.kept is None:
-            need = 2 * self.args.world_size * sum(part.nbytes for part in parts)
-            if not all(accelerate.utils.gather_object([need < psutil.virtual_memory().available])):
-                return False
-            self.kept = [torch.empty_like(part, device="cpu") for part in parts]
-        for kept, part in zip(self.kept, parts):
+    def keep(self) -> None:
+        """Copy the weights, as the best ones so far, into the CPU's memory."""
+        self.kept = self.kept or [torch.empty_like(part, device="cpu") for part in self.parts()]
+        for kept, part in zip(self.kept, self.parts()):
             kept.copy_(part)
-        self.unsaved = [best]
-        return True
+        self.unsaved = [Path(self.state.best_model_checkpoint)]
 
     def exchange(self) -> None:
         """Let the model's weights and those that are kept change places."""
@@ -139,14 +131,6 @@ class SafeTrainer(transformers.Trainer):
             now = part.to("cpu", copy=True)
             part.copy_(kept)
             kept.copy_(now)
-
-    def save_kept(self, best: Path) -> None:
-        """Write the weights that are kept as a checkpoint that can be asked, but not continued from."""
-        self.exchange()
-        self.save_model(str(best), _internal_call=True)
-        self.exchange()
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(best / checkpoints.FINISHED_MARK))
 
     def take_best(self) -> None:
         """Give the model the best weights: those that are kept, else a checkpoint's from before this command.
@@ -171,21 +155,19 @@ class SafeTrainer(transformers.Trainer):
             with explain_failed_write(self.sealing.checkpoint):
                 if self.sealing.error:
                     raise self.sealing.error
-            self.save_seconds = self.sealing.ended - self.save_begun
-            self.all_seconds += self.save_seconds
-            self.sealing = None
+            self.rested_since, self.sealing = self.sealing.ended, None
+            self.save_seconds = self.rested_since - self.save_begun
 
     def _save_checkpoint(self, model, trial):
-        args, step = self.args, self.state.global_step
-        self.saved_step = step
+        step = self.saved_step = self.state.global_step
         self.check_weights()
-        checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{step}")
         # The best weights first, as the checkpoint counts only with them; they may be its own.
         written = list(dict.fromkeys([*self.unsaved, checkpoint]))
-        if not args.process_index:
+        if not self.args.process_index:
             self.finish_checkpoint()
             self.save_begun = time.perf_counter()
-            for folder in checkpoints.folders(args.output_dir):
+            for folder in checkpoints.folders(self.args.output_dir):
                 # An earlier attempt was here already: this run went on from an older checkpoint.
                 if checkpoints.step_of(folder) >= step or folder in written:
                     shutil.rmtree(folder)
@@ -194,7 +176,12 @@ class SafeTrainer(transformers.Trainer):
             # torch.save is held up by its CRC (0.5 GB/s against 1.5), and the manifest has better checksums.
             with explain_failed_write(checkpoint), config.patch("save.compute_crc32", False):
                 for best in written[:-1]:
-                    self.save_kept(best)
+                    # To be asked, not to be continued from: the weights alone
+                    self.exchange()
+                    self.save_model(str(best), _internal_call=True)
+                    self.exchange()
+                    if not self.args.process_index:
+                        self.state.save_to_json(str(best / checkpoints.FINISHED_MARK))
                 super()._save_checkpoint(model, trial)
         except SystemExit:
             # A disk that is full needs the room of the part that was written.
@@ -203,7 +190,7 @@ class SafeTrainer(transformers.Trainer):
             raise
         self.unsaved = []
         self.accelerator.wait_for_everyone()  # each process has written its random state
-        if not args.process_index:
+        if not self.args.process_index:
             self.sealing = checkpoints.Sealer(written, self.state.best_model_checkpoint, self.limit)
 
     def _run_epoch(self, *args, **kwargs):
@@ -256,12 +243,10 @@ class Stopping(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.saved_step = state.global_step
         state.eval_steps = evaluation_steps(args, state.max_steps)
-        if args.saves_by_time:
-            state.save_steps = state.eval_steps
         if state.is_world_process_zero:
             self.trainer.check_space()
             print(self.trainer.describe_saving(args.output_dir, state.eval_steps))
-        self.trainer.begun = time.perf_counter()
+        self.trainer.rested_since = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         # The checkpoint is written in _run_epoch, behind the evaluation that may be due at this step.
