@@ -111,7 +111,7 @@ def measure(trainer) -> str:
     if args.check and args.device.type == "cpu":  # the model is shrunk there: its speed tells nothing
         return fits
     speed = batch["input_ids"].numel() / seconds
-    trainer.promised_speed = speed * args.world_size
+    trainer.promised = speed * args.world_size
     minutes = math.ceil(seconds_of_run(trainer, seconds, eval_seconds * len(batches)) / 60)
     takes = f"每秒 {speed:,.0f} 个 token，整个训练约 {minutes} 分钟"
     return f"{fits}{takes}，含评估，保存按 {SAVING:.0%} 计，不含优化器和样例。"

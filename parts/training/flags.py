@@ -73,7 +73,7 @@ TABLE = (  # under the headings of --help
     Flag("output_dir", str, "模型和检查点所在的文件夹；再次运行同一命令就会继续"),
     Flag("overwrite_output_dir", bool, "删除该文件夹里训练完的模型，重新训练"),
     Flag("resume_from_checkpoint", str, "从这个检查点继续（默认最近的完整检查点）"),
-    Flag("save_steps", int, "每多少步保存一次（默认评估时看时间：保存不超过训练的二十分之一）", ABOVE_0),
+    Flag("save_steps", int, "每多少步保存一次；0（默认）为评估时看时间，保存最多占训练的 1/20", FROM_0),
     Flag("save_total_limit", int, "最多保留几个检查点，最好的和最新的始终保留", ABOVE_0),
     "记录",
     Flag("eval_steps", int, "每多少步评估一次；不超过 100 步的训练默认评估 5 次", ABOVE_0),

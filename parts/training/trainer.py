@@ -40,7 +40,7 @@ class PackedTrainer(SafeTrainer):
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     step_hooks = ()  # that step in the backward pass
-    promised_speed = 0.0  # tokens/s of all devices, as rehearsed
+    promised = 0.0  # tokens/s of all devices, as rehearsed
     plan = None  # that is followed: tokens in a pass, recomputed layers, optimizer, and their bytes
 
     def __init__(self, *args, kernels, **kwargs):
@@ -198,9 +198,10 @@ class PackedTrainer(SafeTrainer):
             self.speeds.append(logs["tokens_per_second"])
             # The first steps load kernels, and a single one may be of short examples.
             speed = statistics.median(self.speeds[1:] or self.speeds)
-            enough = len(self.speeds) == 1 + math.ceil(20 / self.args.logging_steps)
-            if enough and speed < 0.6 * self.promised_speed:
-                print(SLOW.format(speed / self.promised_speed))
+            if speed < 0.6 * self.promised and len(self.speeds) == 1 + math.ceil(
+                20 / self.args.logging_steps
+            ):
+                print(SLOW.format(speed / self.promised))
         super().log(logs, *args, **kwargs)
 
 

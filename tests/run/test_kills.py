@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("KILLS", "8"))  # each of full and LoRA
 WRITING = ("w", "wb", "rb+")
 ROWS = 60  # 15 steps an epoch: the second one begins behind the third of six checkpoints
 RUN = {"max_steps": 24, "eval_steps": 4, "logging_steps": 4, "sample_tokens": 2, "learning_rate": 1e-3}
-RUN |= {"report_to": "none", "model_name": "base"}
+RUN |= {"save_steps": 8, "report_to": "none", "model_name": "base"}
 
 
 def kill_while_saving(number: int, delay: float) -> None:
