@@ -85,7 +85,7 @@ class SafeTrainer(transformers.Trainer):
 
     def describe_saving(self, folder: str | Path, eval_steps: float) -> str:
         """Try what a checkpoint takes on the disk of `folder`, and say it, and what a kill costs at most."""
-        size, lost = self.trained_bytes() + self.state_bytes, f"{self.args.save_steps:.0f} 步"
+        size, lost = self.trained_bytes() + self.state_bytes, f" {self.args.save_steps:.0f} 步"
         with explain_failed_write(folder):
             self.save_seconds = checkpoints.seconds_to_write(folder, size)
         if not self.args.save_steps:

@@ -16,6 +16,7 @@ import train
 from parts.machine import kernels, plan, rehearsal
 from parts.model import fused
 from parts.training.packing import lengths_of
+from parts.training.trainer import PackedTrainer
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -38,6 +39,13 @@ def test_the_time_is_that_of_all_steps_and_evaluations(workspace, tiny_model, to
     """And of saving, a twentieth."""
     trainer = build_trainer(tiny_model, tokenizer, eval_steps=27, **length)  # 27 steps of 4 are all 108 rows
     assert rehearsal.seconds_of_run(trainer, 5.0, 30.0) == pytest.approx(1.05 * (54 * 5 + 2 * 30))
+
+
+@pytest.mark.parametrize("promised", [1e12, 1.0])
+def test_after_20_steps_it_is_said_where_they_are_much_slower(workspace, tiny_model, monkeypatch, capsys, promised):
+    monkeypatch.setattr(PackedTrainer, "promised", promised)
+    run_steps(tiny_model, max_steps=40, logging_steps=10)
+    assert capsys.readouterr().out.count("提示：速度只有预演的 0%；") == (promised > 1)
 
 
 class Card(TorchDispatchMode):
