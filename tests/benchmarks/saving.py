@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 STEPS = 20
-MODEL = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 10}
+MODEL = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 12}
 SMALL = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True}
 
