@@ -33,7 +33,7 @@ RECIPE = {  # what the command line may change; the other flags are in parts/tra
     # The learning rate is meant for 4 on all devices together.
     "per_device_train_batch_size": data.EXAMPLES_PER_STEP,
     "gradient_accumulation_steps": 1,
-    "eval_steps": 100,  # optimizer steps between evaluations; a checkpoint is written at each
+    "eval_steps": 100,  # optimizer steps between evaluations; the weights of the best one are kept
     "early_stopping_patience": 3,  # evaluations without a better eval_loss before training stops; 0: never
     "save_total_limit": 2,  # checkpoints: the best and the newest
     "logging_steps": 10,

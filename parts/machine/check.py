@@ -1,5 +1,5 @@
 """One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a
-person who rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
+person who rents a card, and to be pasted into a report. It leaves no file, and knows no recipe."""
 
 import copy
 import platform
@@ -44,6 +44,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
     versions = environment.versions(environment.LIBRARIES)
     print("版本：" + "，".join(map(" ".join, versions.items())))
+    disk = next(filter(Path.is_dir, Path(args.output_dir, "checkpoint").absolute().parents))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
         args.output_dir = folder  # Trainer makes it: not where the person's run would be
@@ -60,6 +61,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
         model = add_adapter(model, args) if add_adapter else model
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
+    print(trainer.describe_saving(disk, args.eval_steps))
     print("检查：")
     failed = []
     for name, verdict in verdicts.items():

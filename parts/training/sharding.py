@@ -197,11 +197,8 @@ class ShardedTrainer(PackedTrainer):
         reshard(self.model)
         return sums[:, : len(rows)]
 
-    def check_weights(self) -> None:
-        sums = [p.detach().to_local().sum(dtype=torch.float32) for p in trained_of(self.model).values()]
-        # Else the process with the ruined part would stop alone.
-        total = accelerate.utils.reduce(torch.stack(sums).sum())
-        self.check_finite({"weights": total.item()})
+    def parts(self) -> list[torch.Tensor]:
+        return [p.detach().to_local() for p in trained_of(self.model).values()]
 
     def gather(self) -> dict[str, torch.Tensor | None]:
         return collect(trained_of(self.model), self.is_world_process_zero())
@@ -219,9 +216,6 @@ class ShardedTrainer(PackedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        load(self.model, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint:
