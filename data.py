@@ -3,6 +3,7 @@
     python data.py                                        # the published set, from ModelScope
     python data.py --dataset my.jsonl                     # your own .jsonl, .json, .csv, .parquet, .xlsx
     python data.py --dataset owner/name hf://owner/name   # sets of ModelScope and Hugging Face, together
+    python data.py --dataset hf://owner/name/zh           # its configuration zh, or its folder or file zh
     python data.py --dataset my.jsonl owner/name#500      # 500 rows of the second
     python data.py --revision REV --sha256 HEX            # exactly this data, or none
     python data.py --raw                                  # the thinking as published, with its leaks
@@ -229,7 +230,7 @@ def load_dataset(path: str, tokenizer, max_length: int):
 def main() -> None:
     parser = terminal.Parser(description="下载、检查、清理、划分数据。例子在 data.py 开头。")
     flag = parser.add_argument_group("参数").add_argument
-    flag("--dataset", nargs="+", action="extend", help="本地文件、ModelScope 名、hf://名；#500 只取 500 行")
+    flag("--dataset", nargs="+", action="extend", help="文件、ModelScope 名、hf://名[/配置]；#500 取 500 行")
     flag("--revision", help="hub 上数据集的版本：分支、标签或提交；默认最新")
     flag("--sha256", help="数据的 SHA-256，不一致就报错；默认不检查")
     flag("--raw", action="store_true", help="保留公布的原文，不清理答案泄露（“看过标准答案”的痕迹）")

@@ -46,7 +46,7 @@ def arguments(**changes):
             if (sorted(given) if isinstance(given, list) else given) != value:
                 flags.refuse(f"--{name} {given}：适配器 {path} 是 {value}；请去掉 --{name}")
         if "model_name" not in changes:
-            own["model_name"], own["model_revision"] = weights.read_base(path)
+            own["model_name"], own["model_revision"] = weights.read_base(path, changes["adapter"])
         settings = "，".join(f"{name} {value}" for name, value in own.items())
         print(f"从适配器 {path} 接着训练：{terminal.shorten(settings, 300)}")
         changes = own | changes | {"adapter": path}
@@ -54,12 +54,16 @@ def arguments(**changes):
 
 
 def read_adapter(name: str) -> tuple[str, dict]:
-    """Return the folder of the adapter that `name` means, a training's folder or one that peft wrote, and
-    its OWN, {flag: value}. Raises SystemExit unless it is a plain LoRA in safetensors."""
+    """Return the folder of the adapter that `name` means, a training's folder, one that peft wrote or a hub's
+    name, and its OWN, {flag: value}. Raises SystemExit unless it is a plain LoRA in safetensors."""
     import peft
 
+    from parts.model import weights
+
+    path = str(weights.find_local(name) or weights.find_folder(name, "检查 --adapter"))
+    if not Path(path, checkpoints.ADAPTER_CONFIG).is_file():
+        flags.refuse(f"--adapter {name} 不是 LoRA 适配器；如果是完整的模型，请改用 --model_name {name}")
     try:
-        path = str(checkpoints.find_trained(name) if checkpoints.holds_adapter(name) else Path(name))
         Path(path, checkpoints.ADAPTER_WEIGHTS).stat()  # which raises for the only weights that are read here
         plain = peft.LoraConfig(task_type="CAUSAL_LM").to_dict()
         config = plain | json.loads(Path(path, checkpoints.ADAPTER_CONFIG).read_bytes())
@@ -80,6 +84,7 @@ def add_adapter(model, args):
     """Return a peft.PeftModel: `model`, frozen, with a trainable adapter on every linear layer but the output
     layer, or on the layers that are named. Raises SystemExit for a layer that the model does not have."""
     import peft
+    import torch
 
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
@@ -91,8 +96,10 @@ def add_adapter(model, args):
         use_dora=args.use_dora,
     )
     # Adapters in the weights' dtype: peft's float32 ones would make float32 copies of every layer's input.
+    # float16 alone is too coarse for what is trained.
+    in_float32 = model.dtype == torch.float16
     try:
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     except ValueError as error:
         cause = terminal.first_line(error)
         raise SystemExit(f"错误：--target_modules 无法使用（{cause}）；请改正层的名字。") from None

@@ -2,6 +2,7 @@
 the first of several processes only; and checksums of files. Knows no model, no data and no flag's name."""
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import hashlib
@@ -10,10 +11,18 @@ import re
 import shutil
 import sys
 import threading
+import traceback
 from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from tqdm import tqdm
+
+# What would not be seen, would turn the order of the letters around it, would move the cursor or colour what
+# follows, or cannot be written at all: control characters but for line ends and tabs, marks of direction,
+# halves of surrogate pairs.
+CONTROLS = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"
+UNSEEN = re.compile(CONTROLS + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|[\ud800-\udfff]")
 
 
 def first_line(error: Exception) -> str:
@@ -22,9 +31,18 @@ def first_line(error: Exception) -> str:
 
 
 def shorten(text: str, most: int = 120) -> str:
-    """Return `text` in one line, of at most `most` characters and two more dots."""
-    text = " ".join(text.split())
+    """Return `text` in one line, of at most `most` characters and two more dots; what is not seen has its
+    name."""
+    text = name_unseen(" ".join(text.split()))
     return text if len(text) <= most else text[:most] + "……"
+
+
+def name_unseen(value: object) -> object:
+    """Put into a text, for what is not seen of it, its name: [U+202E]. Texts of models and of data come
+    through here before a person reads them."""
+    if not isinstance(value, str):
+        return value
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)
 
 
 def highlight(text: str) -> str:
@@ -32,11 +50,14 @@ def highlight(text: str) -> str:
     return f"\033[33m{text}\033[0m" if sys.stdout.isatty() else text
 
 
+def progress(items, what: str):
+    """Return `items`, with a bar on standard error for a person at a terminal who would wait."""
+    return tqdm(items, desc=what, delay=1, leave=False, disable=None)  # None: hidden where it is piped
+
+
 def sha256(*paths: str | Path) -> str:
     """Return the SHA-256 of the files' contents, one after another. A person at a terminal who would wait,
     with several GB, sees a bar."""
-    from tqdm import tqdm
-
     digest, size = hashlib.sha256(), sum(Path(path).stat().st_size for path in paths)
     hidden = size < 4e9 or not sys.stderr.isatty()  # 4 GB take two seconds or three
     with tqdm(desc="SHA-256", total=size, unit="B", unit_scale=True, disable=hidden) as progress:
@@ -58,10 +79,10 @@ def run_main(main) -> None:
     several processes (torchrun's RANK) only the first one speaks; of the others one hears what ends them."""
     # Launchers set both; RANK alone may be left over from something else.
     rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
-    if rank != "0":
+    if rank != "0" or sys.stdout is None:  # as after >&-
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     # A reply may hold what a terminal in GBK or ASCII cannot show: a question mark, and no traceback.
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")
     # A shell reports a process that a signal ended as 128 + its number: SIGINT is 2, SIGPIPE 13.
     try:
@@ -74,9 +95,27 @@ def run_main(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except SystemExit as error:
-        if rank == "0" or not isinstance(error.code, str):
+        alone = rank == "0" or not isinstance(error.code, str)
+        code = error.code if alone else f"（进程 {rank}）{error.code}"
+        raise SystemExit(name_unseen(code)) from None
+    except Exception as error:
+        explain_failed_import(error)
+        if not isinstance(error, OSError):
             raise
-        raise SystemExit(f"（进程 {rank}）{error.code}") from None
+        # What is said names the file: a folder without permission, a disk that is full.
+        raise SystemExit(f"错误：{first_line(error)}") from None
+
+
+def explain_failed_import(error: Exception) -> None:
+    """Raise SystemExit with the file and the remedy where `error` is that of a library that cannot be
+    imported: a broken one, one that does not go with another, or a file of the user's with its name."""
+    while error.__cause__:  # transformers hides it behind an error of its own
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ImportError) or any(frame.name == "<module>" for frame in frames):
+        cause = f"{type(error).__name__}：{first_line(error)}"
+        remedy = "缺库请补装，或运行 pip install -r requirements.txt；用不到的请卸载，与库同名的文件请改名"
+        raise SystemExit(f"错误：载入 {frames[-1].filename} 时出错（{cause}）；{remedy}。") from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -109,7 +148,7 @@ def explain_failed_write(path: str | Path, intact: str = "此前的检查点"):
             raise
         free = shutil.disk_usage(Path(path).parent).free / 1e9
         failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
-        raise SystemExit(f"{failure}。{intact}都还在；请腾出空间，再用同一命令继续。") from None
+        raise SystemExit(f"{failure}。{intact}都还在；请按原因处理（如腾出空间），再用同一命令继续") from None
 
 
 @contextlib.contextmanager
@@ -129,6 +168,27 @@ def hold(lock: str | Path, message: str):
         finally:
             with contextlib.suppress(OSError):  # Windows deletes no open file
                 os.unlink(lock)
+
+
+def line_reader(prompt: str):
+    """Return what asks a person for a line after `prompt`, which may raise EOFError and KeyboardInterrupt. At
+    a terminal keys edit, ↑ brings earlier lines back, and what is pasted is one line, with line breaks."""
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        return partial(input, prompt)
+    from prompt_toolkit import PromptSession
+
+    session = PromptSession([("bold", prompt)])
+
+    def mark_pastes(line: str = "") -> str:
+        session.output.enable_bracketed_paste()
+        session.output.flush()
+        return line
+
+    # Also what is pasted before the first prompt and between two: else each of its lines would be one that
+    # was typed, and what follows an empty one, which ends a chat, a command for the shell.
+    mark_pastes()
+    atexit.register(lambda: (session.output.disable_bracketed_paste(), session.output.flush()))
+    return lambda: mark_pastes(session.prompt())
 
 
 def say_loading() -> None:
@@ -163,9 +223,13 @@ class Parser(argparse.ArgumentParser):
         self.gone: dict[str, str] = {}  # {flag: what to do instead}
 
     def parse_args(self, args=None, namespace=None):
+        # A shell leaves the ~ of --flag=~/file as it is.
+        args = list(map(expand_home, sys.argv[1:] if args is None else args))
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"多了一个 {flag}：它前面的参数只要一个值；有空格的值请放在引号里")
             # argparse keeps a table of its flags, but has no public way to it.
             names = [name.lstrip("-") for name in self._option_string_actions]
             nearest = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
@@ -180,6 +244,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"错误：{message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
+def expand_home(word: str) -> str:
+    """Return a word of a command line, --flag=~/file with the path of the home folder."""
+    flag, equals, value = word.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("--") else word
+
+
 def true_or_false(text: str) -> bool:
     """Return what a switch says, for argparse. Raises ArgumentTypeError."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -192,7 +262,7 @@ def one_of(words: tuple[str, ...], text: str) -> str:
     """Return `text` where it is one of these words, for argparse: its own `choices` would be told in
     English. Raises ArgumentTypeError."""
     if text not in words:
-        raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)}，不是 {text!r}")
+        raise argparse.ArgumentTypeError(f"只能是 {'、'.join(words)} 之一，不是 {text!r}")
     return text
 
 

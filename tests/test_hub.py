@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, contents, make_rows, published, run, save, written
+from helpers import ROOT, contents, make_rows, published, run, same, save, written
 from hub_server import FILE, LISTING, Hub, cut, on, page, status, wrong
 from modelscope_hub.config import set_default_config
 
 import data
+import train_lora
 from parts import hub as parts_hub
 from parts.model import weights
 
@@ -152,6 +153,41 @@ def test_a_model_of_an_unknown_family_is_refused_before_its_weights_are_asked_fo
     assert weights.find_model(name, "")  # to be asked it may come
 
 
+HERE = {  # what is wrong on this machine: the environment, and what is said of it
+    "proxy": ({"HTTP_PROXY": "http://127.0.0.1:port"}, "名称或环境变量写错了）；"),
+    "token": ({"HF_TOKEN": "令牌", "MODELSCOPE_API_TOKEN": "令牌"}, "名称或环境变量写错了）；"),
+    "cache": ({"HF_HUB_CACHE": "/proc/no", "MODELSCOPE_CACHE": "/proc/no"}, "写不了文件）；请用环境变量 {}"),
+    "offline": ({"HF_HUB_OFFLINE": "1"}, "连不上：要求离线）；请去掉环境变量 HF_HUB_OFFLINE"),
+}
+
+
+@pytest.mark.parametrize("wrong_here", HERE)
+@NAMES
+def test_what_is_wrong_on_this_machine_is_not_put_on_the_network(hub, monkeypatch, name, wrong_here):
+    import huggingface_hub
+
+    env, said = HERE[wrong_here]
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+        if hasattr(huggingface_hub.constants, variable):
+            monkeypatch.setattr(huggingface_hub.constants, variable, value)
+    huggingface_hub.close_session()  # it keeps the proxy that it was made with
+    set_default_config(None)
+    if wrong_here == "offline" and name == "own/er":
+        return fetch("model", name)
+    message = ends(fetch, "model", name)
+    assert said.format("HF_HOME、HF_HUB_CACHE" if "hf" in name else "MODELSCOPE_CACHE") in message
+    assert "网络" not in message and "镜像" not in message
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize(
+    "error", ["Missing dependencies for SOCKS support.", "Using SOCKS proxy, but 'socksio' is not"]
+)
+def test_socks_without_its_library_is_told_the_command(error):
+    assert parts_hub.find_cause(ImportError(error))[1] == "请 pip install socksio pysocks"
+
+
 # ---- what is in the cache -----------------------------------------------------------------------------------------
 
 
@@ -233,6 +269,62 @@ def test_one_file_of_a_set_is_named_behind_it(hub, tmp_path, capsys):
     assert "里没有 .jsonl、" in ends(data.prepare, "ms://own/er/other.jsonl")
 
 
+SPLIT = "- config_name: main\n  data_files:\n  - {split: train, path: %s}\n  - {split: %s, path: %s}\n"
+ONE = "- config_name: %s\n  data_files: %s\n"
+TWO = ONE % ("en", "b.jsonl") + ONE % ("zh", "a.jsonl")
+CARDS = {  # what the card has, what is asked for behind the name, and whether b.jsonl is there to validate with
+    "neutral names": (SPLIT % ("a.jsonl", "test", "b.jsonl"), "", True),
+    "patterns": (SPLIT % ('"./[a].*"', "validation", '["no*", "**/b.*"]'), "", True),
+    "in two splits": (
+        (SPLIT % ("b.jsonl", "x", '"*.jsonl"')).replace("train", "test").replace("x,", "train,"),
+        "",
+        True,
+    ),
+    "a file of it": (SPLIT % ("a.jsonl", "test", "b.jsonl"), "/a.jsonl", False),
+    "without splits": (ONE % ("main", "[a.jsonl, in/test.jsonl]"), "", True),
+    "one by its name": (TWO, "/zh", False),
+    "a default one": (TWO + "  default: true\n", "", False),
+    "one of that name": (TWO.replace("zh", "default"), "", False),
+    "a folder": (ONE % ("en", "b.jsonl") + "- config_name: zh\n  data_dir: in\n", "/zh", True),
+}
+
+
+def card_set(tmp_path: Path, card: str) -> None:
+    """Let the set own/er be a.jsonl and b.jsonl, both in `in` under other names too, with these configs."""
+    (tmp_path / "set/rows.jsonl").unlink()
+    (tmp_path / "set/in").mkdir()
+    for name, rows in (("a", make_rows(30)), ("b", make_rows(109, first=101))):
+        save(rows, tmp_path / f"set/{name}.jsonl")
+        save(rows, tmp_path / f"set/in/{'train' if name == 'a' else 'test'}.jsonl")
+    (tmp_path / "set/README.md").write_text(f"---\nconfigs:\n{card}---\n# 数据\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme", ["ms://", "hf://"])
+@pytest.mark.parametrize("card, asked, has_val", CARDS.values(), ids=CARDS)
+def test_card_says_which_file_is_which(hub, tmp_path, card, asked, has_val, scheme):
+    card_set(tmp_path, card)
+    data.prepare(f"{scheme}own/er{asked}")
+    train, val = map(partial(map, str), written())
+    expected = (make_rows(30), make_rows(109, first=101)) if has_val else published(make_rows(30))
+    assert tuple(map(sorted, (train, val))) == tuple(sorted(map(str, part)) for part in expected)
+
+
+UNCLEAR = {
+    TWO: "hf://own/er 有 2 个配置（en、zh）；请写明要哪一个，形如 --dataset hf://own/er/en",
+    "a: b: c\n": "hf://own/er 的 README.md 写得不对（",
+    SPLIT % ("a.jsonl", "test", "gone.jsonl"): "写得不对（里面的 gone.jsonl 不在 hub 上），",
+    SPLIT % ("a.jsonl", "zh-test", "b.jsonl"): "写得不对（Expected data_files",
+}
+
+
+@pytest.mark.parametrize("card, said", UNCLEAR.items())
+def test_card_that_leaves_it_open_is_refused(hub, tmp_path, card, said):
+    card_set(tmp_path, card)
+    assert said in ends(data.prepare, "hf://own/er") and not contents(Path())
+    if card == TWO:
+        assert said.partition(" 有")[2] in ends(data.prepare, "hf://own/er/xx")
+
+
 @pytest.mark.parametrize("name", ["hf://", "hf://a", "HF://own/er", "https://huggingface.co/own/er", "hf://own/er/x"])
 def test_address_that_is_no_name_is_told_the_right_form(name):
     assert "hf://owner/name" in ends(find_model, name)
@@ -270,6 +362,33 @@ def test_the_readmes_two_commands_upload_a_model_and_nothing_else(finished, tmp_
     sent = {f"owner/name/{name}": Path(data.OUTPUT_DIR, name).read_bytes() for name in uploaded}
     assert contents(server.inbox) == sent
     assert server.made["owner/name"]["Visibility"] == 1  # private
+
+
+@pytest.mark.parametrize("scheme", ["", "hf://"], ids=["modelscope", "huggingface"])
+def test_what_was_uploaded_is_taken_back_by_its_name(hub, two_steps, tiny_model, tmp_path, scheme):
+    """The adapter alone names its base, on its own hub, and its card the base's checksum."""
+    adapter, full = f"{scheme}own/lora", f"{scheme}own/full"
+    sent = "README.md chat_template.jinja tokenizer.json tokenizer_config.json"
+    for kind, files in UPLOADED.items():
+        (tmp_path / kind).mkdir()
+        for file in f"{sent} {files}".split():
+            shutil.copy(two_steps / kind / file, tmp_path / kind)
+        hub.folders["models"][f"own/{kind}"] = tmp_path / kind
+    config = tmp_path / "lora/adapter_config.json"
+    config.write_text(config.read_text().replace(f'"{tiny_model}"', '"own/base"'))
+    hub.folders["models"]["own/base"] = tiny_model
+    for name, local in ((adapter, two_steps / "lora"), (full, two_steps / "full")):
+        model, expected = weights.load_trained(name)[0], weights.load_trained(str(local))[0]
+        assert same(model.state_dict(), expected.state_dict())
+    assert train_lora.arguments(adapter=adapter, report_to="none").model_name == f"{scheme}own/base"
+    assert find_model(full)
+    assert f"{adapter} 是 LoRA 适配器，不是完整的模型；" in ends(find_model, adapter)
+    assert f"--adapter {full} 不是 LoRA 适配器；" in ends(train_lora.arguments, adapter=full)
+    hub.fault = LASTING["server error"][0]
+    assert weights.find_trained(adapter).base == f"{scheme}own/base"
+    hub.fault, hub.folders["models"]["own/base"] = None, tmp_path / "full"
+    if not scheme:  # of the other hub the client has this commit already
+        assert "的适配器不是在现在的 own/base 上训练的" in ends(weights.find_trained, adapter)
 
 
 # ---- nothing that is loaded can run code --------------------------------------------------------------------------

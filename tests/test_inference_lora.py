@@ -84,7 +84,8 @@ def test_adapter_without_a_record_of_its_base(finished, capsys):
     import tiny_model
 
     tiny_model.build("wide", tiny_model.sample_texts(), hidden_size=128)
-    Path("lora/run.json").unlink()
+    for record in ("run.json", "README.md"):
+        Path("lora", record).unlink()
     name_base("lora", "wide")
     refused(ADAPTER.format("wide", "~"), load_trained, "lora")
     assert "lora/run.json 无法读取" in capsys.readouterr().out

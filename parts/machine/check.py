@@ -1,5 +1,5 @@
 """One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a
-person who rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
+person who rents a card, and to be pasted into a report. It leaves no file, and knows no recipe."""
 
 import copy
 import platform
@@ -44,6 +44,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
     versions = environment.versions(environment.LIBRARIES)
     print("版本：" + "，".join(map(" ".join, versions.items())))
+    disk = next(filter(Path.is_dir, Path(args.output_dir, "checkpoint").absolute().parents))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
         args.output_dir = folder  # Trainer makes it: not where the person's run would be
@@ -60,6 +61,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
         model = add_adapter(model, args) if add_adapter else model
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
+    print(trainer.describe_saving(disk, args.eval_steps))
     print("检查：")
     failed = []
     for name, verdict in verdicts.items():
@@ -81,12 +83,12 @@ def find_model(args):
     # Nothing is downloaded: a person wants to know first whether this card is worth the gigabytes.
     path = None if local or not hub.split(name) else weights.find_downloaded(name, revision)
     if local or path:
-        path = str(path or weights.find_model(name, "", revision))
+        path = weights.find_model(str(path or name), "", None if path else revision)
         print(f"模型：{path}")
         tokenizer = weights.load_tokenizer(path)
         encoding.require_thinking(tokenizer, name)
         weights.check_family(path, name, tokenizer)
-        return weights.load_weights(path, args.device, args.load_in_4bit, args.fsdp), tokenizer
+        return weights.load_weights(path, args.device, args.load_in_4bit, args.fsdp, args.dtype), tokenizer
     if args.fsdp:
         remedy = "请先下载，或去掉 --fsdp"
         raise SystemExit(f"错误：--check 和 --fsdp 一起用时需要模型，而 {name} 还没有下载；{remedy}。")
@@ -95,11 +97,11 @@ def find_model(args):
     print(f"模型：{name} 还没有下载，用形状相同的随机权重代替{note}")
     config = shape_of(name, **SMALL if shrunk else {})
     weights.quiet_libraries()
-    folder, dtype = str(Path(args.output_dir, "model")), weights.best_dtype(args.device)
+    folder = str(Path(args.output_dir, "model"))
     # Through files, as 4-bit weights are made when a model is loaded; drawn on the device, which is faster.
     with args.device:
-        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
-    return weights.load_weights(folder, args.device, args.load_in_4bit), None
+        transformers.AutoModelForCausalLM.from_config(config, dtype=args.dtype).save_pretrained(folder)
+    return weights.load_weights(folder, args.device, args.load_in_4bit, dtype=args.dtype), None
 
 
 def shape_of(name: str, **changes) -> transformers.Qwen3Config:
@@ -136,5 +138,6 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
     verdicts |= kernels.require(trainer.model, args.load_in_4bit)
     # Last, as the trainer cannot go on afterwards: the graph needs the optimizer's memory.
     model = trainer.release()
-    verdicts["生成的 CUDA graph"] = missing("不支持分片的模型") if args.fsdp else generate.try_graph(model)
-    return verdicts
+    off = missing("不支持分片的模型") if args.fsdp else kernels.OFF
+    usable = args.fast_kernels and not args.fsdp
+    return verdicts | {"生成的 CUDA graph": generate.try_graph(model) if usable else off}

@@ -15,7 +15,7 @@ import rich.console
 import rich.table
 import torch
 
-from parts.model.weights import head_dim
+from parts.model.fused import head_dim
 from parts.training.optimizers import OPTIMIZERS, state_bytes
 from parts.training.packing import LOGIT_BYTES, LOSS_BYTES, repeats_heads
 
@@ -209,6 +209,8 @@ def estimate(
     complete, complete_gradients = complete_bytes(model) if args.fsdp else (0, 0)
     tokens, whole_step = min(tokens, step_tokens), is_whole_step(args, tokens, step_tokens)
     peak = step_bytes(model, args, fused, tokens, every, offload, whole_step, gradients, complete_gradients)
+    if model.dtype == torch.float16:  # autocast's copies of the adapters, which are float32
+        peak += sum(p.numel() for p in trained) * model.dtype.itemsize
     return {
         "权重": model.get_memory_footprint() / cards + complete,
         "优化器": state_bytes(trained, optimizer) / cards,
@@ -246,6 +248,8 @@ def step_bytes(
     loss = logits * 14 if args.full_logits else min(LOSS_BYTES, logits * LOGIT_BYTES)
     # Gradients on their way down through an MLP, while its activations, kept or recomputed, are still there.
     flowing = tokens * size * (4 * inner + 2 * hidden)
+    if model.dtype == torch.float16:  # the same for the adapter of its last product, in float32
+        flowing += tokens * 2 * torch.float32.itemsize * inner
 
     # Layers 0, n, 2n… are recomputed: where the last one is, its activations come back on top of all others.
     last_recomputed = every > 0 and (layers - 1) % every == 0

@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import warnings
-from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -19,10 +18,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parts import hub
 from parts.model.encoding import PROBE, encode_messages, has_no_thinking_mode
+from parts.model.fused import best_dtype, require_range
 from parts.run import checkpoints
 from parts.run.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_files
-from parts.run.folder import read_settings
-from parts.terminal import first_line
+from parts.run.folder import read_base_sha256
+from parts.terminal import explain_failed_import, first_line
 
 # Dense decoders of text, by the model_type of their config.json, that tests/model/test_families.py proves to
 # be trained rightly here. The proof fails for gemma2, granite and cohere, which scale or cap their logits,
@@ -84,22 +84,6 @@ def attends_to_all(config) -> bool:
     return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
-def head_dim(config) -> int:
-    """Return the size of one attention head, which Qwen2's configuration does not give."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device computes in it, else float32."""
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        has_bf16 = device.type == "npu"
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
 def quiet_libraries() -> None:
     """Keep off the screen what libraries tell each other: progress of files, deprecations, tied weights."""
     transformers.utils.logging.disable_progress_bar()
@@ -123,6 +107,7 @@ def load_tokenizer(path: str):
             raise ValueError(f"没有 {END_OF_TURN}")
         encode_messages(tokenizer, PROBE, prompt_only=True)
     except Exception as error:  # tokenizers and jinja raise what they like
+        explain_failed_import(error)
         remedy = "请补齐文件、重新下载，或换一个用 Qwen3 模板的模型。"
         raise SystemExit(f"错误：{path} 里的分词器不能用（{first_line(error)}）；{remedy}") from None
     # A base model, such as Qwen3-1.7B-Base, names <|endoftext|>, at which no reply would end.
@@ -132,22 +117,25 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = False, on_cpu: bool = False):
-    """Return the model of a folder, in `best_dtype(device)` and eval mode, on `device` or where accelerate,
-    and so the Trainer, computes here.
+def load_weights(path: str, device: torch.device | None = None, in_4bit=False, on_cpu=False, dtype=None):
+    """Return the model of a folder in eval mode, on `device` or where accelerate, and so the Trainer,
+    computes here.
 
     `in_4bit`: its linear layers are in NF4, for training adapters on it. `on_cpu`: it stays in the CPU's
-    memory, from which it is cut for several devices. Raises SystemExit where the folder holds no complete
-    model in safetensors.
+    memory, from which it is cut for several devices. `dtype`: a training's; without one it is
+    `best_dtype(device)`, or float32 where that is too small for the model. Raises SystemExit where the folder
+    holds no complete model in safetensors, or the training's dtype is too small for it.
     """
     quiet_libraries()
     device = device or accelerate.PartialState().device
     # cuDNN's attention plans anew for each combination of lengths, 42 ms to 1 s by public reports.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # Products of float16 would be added up in float16, which overflows sooner.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if not any(Path(path).glob("*.safetensors")):
         reason = "没有 safetensors 格式的权重（其他格式可能执行代码，不会读取）"
         raise SystemExit(f"错误：{path} 里{reason}；请换一个模型。")
-    options = {"dtype": best_dtype(device), "output_loading_info": True}
+    options = {"dtype": dtype or best_dtype(device), "output_loading_info": True}
     if in_4bit:  # QLoRA's quantization: NF4, its scales quantized too
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four_bits |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": options["dtype"]}
@@ -161,12 +149,16 @@ def load_weights(path: str, device: torch.device | None = None, in_4bit: bool = 
             raise ValueError(f"缺少 {len(missing)} 个权重，例如 {missing[0]}")
         if Path(path, "generation_config.json").is_file():  # a broken one was passed over without a word
             transformers.GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # each field of a configuration has errors of its own
+        explain_failed_import(error)
         reason = f"{path} 里的模型无法读取（{first_line(error)}）"
         raise SystemExit(f"错误：{reason}；请重新下载或重新训练。") from None
     if not (in_4bit or on_cpu):
         model.to(device)
-    return model.eval()
+    model.eval()
+    if model.dtype == torch.float16:
+        require_range(model, path, for_training=dtype is not None)
+    return model
 
 
 def load(trained: Trained, device: torch.device | None = None):
@@ -181,7 +173,7 @@ def load(trained: Trained, device: torch.device | None = None):
             model = peft.PeftModel.from_pretrained(model, trained.path).merge_and_unload().eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = f"{trained.path} 的适配器无法加载到 {trained.base} 上（{first_line(error)}）"
-            raise SystemExit(f"错误：{reason}；请重新运行 python train_lora.py") from None
+            raise SystemExit(f"错误：{reason}；请换一个适配器，或重新运行 python train_lora.py") from None
     tokenizer = load_tokenizer(trained.path)
     settle_generation(model, tokenizer)
     return model, tokenizer
@@ -212,12 +204,13 @@ def settle_generation(model, tokenizer) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a downloaded model is complete: it has what belongs beside the weights, all weight files
-    of the index, each as long as its own header says, and no download of it was cut off."""
+    """Tell whether a downloaded model or adapter is complete: it has what belongs beside the weights, all
+    weight files of the index, each as long as its own header says, and no download of it was cut off."""
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
     try:
-        for name in weight_files(folder):
+        for name in [ADAPTER_WEIGHTS] if is_adapter else weight_files(folder):
             safe_open(folder / name, "pt")  # which compares the header with the file's length
-        complete = all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
+        complete = is_adapter or all((folder / name).stat().st_size for name in BESIDE_WEIGHTS)
         return complete and not any(folder.rglob("*.incomplete"))  # clients download into these
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
@@ -231,7 +224,17 @@ def find_downloaded(name: str, revision: str | None) -> Path | None:
 
 
 def find_model(name: str, remedy: str, revision: str | None = None, to_train: bool = False) -> str:
-    """Return the folder of the model `name`, which is a local folder or a hub's name.
+    """Return the folder of the model `name`, as find_folder does. Raises SystemExit for an adapter too."""
+    folder = find_folder(name, remedy, revision, to_train)
+    if Path(folder, ADAPTER_CONFIG).is_file():
+        command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
+        reason = f"{name} 是 LoRA 适配器，不是完整的模型"
+        raise SystemExit(f"错误：{reason}；接着训练用 train_lora.py --adapter，其他用途先合并：{command}")
+    return folder
+
+
+def find_folder(name: str, remedy: str, revision: str | None = None, to_train: bool = False) -> str:
+    """Return the folder of the model or the adapter `name`, which is a local folder or a hub's name.
 
     A hub's client downloads it; where the hub cannot be reached, a complete earlier download will do.
     `remedy` says what else could be done where that fails. A model that is `to_train` is refused before its
@@ -240,10 +243,6 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long for a folder
         if revision:
             raise SystemExit(f"错误：版本 {revision} 只用于 hub 上的模型，而 {name} 是本地文件夹。")
-        if Path(name, ADAPTER_CONFIG).is_file():
-            command = f"python inference_lora.py --model_path {shlex.quote(name)} --merge_to output/merged"
-            reason = f"{name} 是 LoRA 适配器，不是完整的模型"
-            raise SystemExit(f"错误：{reason}；接着训练用 train_lora.py --adapter，其他用途先合并：{command}")
         if hub.split(name) and not any(Path(name).glob("*.safetensors")):
             # The hub's model may be meant: a folder of the same name is not passed over in silence.
             remedy = "请补全它；要下载同名的模型，请先把它移走或改名。"
@@ -254,12 +253,13 @@ def find_model(name: str, remedy: str, revision: str | None = None, to_train: bo
         kinds = "既不是已有的文件夹，也不是 ModelScope 模型名（形如 Qwen/Qwen3-1.7B）"
         raise SystemExit(f"错误：找不到模型 {name}：{kinds}。{hub.forms(name)}")
 
-    def choose(names: list[str]) -> list[str]:
+    def choose(names: list[str], fetch) -> list[str]:
+        if to_train and hub.CONFIG in names:
+            check_family(fetch(hub.CONFIG).parent, name)
         return [name for name in names if not name.lower().endswith(NOT_DOWNLOADED)]
 
-    look = partial(check_family, name=name) if to_train else None
     try:
-        return str(hub.download(name, "model", remedy, choose, revision=revision, look=look)[0])
+        return str(hub.download(name, "model", remedy, choose, revision=revision)[0])
     except hub.Unreachable:
         folder = find_downloaded(name, revision)
         if not folder:
@@ -288,12 +288,12 @@ def find_trained(name: str, revision: str | None = None, thinking: bool = True) 
     adapter = os.path.isdir(name) and checkpoints.holds_adapter(name)
     # A local model with a revision goes on to find_model, which refuses it.
     local = find_local(name) if adapter or not revision else None
-    path = str(local or find_model(name, "检查 --model_path", revision))
+    path = str(local or find_folder(name, "检查 --model_path", revision))
     if not thinking and not has_no_thinking_mode(load_tokenizer(path)):
         raise SystemExit(f"错误：{path} 的对话模板不能关闭思考；请去掉 --no_thinking，或换一个模型。")
     if not Path(path, ADAPTER_CONFIG).is_file():
         return Trained(path)
-    base, trained_revision = read_base(path)
+    base, trained_revision = read_base(path, name)
     remedy = f"把 {path}/{ADAPTER_CONFIG} 里的 base_model_name_or_path 改为本地文件夹"
     base_path = find_model(base, remedy, revision if local and revision else trained_revision)
     require_base(path, base, base_path)
@@ -304,16 +304,17 @@ def require_base(path: str, base: str, base_path: str, sha256: str | None = None
     """Raise SystemExit where the adapter in `path` was trained on another base than that in `base_path`,
     which the user calls `base`. `sha256`: of its weights, where that is known already."""
     # Another base of the same shape would load without an error. An adapter from elsewhere has no record.
-    expected = read_settings(run_folder(path)).get("model_sha256")
+    expected = read_base_sha256(run_folder(path))
     if expected and (actual := sha256 or checkpoints.weights_sha256(base_path)) != expected:
         reason = f"{path} 的适配器不是在现在的 {base} 上训练的"
         sums = f"权重的 SHA-256 应为 {expected}，现在是 {actual}"
         raise SystemExit(f"错误：{reason}（{sums}）；请放回原来的基础模型（训练时用 --model_name 指定）。")
 
 
-def read_base(path: str) -> tuple[str, str | None]:
-    """Return the name or folder, and the revision, of the base model of the adapter in `path`. A folder of
-    another machine stands for the hub's model of that name, where `require_base` can compare it."""
+def read_base(path: str, name_of_adapter: str) -> tuple[str, str | None]:
+    """Return the name or folder, and the revision, of the base model of the adapter in `path`, which the user
+    calls `name_of_adapter`. A folder of another machine stands for the hub's model of that name, where
+    `require_base` can compare it; what tells no hub is on the adapter's."""
     config = Path(path, ADAPTER_CONFIG)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
@@ -321,9 +322,11 @@ def read_base(path: str) -> tuple[str, str | None]:
         if not (os.path.isdir(base) or hub.split(base)):
             # Windows' paths have either slash. ModelScope's cache writes a dot as three underscores.
             name = "/".join(PureWindowsPath(base).parts[-2:]).replace("___", ".")
-            if not hub.split(name) or not read_settings(run_folder(path)).get("model_sha256"):
+            if not hub.split(name) or not read_base_sha256(run_folder(path)):
                 raise ValueError(f"找不到基础模型 {base}")
             print(f"提示：这台机器上没有 {base}，改用 {name}，并核对权重的 SHA-256。", flush=True)
+        if name_of_adapter.startswith("hf://") and "://" not in name and not os.path.isdir(name):
+            name = f"hf://{name}"
         return name, None if os.path.isdir(name) else settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "请把其中的 base_model_name_or_path 改为基础模型的文件夹或名字"

@@ -10,13 +10,14 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from parts import hub
 from parts.rows import files, shapes
 from parts.rows.row import LocatedRows, Problems, Rows, check, drop_overlap, keep_usable, topic
+from parts.terminal import progress, shorten
 
 SPLITS = {  # words of a file's path, by which hubs tell what a file is for
     "train": {"train", "training", "trainset"},
@@ -77,29 +78,67 @@ def split_of(file: str) -> str:
     return "train"
 
 
-def choose_files(dataset: str, names: list[str]) -> list[str]:
-    """Return the data files among the `names` of a hub's data set; where there are several formats, those of
-    one. It raises SystemExit when there are none."""
-    folder = f"/{hub.split(dataset).inside}".rstrip("/") + "/"
+def to_splits(told: list[tuple[str, str]]) -> dict[str, str]:
+    """Return {file: split} of pairs (what tells a file's split, the file). What is in two is no training."""
+    splits: dict[str, str] = {}
+    for words, name in told:
+        if splits.get(name, "train") == "train":
+            splits[name] = split_of(words)
+    return splits
+
+
+def find_splits(dataset: str, names: list[str], fetch) -> dict[str, str]:
+    """Return {file: split} of a hub's data set that has these `names`: of the configuration, the folder or
+    the file that is written behind its name, else of the default configuration. The card tells the splits, or
+    else the files' names. Raises SystemExit where it is not clear which files are meant."""
+    scheme, repository, inside = hub.split(dataset)
+    configs, default = {}, ""
+    if hub.CARD in names:
+        card = fetch(hub.CARD)
+        try:
+            configs, default = hub.read_card(card, names)
+        except Exception as error:  # yaml and datasets raise what they like
+            problem = f"{dataset} 的 {hub.CARD} 写得不对（{shorten(str(error))}），分不清训练集和测试集"
+            raise SystemExit(f"错误：{problem}；请下载要用的文件，再用 --dataset 指定它。") from None
+    chosen = inside or default
+    several = f"{dataset} 有 {len(configs)} 个配置（{'、'.join(configs)}）"
+    remedy = f"请写明要哪一个，形如 --dataset {scheme}://{repository}/{next(iter(configs), '')}"
+    if chosen in configs:
+        if len(configs) > 1 and not inside:
+            print(f"提示：{several}，用的是默认的 {chosen}；要别的{remedy}", flush=True)
+        return to_splits(configs[chosen])
+    told = [(name, name) for name in names]
+    for files_of_config in configs.values():
+        told += files_of_config
+    folder = f"/{inside}".rstrip("/") + "/"
+    splits = {name: split for name, split in to_splits(told).items() if f"/{name}/".startswith(folder)}
+    if configs and (chosen is None or not splits):
+        raise SystemExit(f"错误：{several}；{remedy}")
+    return splits
+
+
+def choose_files(dataset: str, published: bool, names: list[str], fetch) -> dict[str, str]:
+    """Return {data file: split} of a hub's data set that has these `names`; where there are several formats,
+    of the files of one. It raises SystemExit when there are none."""
+    splits = dict.fromkeys(names, "train") if published else find_splits(dataset, names, fetch)
     formats: dict[str, list[str]] = {suffix: [] for suffix in files.SUFFIXES}
-    for name in sorted(names):
+    for name in sorted(splits):
         path = Path(name)
         # Hubs keep such files beside the data.
         is_metadata = path.name.startswith(("dataset_info", "configuration"))
-        if path.suffix.lower() in formats and not is_metadata and f"/{name}/".startswith(folder):
+        if path.suffix.lower() in formats and not is_metadata:
             formats[path.suffix.lower()].append(name)
     candidates = list(filter(None, formats.values()))
     if not candidates:
         raise SystemExit(f"错误：数据集 {dataset} 里没有 {'、'.join(formats)} 文件；请用 --dataset 换一个。")
-    for chosen in candidates:
-        # Tests alone, or an example, in another format are not the set.
-        if "train" in map(split_of, chosen):
-            return chosen
-    return candidates[0]
+    # Tests alone, or an example, in another format are not the set.
+    having_train = [chosen for chosen in candidates if "train" in map(splits.get, chosen)]
+    return {name: splits[name] for name in (having_train or candidates)[0]}
 
 
-def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
-    """Return {file: bytes} of a local file, whose name is "", or of a hub's data set.
+def read_contents(dataset: str, revision: str | None, published: bool) -> tuple[dict, dict]:
+    """Return ({file: bytes}, {file: split}) of a local file, whose name is "", or of a hub's data set, which
+    is `published` with one file whose name tells nothing.
 
     What is downloaded does not go through the client's cache: there it keeps, and would hand out, files that
     the hub has renamed or dropped since.
@@ -108,14 +147,17 @@ def read_contents(dataset: str, revision: str | None) -> dict[str, bytes]:
     if os.path.exists(dataset) or "://" not in dataset and files.has_known_suffix(dataset):
         if revision:
             raise SystemExit(f"错误：{dataset} 是本地文件，--revision {revision} 只能用于 hub 上的数据集。")
-        return {"": files.read_bytes(Path(dataset))}
+        if inside := sorted(Path(dataset).rglob("data*.arrow")):  # datasets' save_to_disk wrote it
+            contents = {path.relative_to(dataset).as_posix(): path.read_bytes() for path in inside}
+            return contents, {name: split_of(name) for name in contents}
+        return {"": files.read_bytes(Path(dataset))}, {"": "train"}
     if not hub.split(dataset):
         forms = hub.forms(dataset)
         raise SystemExit(f"错误：--dataset {dataset} 既不是已有的文件，也不是 hub 上的数据集名。{forms}")
+    choose = partial(choose_files, dataset, published)
     with tempfile.TemporaryDirectory() as folder:
-        choose = partial(choose_files, dataset)
-        path, names = hub.download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
-        return {name: (path / name).read_bytes() for name in names}
+        path, splits = hub.download(dataset, "dataset", "用 --dataset 指定本地文件", choose, folder, revision)
+        return {name: (path / name).read_bytes() for name in splits}, splits
 
 
 def read_files(dataset: str, contents: dict, names: list[str], name_files: bool) -> tuple[LocatedRows, str]:
@@ -146,13 +188,13 @@ def load(dataset: str, revision, sha256, name_files: bool, published: bool, seed
     `published`: it is split by rows in any case, as the published training script does. `sha256` is the
     checksum that it must have; of several files, that of their contents in order of their names.
     """
-    contents = read_contents(dataset, revision)
+    contents, splits = read_contents(dataset, revision, published)
     checksum = hashlib.sha256(b"".join(contents.values())).hexdigest()
     if sha256 and sha256.lower() != checksum:
         raise SystemExit(f"错误：{dataset} 的 SHA-256 是 {checksum}，不是 --sha256 {sha256}；请核对来源。")
     names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for name in contents:
-        names["train" if published else split_of(name)].append(name)
+    for name, split in splits.items():
+        names[split].append(name)
     if not names["train"]:
         raise SystemExit(f"错误：{dataset} 里只有验证集或测试集，不能用来训练；请换一个数据集。")
 
@@ -160,13 +202,12 @@ def load(dataset: str, revision, sha256, name_files: bool, published: bool, seed
     rows, mapping = read(names["train"])
     own_val, used = read_own_val(read, names)
     shown = source = f"{dataset}（{'、'.join(contents)}）"
-    if "" in contents:
+    if os.path.exists(dataset):
         # Only the name goes into the model card: the folder of a local file may name people.
         shown, source = dataset, Path(dataset).name
     lines = [f"数据来源  {shown}：共 {len(rows) + len(own_val)} 行", f"SHA-256   {checksum}"]
     for name, content in contents.items():
-        encoding = "utf-8" if (name or dataset).lower().endswith(files.BINARY) else files.encoding_of(content)
-        if encoding != "utf-8":
+        if (encoding := files.encoding_of(content)) != "utf-8":
             lines.append(f"编码      {name or dataset} 不是 UTF-8，按 {encoding.upper()} 读取")
     if mapping:
         lines.append(f"读作      {mapping}")
@@ -263,7 +304,7 @@ def near_duplicates(answers: list[str]) -> list[tuple[int, int]]:
     every = -(-sum(map(len, answers)) // MAX_PASSAGES)
     counts, first_copy, duplicates = [], {}, set()
     holders = defaultdict(list)  # passage -> numbers of the answers that have it
-    for i, text in enumerate(answers):
+    for i, text in enumerate(progress(answers, "近似重复")):
         passages = {text[start : start + PASSAGE_LENGTH] for start in range(len(text) - PASSAGE_LENGTH + 1)}
         if every > 1:
             # By a checksum, so that it is the same passages in all answers; hash() differs from run to run.
@@ -276,10 +317,8 @@ def near_duplicates(answers: list[str]) -> list[tuple[int, int]]:
         for passage in passages:
             holders[passage].append(i)
     most = min(max(COMMON_AT_LEAST, COMMON_SHARE * len(answers)), COMMON_AT_MOST)
-    shared = Counter()  # (i, j) -> passages that both have
-    for numbers in holders.values():
-        if len(numbers) <= most:
-            shared.update(combinations(numbers, 2))
+    pairs = (combinations(numbers, 2) for numbers in holders.values() if len(numbers) <= most)
+    shared = Counter(chain.from_iterable(pairs))  # (i, j) -> passages that both have
     for (i, j), count in shared.items():
         if count >= DUPLICATE_SHARE * min(counts[i], counts[j]):
             duplicates.add((i, j))

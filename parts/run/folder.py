@@ -5,6 +5,7 @@ in."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,9 +29,11 @@ SETTINGS = (
     "full_logits seed data_seed full_determinism eval_steps"
 ).split()
 LORA_SETTINGS = "lora_rank lora_alpha lora_dropout target_modules use_rslora use_dora load_in_4bit".split()
+# The same content is the same, wherever it lies and whatever it is called: {name: its checksum's name}.
+CONTENT = {"model_name": "model_sha256", "model_revision": "model_sha256", "adapter": "adapter (sha256)"}
 RENAMED = {"optim": "adamw"}  # optimizers that an earlier version called otherwise
 # What an earlier version did without noting it, so that its runs are continued too.
-ADDED = {"target_modules": "all-linear", "use_rslora": False, "use_dora": False, "adapter": None}
+ADDED = {"target_modules": "all-linear", "use_rslora": False, "use_dora": False, "adapter (sha256)": None}
 
 
 class Run:
@@ -69,7 +72,7 @@ class Run:
     def compare(self, folder: Path, asked: Mapping[str, object]) -> None:
         """Keep what the run in `folder` has decided on and the command leaves open. Raises SystemExit where
         the run was begun with other settings."""
-        old = read_settings(folder)
+        old, settings = by_content(read_settings(folder)), by_content(self.settings)
         if "lora_rank" in old:
             old = ADDED | old
         # Planned anew, both could change the weights: other optimizers have other states than the checkpoint,
@@ -78,8 +81,8 @@ class Run:
         resumed_tokens = None if asked["memory_gb"] else batch_tokens
         self.resumed_plan = {"optimizer": optimizer, "batch_tokens": resumed_tokens}
         # Names that an older version noted may be gone: then what Trainer makes of them is compared.
-        retired = values_of(asked, [name for name in old if name not in self.settings])
-        now = retired | self.settings | {"optimizer": asked["optimizer"] or optimizer}
+        retired = values_of(asked, [name for name in old if name not in settings])
+        now = retired | settings | {"optimizer": asked["optimizer"] or optimizer}
         refuse_changes(folder, old, now)
 
     def begin(self, optimizer: str, batch_tokens: int) -> None:
@@ -156,9 +159,7 @@ def refuse_folder(folder: Path, overwrite: bool, model_name: str, adapter: str |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Tried out, as permissions do not tell of a disk that is mounted read-only.
-        probe = folder / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        checkpoints.seconds_to_write(folder, 1)
     except OSError as error:
         remedy = "请检查权限，或用 --output_dir 换位置"
         raise SystemExit(f"错误：无法写入 {folder}（{error.strerror}）；{remedy}。") from None
@@ -214,6 +215,29 @@ def read_settings(folder: Path) -> dict[str, object]:
     return settings
 
 
+def read_base_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 of the weights that the adapter in `folder` was trained on, by its run or else its
+    card, as run.json is not uploaded; None, with a line that says so, for an adapter from elsewhere."""
+    card, told = folder / "README.md", None
+    if card.is_file() and not (folder / RUN_FILE).is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        told = re.search(rf"{checkpoints.BASE_SHA256} \| (\w+)", text)
+    return told[1] if told else read_settings(folder).get("model_sha256")
+
+
+def by_content(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return those of a run's settings that are compared, with checksums in place of names and paths."""
+    compared = {}
+    for name, value in settings.items():
+        if name.endswith(" (sha256)") and name not in CONTENT.values():
+            # Those of the data are called by the files, the training file first. It may be both.
+            compared.setdefault("train_file (sha256)", value)
+            compared["val_file (sha256)"] = value
+        elif not settings.get(CONTENT.get(name)):
+            compared[name] = value
+    return compared
+
+
 def refuse_changes(folder: Path, old: dict, now: dict) -> None:
     """Raise SystemExit when the run in `folder` was begun with `old` settings, other ones than `now`."""
     changes = {}
@@ -223,6 +247,8 @@ def refuse_changes(folder: Path, old: dict, now: dict) -> None:
     if not changes:
         return
     what, how = "未完成的训练", "请用原来的设置继续"
+    if changes == {"dtype": "dtype torch.float32 -> torch.float16"}:  # begun before float16 was used
+        how = "请加 --fast_kernels false 继续"
     if list(changes) == ["examples_per_step"]:  # with more or fewer processes than before
         how = f"请用 --per_device_train_batch_size 让所有进程每步合计仍是 {old['examples_per_step']} 条"
     remedy = f"{how}，或用 --output_dir 换一个文件夹重新训练"
@@ -276,6 +302,8 @@ def find_fault(checkpoint: Path) -> str | None:
     damage = checkpoints.find_damage(checkpoint, hashes=True)
     if damage:
         return damage
+    if not (checkpoint / "optimizer.pt").is_file():  # nor in the manifest: the best weights are as good alone
+        return "只有权重，不能从它继续"
     # Training ends with the weights of the best checkpoint, which may be an older one.
     state = json.loads((checkpoint / FINISHED_MARK).read_text(encoding="utf-8"))
     best = Path(state["best_model_checkpoint"] or checkpoint)

@@ -147,7 +147,7 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
         "max_length": args.max_length,
         "训练 / 验证样本": f"{len(trainer.train_dataset)} / {len(trainer.eval_dataset)}",
         "基础模型的版本": args.model_revision or ("本地文件夹" if local else "默认版本"),
-        "基础权重的 SHA-256": settings["model_sha256"],
+        checkpoints.BASE_SHA256: settings["model_sha256"],
         "数据": describe_origin(origin),
         f"{args.train_file} 的 SHA-256": origin["train_sha256"],
         "保存的权重": describe_saved(state),

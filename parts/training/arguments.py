@@ -12,6 +12,8 @@ gc.disable()  # it would look through what these imports build again and again: 
 import torch  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
+from parts.model import weights  # noqa: E402
+
 gc.enable()
 
 # Fields of TrainingArguments that are no flags, and act for those who call the training from Python
@@ -56,8 +58,7 @@ class Arguments(TrainingArguments):
 
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
-    save_steps: float | None = None  # as eval_steps: an evaluated state is kept until a better one comes
-    load_best_model_at_end: bool = True
+    save_steps: float = 0  # as often as its share of the time allows: training/safe_trainer.py
     metric_for_best_model: str | None = "eval_loss"  # as earlier versions noted it among a run's settings
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
@@ -68,7 +69,6 @@ class Arguments(TrainingArguments):
     def __post_init__(self):
         flags.check(vars(self))
         self.refuse_unread()
-        self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
         has_gpu = torch.accelerator.is_available()
         if not (self.use_cpu or has_gpu) and (reason := environment.unused_card()):
@@ -78,6 +78,8 @@ class Arguments(TrainingArguments):
         sharded, self.fsdp = self.fsdp, None  # accelerate would cut the model its own way, on GPUs only
         super().__post_init__()
         self.fsdp, self.fsdp_config = sharded, {}
+        # Derived, as Trainer's own class does it from its flag: float16 autocast, with a scaler of the loss.
+        self.mixed_precision = "fp16" if self.dtype == torch.float16 else "no"
         if self.world_size > 1:
             processes.agree(self.facts())
         if reason := environment.unusable(self.device, self.memory_gb):
@@ -111,6 +113,15 @@ class Arguments(TrainingArguments):
     @property
     def trains_adapter(self) -> bool:
         return self.lora_rank is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model's weights are loaded: float16 only for frozen ones."""
+        best = weights.best_dtype(self.device)
+        frozen = self.trains_adapter and not self.fsdp  # which wants one dtype for base and adapter
+        if best == torch.float16 and not (frozen and self.fast_kernels):
+            return torch.float32
+        return best
 
     @property
     def examples_per_step(self) -> int:

@@ -15,6 +15,11 @@ OPTIMIZERS = ("kahan", "8bit", "8bit_in_backward", "adamw")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial")
 
 
+# What launchers set: torchrun all of the first, mpirun and srun one of the second, with a number above 1.
+LAUNCHER = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+SIZES = "WORLD_SIZE OMPI_COMM_WORLD_SIZE PMI_SIZE MV2_COMM_WORLD_SIZE SLURM_STEP_NUM_TASKS".split()
+
+
 class Limit(NamedTuple):
     """What a number may be."""
 
@@ -64,7 +69,7 @@ TABLE = (  # under the headings of --help
     Flag("checkpoint_every", int, "每几层重算一层，0 不重算，1 全部重算（默认按显存规划）", FROM_0),
     Flag("offload_activations", bool, "重算的层的输入放到内存（默认按显存规划）"),
     Flag("optimizer", OPTIMIZERS, "bfloat16 权重的优化器（默认按显存规划）"),
-    Flag("fast_kernels", bool, "使用本机可用的快速算子（默认 true）"),
+    Flag("fast_kernels", bool, "使用本机可用的快速算子和 CUDA graph（默认 true）"),
     Flag("full_logits", bool, "用 transformers 自带的损失，仅供对比（默认 false）"),
     Flag("check", bool, "只检查这台机器能否训练、速度如何，不训练"),
     Flag("rehearse", bool, "训练前先预演最大的一步（默认有 GPU 时预演）"),
@@ -73,7 +78,7 @@ TABLE = (  # under the headings of --help
     Flag("output_dir", str, "模型和检查点所在的文件夹；再次运行同一命令就会继续"),
     Flag("overwrite_output_dir", bool, "删除该文件夹里训练完的模型，重新训练"),
     Flag("resume_from_checkpoint", str, "从这个检查点继续（默认最近的完整检查点）"),
-    Flag("save_steps", int, "每多少步保存一次（默认每次评估都保存）", ABOVE_0),
+    Flag("save_steps", int, "每多少步保存一次；0（默认）为评估时看时间，保存最多占训练的 1/20", FROM_0),
     Flag("save_total_limit", int, "最多保留几个检查点，最好的和最新的始终保留", ABOVE_0),
     "记录",
     Flag("eval_steps", int, "每多少步评估一次；不超过 100 步的训练默认评估 5 次", ABOVE_0),
@@ -87,7 +92,7 @@ TABLE = (  # under the headings of --help
     Flag("fsdp", bool, "每张卡只放模型的一部分（FSDP2，用 torchrun 启动）：一张卡放不下时用"),
     Flag("ddp_timeout", int, "最多等待其他进程多少秒（默认 7200）", ABOVE_0),
     "LoRA",
-    Flag("adapter", str, "接着训练这个文件夹里的 LoRA：秩、缩放、层和基础模型取自它"),
+    Flag("adapter", str, "接着训练这个 LoRA（文件夹或 hub 上的名称）：秩、缩放、层和基础模型取自它"),
     Flag("lora_rank", int, "适配器矩阵的秩", ABOVE_0),
     Flag("lora_alpha", int, "缩放：alpha / rank", ABOVE_0),
     Flag("lora_dropout", float, "适配器输入的 dropout", SHARE),
@@ -120,6 +125,8 @@ def parse(description: str, recipe: Mapping[str, object]) -> dict[str, object]:
     check(values)
     require_packages(values)
     terminal.say_loading()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # where another one never comes, one sees who is waited for
+        print("等 {WORLD_SIZE} 个进程在 {MASTER_ADDR}:{MASTER_PORT} 会合".format_map(os.environ), flush=True)
     return given
 
 
@@ -154,11 +161,9 @@ def check(values: Mapping[str, object]) -> None:
             continue
         if not flag.limit.allows(value):
             refuse(f"--{name} {value}：要一个{flag.limit.words}")
-    optimizer, eval_steps = values.get("optimizer"), values.get("eval_steps") or 1
+    optimizer = values.get("optimizer")
     if not values.get("output_dir", True):
         refuse("--output_dir 是空的")
-    if (values.get("save_steps") or eval_steps) % eval_steps:
-        refuse(f"--save_steps {values['save_steps']}：要是 --eval_steps {eval_steps} 的倍数")
     if values.get("warmup_steps") and values.get("lr_scheduler_type") == "constant":
         refuse("--warmup_steps：constant 不预热，constant_with_warmup 才预热")
     # 1 is Trainer's default, which no user need have asked for.
@@ -176,9 +181,13 @@ def check(values: Mapping[str, object]) -> None:
 def check_launch(values: Mapping[str, object]) -> None:
     """Raise SystemExit for a launcher that tells a process too little or would cut the model itself, and for
     what does not go with --fsdp."""
-    count, launched = int(os.environ.get("WORLD_SIZE") or 1), "LOCAL_RANK" in os.environ
-    if count > 1 and not launched:  # each process would train alone, and all would write into one folder
-        refuse(f"有环境变量 WORLD_SIZE={count}，却没有 LOCAL_RANK；请用 torchrun 启动，或去掉 WORLD_SIZE")
+    launched = "LOCAL_RANK" in os.environ
+    found = [name for name in SIZES if os.environ.get(name, "") not in ("", "0", "1")]
+    lacking = [name for name in LAUNCHER if not os.environ.get(name)]
+    # Each process would train alone, and all would write into one folder; or they would wait for each other.
+    if (found or launched) and lacking:
+        name = (*found, "LOCAL_RANK")[0]
+        refuse(f"有环境变量 {name}={os.environ[name]}，却没有 {'、'.join(lacking)}；请用 torchrun，或去掉它")
     # What accelerate launch sets for its own --use_fsdp and --use_deepspeed
     cuts = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     if launched and "true" in cuts:
@@ -187,7 +196,7 @@ def check_launch(values: Mapping[str, object]) -> None:
         )
     if not values.get("fsdp"):
         return
-    if count < 2:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         refuse("--fsdp：模型分给几张卡，要用 torchrun 启动：torchrun --nproc_per_node 2 train.py --fsdp true")
     for name in ("load_in_4bit", "full_logits", "eval_samples"):
         if values.get(name):

@@ -3,7 +3,6 @@
     python tests/benchmarks/memory_budget.py                 # Qwen3-1.7B's shape, random weights; wants a GPU
     python tests/benchmarks/memory_budget.py --small --caps 2 4              # a check on a CPU that it works
     python tests/benchmarks/memory_budget.py --plans         # only what would be planned, on any machine
-    python tests/benchmarks/memory_budget.py --plans --float32               # on cards without bfloat16
 
 The cap holds for the whole process (--memory_gb: a fraction of the card's memory that CUDA refuses to go beyond). The
 first step is the worst one, four examples of 2,048 tokens, and a warm-up: speed is that of the steps after it. The
@@ -19,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
@@ -66,40 +66,52 @@ def saved_by_4_bits(model) -> float:
     return sum(weight.numel() for weight in weights) * (model.dtype.itemsize - NF4_BITS / 8)
 
 
-def card_arguments(make, **flags) -> SimpleNamespace:
-    """Arguments as the plan reads them, of one process on a CUDA card that this machine need not have."""
+def card_arguments(make, bfloat16: bool = True, **flags) -> SimpleNamespace:
+    """Arguments as the plan reads them, of one process on a CUDA card, with or without bfloat16, that this machine need
+    not have."""
     import torch
 
-    real = make(report_to="none", **flags)
-    here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
-    here |= {name: getattr(real, name) for name in ("trains_adapter",)}
+    from parts.model import weights
+
+    with mock.patch.object(weights, "best_dtype", lambda device: torch.bfloat16 if bfloat16 else torch.float16):
+        real = make(report_to="none", **flags)
+        here = {"device": torch.device("cuda"), "world_size": 1, "process_index": 0}
+        here |= {name: getattr(real, name) for name in ("trains_adapter", "dtype")}
     return SimpleNamespace(**vars(real) | here)
 
 
-def plan_only(cap: float, float32: bool = False) -> None:
-    """The plans for a CUDA card of this size, from shapes alone; `float32`: one that has no bfloat16."""
+def plan_for(kind: str, cap: float, bfloat16: bool) -> str:
+    """The cells of a CUDA card of this size, with or without bfloat16: does it fit, GB, plan; from shapes alone."""
     import train_speed
 
     import train
     import train_lora
     from parts.machine import plan
+
+    make = train_lora.arguments if KINDS[kind][0] == "train_lora" else train.arguments
+    args = card_arguments(make, bfloat16, memory_gb=cap)
+    model = train_speed.build_model(False, "meta").to(args.dtype)
+    with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
+        model = model if kind == "full" else train_lora.add_adapter(model, args)
+    if kind == "QLoRA":
+        size = model.get_memory_footprint() - saved_by_4_bits(model)
+        model.get_memory_footprint = lambda: size
+    free = plan.free_bytes(args.device, model, args.memory_gb)
+    # The rule asks the card itself, which is not here.
+    with mock.patch.object(plan, "repeats_heads", lambda device, dtype: not bfloat16):
+        fastest, *_ = plan.choose(args, model, [2048] * 4, True, free)
+    return f"{'yes' if fastest.fits else 'no'} | {fastest.total / 1e9:.1f} | {describe(fastest)}"
+
+
+def print_plans(caps: list[float]) -> None:
     from parts.model import weights
 
     weights.quiet_libraries()
-    for kind, (script, _) in KINDS.items():
-        make = train_lora.arguments if script == "train_lora" else train.arguments
-        args = card_arguments(make, memory_gb=cap)
-        model = train_speed.build_model(False, "meta")
-        model = model.float() if float32 else model
-        with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
-            model = model if kind == "full" else train_lora.add_adapter(model, args)
-        if kind == "QLoRA":
-            size = model.get_memory_footprint() - saved_by_4_bits(model)
-            model.get_memory_footprint = lambda size=size: size
-        free = plan.free_bytes(args.device, model, args.memory_gb)
-        fastest, *_ = plan.choose(args, model, [2048] * 4, True, free)
-        fits = "yes" if fastest.fits else "no"
-        print(f"| {cap:g} | {kind} | {fits} | {fastest.total / 1e9:.1f} | {describe(fastest)} |")
+    print("| cap GB | training | fits | estimate GB | plan | without bfloat16: fits | estimate GB | plan |")
+    print("| --- " * 8 + "|")
+    for cap in caps:
+        for kind in KINDS:
+            print(f"| {cap:g} | {kind} | {plan_for(kind, cap, True)} | {plan_for(kind, cap, False)} |", flush=True)
 
 
 def main() -> None:
@@ -109,14 +121,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps after the worst one (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--plans", action="store_true", help="do not train")
-    parser.add_argument("--float32", action="store_true", help="with --plans: weights in float32")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return print(json.dumps(run_one(args.one[0], float(args.one[1]), args.small, args.steps)))
     if args.plans:
-        print("| cap GB | training | fits | estimate GB | plan |\n| --- | --- | --- | --- | --- |")
-        return [plan_only(cap, args.float32) for cap in args.caps] and None
+        return print_plans(args.caps)
     print("| cap GB | training | tokens/s | peak GB | estimate GB | estimate / peak | plan |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for cap in args.caps:

@@ -1,19 +1,16 @@
 """A training step and a decoding step by arithmetic, without a GPU: a model, not a measurement.
 
     python tests/benchmarks/step_model.py                          # Qwen3-1.7B's shape; Linux, for Liger and Triton
-    python tests/benchmarks/step_model.py --where "ours, full"     # the ten kinds of operation that take longest
     python tests/benchmarks/step_model.py --small                  # a small model: a check that it works
 
-The real code runs on tensors without storage: those of torch's meta device stand for the GPU's, the CPU's are real.
-Each operation that is no view is a kernel with the FLOPs of torch.utils.flop_counter (attention by formula, causal one
-half) and the bytes of each tensor that it reads or writes, once. Where CUDA does otherwise than the meta device, that
-is put in its place. Liger's and torch-optimi's own code runs up to each launch of a Triton kernel, which is counted.
+The real code runs on tensors of torch's meta device, which stand for the GPU's. Each operation that is no view is a
+kernel with the FLOPs of torch.utils.flop_counter (attention by formula) and the bytes of each tensor that it reads or
+writes, once. Liger's and torch-optimi's own code runs up to each launch of a Triton kernel, which is counted.
 
 The least time of a kernel is max(FLOPs / peak, bytes / bandwidth), which no kernel reaches. Of a step it is max(sum
-over kernels, launches x 5 us) + waits x 20 us: Python launches ahead of the GPU until it waits for it, as for .item()
-or to index by a mask. A kernel that a CUDA graph replays takes 1 us more on the GPU and no launch. The three costs are
-assumed.
-Not in it: the data loader, logging, autocast, whether the training fits on the card, and caches, which only help.
+over kernels, launches x 10 us) + waits x 20 us: Python launches ahead of the GPU until it waits for it, as for .item().
+10 us give the 60 tokens/s that Qwen publishes for plain generate. A kernel that a CUDA graph replays takes 1 us more on
+the GPU and no launch. Not in it: the data loader, logging, autocast, and caches, which only help.
 """
 
 import argparse
@@ -35,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from memory_budget import NF4_BITS  # noqa: E402
+from memory_budget import NF4_BITS, card_arguments  # noqa: E402
 from train_speed import PROMPT_TOKENS, build_model  # noqa: E402
 
 CARDS = {  # name -> (FLOP/s of dense bfloat16 products summed in float32, bytes/s), as NVIDIA states them
@@ -44,7 +41,7 @@ CARDS = {  # name -> (FLOP/s of dense bfloat16 products summed in float32, bytes
     "4090": (165e12, 1.008e12),  # Ada white paper; 330 with sums in float16
     "3060": (25.5e12, 0.36e12),  # 12 GB; twice its 12.7 in float32, the ratio in the Ampere GA102 white paper
 }
-LAUNCH, WAIT, REPLAY = 5e-6, 20e-6, 1e-6  # seconds, assumed
+LAUNCH, SLOW_LAUNCH, WAIT, REPLAY = 10e-6, 20e-6, 20e-6, 1e-6  # seconds, assumed
 LENGTHS = (620, 735, 796, 1001)  # tokens of a step's examples, as long on average as the published ones
 CACHE, STEPS = 512, 16  # places of the cache that are full in the end; decoding steps that are averaged
 
@@ -52,22 +49,13 @@ CACHE, STEPS = 512, 16  # places of the cache that are full in the end; decoding
 KERNELS = {"_index_put_impl": 10, "embedding_dense_backward": 8, "select_backward": 2, "slice_backward": 2, "equal": 2}
 KERNELS |= {"sort": 8, "topk": 4, "nonzero": 3, "cumsum": 2, "_varlen_attn_backward": 5}
 KERNELS |= {"_scaled_dot_product_flash_attention_backward": 5, "_scaled_dot_product_efficient_attention_backward": 2}
-MULTI_TENSOR = (
-    320 * 65536,
-    36,
-)  # weights, tensors at most in one launch over lists: ATen/native/cuda/MultiTensorApply.cuh
-# Arguments of Triton kernels that are touched more than once: read and written; the logits twice read.
+# Numbers and tensors at most in one launch over lists: ATen/native/cuda/MultiTensorApply.cuh
+MULTI_TENSOR = (320 * 65536, 36)
+# Arguments of Triton kernels that are touched more than once: read and written.
 TOUCHED = {"_triton_rope": {"q_ptr": 2, "k_ptr": 2}, "_swiglu_backward_kernel": {"a_ptr": 2, "b_ptr": 2}}
-TOUCHED |= {"liger_cross_entropy_kernel": {"X_ptr": 3}, "element_mul_kernel": {"X_ptr": 2}}
 TOUCHED |= {"_adam_kernel": dict.fromkeys(("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "kahan_ptr"), 2)}
 PICK = ("embedding", "gather", "index", "index_select")  # read as much of their source as they write
-PUT = (
-    "scatter",
-    "scatter_add",
-    "index_add",
-    "index_copy",
-    "_index_put_impl",
-)  # read and write as much as they are given
+PUT = ("scatter", "scatter_add", "index_add", "index_copy", "_index_put_impl")  # read and write what they are given
 FILL = ("fill", "zero", "copy", "exponential")  # in place, without reading what was there
 
 
@@ -102,11 +90,11 @@ def size(*values) -> int:
 
 class Tracer(TorchDispatchMode):
     """Counts what runs on the GPU's tensors. `lengths`: of the examples in a packed batch. `true`: how many tokens any
-    mask by which something is indexed leaves. `whole`: whether no token is padding."""
+    mask leaves."""
 
-    def __init__(self, lengths=(), true: int = 0, whole: bool = True):
+    def __init__(self, lengths=(), true: int = 0):
         super().__init__()
-        self.lengths, self.true, self.whole = lengths, true, whole
+        self.lengths, self.true = lengths, true
         self.ops, self.replayed, self.last = Counter(), False, ("", "")
         self.left = 0  # tokens that generate is still to make
 
@@ -129,7 +117,7 @@ class Tracer(TorchDispatchMode):
         on_gpu = any(tensor.is_meta for tensor in before)
         if on_gpu and name in ("_local_scalar_dense", "item", "equal"):  # no two tensors are equal
             # The answer to whether a mask has no padding, a batch no second example; all else is 0.
-            true = self.last == ("sum", "eq") and self.whole or self.last == ("eq", "all")
+            true = self.last in (("sum", "eq"), ("eq", "all"))
             if self.last == ("max", "eq"):  # generate asks whether all rows have ended
                 self.left -= 1
                 true = not self.left
@@ -137,8 +125,6 @@ class Tracer(TorchDispatchMode):
             return name != "equal" and (bool(true) if before[0].dtype == torch.bool else 0)
         if name == "nonzero":
             return self.nonzero(args[0])
-        if name in ("index", "_index_put_impl"):
-            args = [args[0], [places for index in args[1] for places in self.places(index)], *args[2:]]
         out = args[0] if name == "exponential" else func(*args, **kwargs)
         stores = {tensor.untyped_storage()._cdata for tensor in before}
         fresh = [tensor for tensor in tensors(out) if tensor.untyped_storage()._cdata not in stores]
@@ -156,11 +142,6 @@ class Tracer(TorchDispatchMode):
         """[true, dimensions]; the CPU waits to know how many."""
         self.add("nonzero", 0, size(mask) + 8 * mask.ndim * self.true, KERNELS["nonzero"], waits=1)
         return torch.empty(self.true, mask.ndim, dtype=torch.long, device="meta")
-
-    def places(self, index) -> list:
-        """An index as numbers, which CUDA makes of a mask first."""
-        mask = index is not None and index.dtype == torch.bool
-        return list(self.nonzero(index).unbind(1)) if mask else [index]
 
     def read(self, name: str, args, kwargs, fresh, changed) -> int:
         """Bytes; for PUT what is written is put right too."""
@@ -319,7 +300,7 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
         model.config.use_cache = False
         if lora:
             with contextlib.redirect_stdout(sys.stderr):  # peft's line is no row of the table
-                model = train_lora.add_adapter(model, adapter_arguments())
+                model = train_lora.add_adapter(model, card_arguments(train_lora.arguments))
         if not published:
             packing.use(model)
         if fused:
@@ -328,7 +309,7 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
         trainer = PackedTrainer.__new__(PackedTrainer)  # without what Trainer sets up
         trainer.model, trainer.kernels = model, SimpleNamespace(attention=SimpleNamespace(runs=fused))
         trainer.args = SimpleNamespace(full_logits=False)
-        trainer.accelerator = SimpleNamespace(num_processes=1)
+        trainer.accelerator = SimpleNamespace(num_processes=1, autocast=contextlib.nullcontext)
         model.get_decoder().register_forward_hook(trainer.keep_hidden)
         count = torch.ones((), dtype=torch.long, device="meta")
         losses = [lambda: trainer.compute_loss(model, batch, num_items_in_batch=count)]
@@ -343,54 +324,6 @@ def ours(small, fused=True, every=0, lora=False, in_4bit=False, published=False)
     return trace.ops
 
 
-def adapter_arguments() -> SimpleNamespace:
-    import train_lora
-
-    rank, alpha, share = (
-        train_lora.RECIPE["lora_rank"],
-        train_lora.RECIPE["lora_alpha"],
-        train_lora.RECIPE["lora_dropout"],
-    )
-    names = {"model_name": "none", "model_revision": None}
-    return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_dropout=share, **names)
-
-
-def trl(small) -> Counter:
-    """TRL's SFTTrainer as train_speed.trl_trainer sets it up without flash-attn: a padded batch on sdpa, Liger's layers
-    and loss, fused AdamW. Assumed: bfloat16 autocast casts nothing more; two metrics are fetched at each step, as TRL
-    1.0 does."""
-    from transformers.integrations.liger import apply_liger_kernel
-    from transformers.models.qwen3 import modeling_qwen3
-
-    trace = Tracer(whole=False)
-    plain = {name: getattr(modeling_qwen3, name) for name in ("Qwen3RMSNorm", "Qwen3MLP")}
-    with tracing(trace), mock.patch.multiple(modeling_qwen3, **plain):
-        model = build_model(small, "meta").train()
-        model.config.use_cache = False
-        apply_liger_kernel(model, None)
-        ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long, device="meta")
-        wishes = {"skip_logits": True, "return_token_accuracy": True, "use_token_scaling": False}
-
-        def loss():
-            out = model(ids, attention_mask=ids, labels=ids, num_items_in_batch=ids.sum(), **wishes)
-            ids.sum().item(), out.token_accuracy.mean().item()
-            return out.loss
-
-        step(trace, [loss], adamw(model, None), True)
-    add_in_product(trace.ops, model.lm_head.weight.nbytes)
-    return trace.ops
-
-
-def add_in_product(ops: Counter, weight: int) -> None:
-    """Liger adds the gradients of the output layer's weight within the product on CUDA; elsewhere, as here, a copy in
-    float32 is made and added. Bytes of the weight, in bfloat16."""
-    for op in list(ops):
-        if (op.name, op.bytes) == ("_to_copy", 3 * weight):
-            ops[Op("read once more by addmm", bytes=weight, kernels=0)] = ops.pop(op)
-        elif (op.name, op.bytes) == ("add", 4 * weight):
-            del ops[op]
-
-
 TRAINING = {
     "published recipe": partial(ours, published=True, fused=False, every=1),
     "ours, full": ours,
@@ -398,7 +331,6 @@ TRAINING = {
     "ours, full, every layer recomputed": partial(ours, every=1),
     "ours, LoRA": partial(ours, lora=True),
     "ours, QLoRA": partial(ours, lora=True, in_4bit=True),
-    "TRL, full": trl,
 }
 
 
@@ -450,48 +382,48 @@ def total(ops: Counter, key: str) -> float:
     return sum(number * getattr(op, key) for op, number in ops.items())
 
 
-def least(ops: Counter, card: str) -> float:
+def busy(ops: Counter, card: str) -> float:
+    """Seconds that the GPU works at least."""
+    return sum(number * op.seconds(card) for op, number in ops.items())
+
+
+def launching(ops: Counter, launch: float) -> float:
+    """Seconds that Python takes to launch a step."""
+    return launch * sum(number * op.kernels for op, number in ops.items() if not op.replayed)
+
+
+def least(ops: Counter, card: str, launch: float = LAUNCH) -> float:
     """Seconds that a step takes at least."""
-    launched = sum(number * op.kernels for op, number in ops.items() if not op.replayed)
-    busy = sum(number * op.seconds(card) for op, number in ops.items())
-    return max(busy, launched * LAUNCH) + total(ops, "waits") * WAIT
+    return max(busy(ops, card), launching(ops, launch)) + total(ops, "waits") * WAIT
 
 
 def table(arms: dict, small: bool, tokens: dict[str, int], first: str) -> None:
     cards = " | ".join(f"ms {card}" for card in CARDS)
-    print(f"\n| {first} | TFLOP | GB moved | kernels | waits | {cards} | tokens/s H100 | x first |")
-    print("| --- " * (7 + len(CARDS)) + "|")
+    print(f"\n| {first} | TFLOP | GB moved | kernels | waits | {cards} | H100, 20 us | tokens/s H100 | x first |")
+    print("| --- " * (8 + len(CARDS)) + "|")
     speeds: dict[int, float] = {}
+    limited = []  # by Python
     for name, arm in arms.items():
         ops = arm(small)
         speed = tokens[name] / least(ops, "H100")
         ratio = speed / speeds.setdefault(tokens[name], speed)
         sums = f"{total(ops, 'flops') / 1e12:.3f} | {total(ops, 'bytes') / 1e9:.2f} | {total(ops, 'kernels'):.0f}"
         times = " | ".join(f"{1e3 * least(ops, card):.2f}" for card in CARDS)
-        print(f"| {name} | {sums} | {total(ops, 'waits'):.2g} | {times} | {speed:.0f} | {ratio:.2f} |", flush=True)
-
-
-def where(ops: Counter) -> None:
-    """The ten kinds of operation that take longest on an H100, each as if it were alone."""
-    kinds: dict[str, Counter] = {}
-    for op, number in ops.items():
-        kinds.setdefault(op.name, Counter())[op] = number
-    longest = sorted(kinds.items(), key=lambda kind: -sum(n * op.seconds("H100") for op, n in kind[1].items()))
-    print("\n| operation | ms H100 | TFLOP | GB moved | kernels |\n| --- | --- | --- | --- | --- |")
-    for name, found in longest[:10]:
-        seconds = sum(number * op.seconds("H100") for op, number in found.items())
-        sums = f"{total(found, 'flops') / 1e12:.3f} | {total(found, 'bytes') / 1e9:.2f} | {total(found, 'kernels'):.0f}"
-        print(f"| {name} | {1e3 * seconds:.3f} | {sums} |")
+        slow = f"{1e3 * least(ops, 'H100', SLOW_LAUNCH):.2f}"
+        print(
+            f"| {name} | {sums} | {total(ops, 'waits'):.2g} | {times} | {slow} | {speed:.0f} | {ratio:.2f} |",
+            flush=True,
+        )
+        slower = [card for card in CARDS if launching(ops, SLOW_LAUNCH) > busy(ops, card)]
+        limited += [f"{name} ({', '.join(slower)})"] * bool(slower)
+    print(f"\nWhere a launch takes 20 us, Python is the limit of: {'; '.join(limited) or 'none'}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a two-layer model")
-    parser.add_argument("--where", choices=TRAINING | DECODING, metavar="ARM", help="where the time of one arm goes")
     args = parser.parse_args()
     print("# Least times by arithmetic: a model, not a measurement")
-    if args.where:
-        return where((TRAINING | DECODING)[args.where](args.small))
     table(TRAINING, args.small, dict.fromkeys(TRAINING, sum(LENGTHS)), "training step")
     table(DECODING, args.small, {name: arm.keywords["rows"] for name, arm in DECODING.items()}, "decoding step")
 

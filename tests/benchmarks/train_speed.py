@@ -92,7 +92,7 @@ def our_trainer(script: str, flags: dict, folder: str, common: dict, examples):
         sys.modules["liger_kernel"] = None  # as if it were not installed
     make = train_lora.arguments if script == "train_lora" else train.arguments
     args = make(eval_steps=NEVER, **common, **flags)
-    model = weights.load_weights(folder, args.device, flags.get("load_in_4bit", False))
+    model = weights.load_weights(folder, args.device, flags.get("load_in_4bit", False), dtype=args.dtype)
     model = train_lora.add_adapter(model, args) if script == "train_lora" else model
     trainer = train.build_trainer(args, model, None, examples, examples)
     for layer in model.model.layers if compiled else ():

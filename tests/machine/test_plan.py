@@ -42,9 +42,21 @@ def bytes_kept(model) -> float:
 
     ids, positions = torch.zeros(1, 256, dtype=torch.long), torch.arange(256)[None]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.model(input_ids=ids, position_ids=positions, lengths=(128, 128), use_cache=False)
+        output = model.get_decoder()(input_ids=ids, position_ids=positions, lengths=(128, 128), use_cache=False)
     assert output.last_hidden_state.requires_grad
     return sum(storage.nbytes() for storage in stores.values()) / 256
+
+
+def test_a_float32_adapter_on_float16_keeps_the_bytes_that_the_plan_counts():
+    """Each has an input of its own, and autocast's copies of its weights."""
+    args, kept, copied = card_arguments(True, bfloat16=False, lora_dropout=0.0), [], []
+    for layers in (1, 2):
+        model = train_lora.add_adapter(build_model(torch.float16, layers, SMALL), args)
+        with torch.autocast("cpu", torch.float16):
+            kept.append(bytes_kept(model))
+        copied.append(sum(p.numel() for p in model.parameters() if p.requires_grad) * 2 / 256)
+    layer = plan.layer_bytes(model, False, 0) + copied[1] - copied[0]
+    assert layer == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
 # The account below adds the two gradients of a tied embedding out of place, which autograd does to such

@@ -96,11 +96,18 @@ def test_model_without_safetensors_is_refused_and_not_unpickled(tiny_model, fold
 
 
 @pytest.mark.parametrize(
-    ("kind", "macos_14", "dtype"),
-    [("npu", False, torch.bfloat16), ("mps", True, torch.bfloat16), ("mps", False, torch.float32)],
+    ("kind", "has_bfloat16", "dtype"),
+    [
+        ("npu", False, torch.bfloat16),
+        ("mps", True, torch.bfloat16),
+        ("mps", False, torch.float32),
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),
+    ],
 )
-def test_other_devices_compute_in_bfloat16_where_they_can(monkeypatch, kind, macos_14, dtype):
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: macos_14 and version == (14, 0))
+def test_each_device_computes_in_bfloat16_where_it_can(monkeypatch, kind, has_bfloat16, dtype):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: has_bfloat16 and version == (14, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     assert best_dtype(SimpleNamespace(type=kind)) == dtype
 
 

@@ -64,8 +64,17 @@ def test_other_data_prompts_and_adapters_do_not_continue_a_run(interrupted, tiny
         run_steps(tiny_model, output_dir="full")
     rows = Path("train.jsonl").read_text(encoding="utf-8").splitlines()
     Path("train.jsonl").write_text("\n".join(rows[1:]), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"别的设置：train.jsonl \(sha256\) \w+ -> \w+；"):
+    with pytest.raises(SystemExit, match=r"别的设置：train_file \(sha256\) \w+ -> \w+；"):
         run_steps(tiny_model, output_dir="full")
+
+
+def test_the_same_content_by_another_name_continues_a_run(interrupted, tiny_model):
+    shutil.copytree(tiny_model, "moved")
+    shutil.copy("val.jsonl", "copy.jsonl")
+    names = {"train_file": "./train.jsonl", "val_file": "copy.jsonl", "output_dir": "full"}
+    assert continues_from(arguments("moved", **names, **STEPS)) == "full/checkpoint-10"
+    with pytest.raises(SystemExit, match=r"设置：val_file \(sha256\) \w+ -> \w+；"):
+        continues_from(arguments("moved", **names | {"val_file": "train.jsonl"}, **STEPS))
 
 
 @pytest.mark.parametrize(("into", "said"), [("full", "full .*设置"), ("other", "full .*设置"), ("lora", "lora .*另一")])

@@ -12,7 +12,7 @@ import pytest
 from parts.run.interruption import Interruption
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGXCPU, 152)])
 def test_a_signal_is_noted_and_ends_with_its_status(number, status, capfd):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, Interruption() as interruption:
@@ -46,6 +46,22 @@ def test_a_signal_that_the_shell_ignores_is_ignored(number):
             assert not interruption.requested()
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize(("gone", "status"), [(True, 141), (False, 0)])
+def test_output_that_is_not_taken_ends_nothing_before_it_is_saved(gone, status, monkeypatch):
+    """A reader who is gone asks for the end, as SIGPIPE does; a full disk does not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with open(writer if gone else "/dev/full", "w") as stream, pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with Interruption() as interruption:
+            print("a step")
+            interruption.acted = interruption.requested()
+            print("saving")
+        raise SystemExit(0)
+    assert end.value.code == status
 
 
 def train_on(terminal: str, piped: bool, *before: int) -> None:

@@ -13,14 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, as_flags, free_port, history, run_script, same, says, together, weights
+from helpers import ROOT, as_flags, free_port, history, run_script, same, together, weights
 
 import train
 from parts import terminal
 from parts.run import checkpoints, processes
 
 HERE = "tests/training/test_processes.py"
-STEPS = dict(max_steps=36, eval_steps=6, logging_steps=1, sample_tokens=2, learning_rate=1e-3, report_to="none")
+STEPS = dict(max_steps=36, eval_steps=6, save_steps=6, logging_steps=1, sample_tokens=2, learning_rate=1e-3)
+STEPS |= {"report_to": "none"}
 TORCHRUN = ("torchrun", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint")
 ACCELERATE = ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
 ACCELERATE += ("--dynamo_backend=no", "--main_process_port")
@@ -87,7 +88,7 @@ def test_two_processes_follow_the_curve_of_one_and_stop_at_the_same_step(workspa
 def test_processes_that_disagree_hear_why(folder):
     own = (["--seed", "1"], ["--seed", "2"])
     [said, silent] = together("train.py", "--report_to", "none", cwds=[folder] * 2, own=own, status=1)
-    assert says(said.strip(), "各个进程的 --seed 不同：进程 0 是 1，进程 1 是 2；~"), said
+    assert "错误：各个进程的 --seed 不同：进程 0 是 1，进程 1 是 2；" in said and "等 2 个进程在 127.0.0.1:" in said
     assert not silent and not os.listdir()
 
 
@@ -112,9 +113,12 @@ def test_machines_with_other_files_or_another_output_folder_are_refused(workspac
     assert not any(checkpoints.find_intact(path / "out") for path in folders)
 
 
-def test_a_launcher_that_does_not_number_its_processes_is_refused(folder):
-    ended = run_script("train.py", cwd=folder, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
-    assert ended.returncode == 1 and "WORLD_SIZE=2，却没有 LOCAL_RANK；" in ended.stdout and not os.listdir()
+@pytest.mark.parametrize("told", [{"WORLD_SIZE": "2", "RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}])
+def test_a_launcher_that_tells_a_process_too_little_is_refused(folder, told):
+    """As a pod of a PyTorchJob does, mpirun, and what a shell has left over."""
+    ended = run_script("train.py", cwd=folder, env=os.environ | told)
+    name, value = next(iter(told.items()))
+    assert ended.returncode == 1 and f"{name}={value}，却没有" in ended.stdout and not os.listdir()
 
 
 def test_what_says_that_a_process_is_gone():
