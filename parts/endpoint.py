@@ -130,7 +130,7 @@ class Endpoint:
 
 class Record:
     """A file of requests and what came of them, a line of JSON each, written as soon as the reply is there:
-    what has one is not asked, and paid for, again. A file may hold replies of several models and prompts: they
+    what has one is not asked, and paid for, again. A file may hold those of several models and prompts: they
     are told apart by the id of the request."""
 
     def __init__(self, path: str):
