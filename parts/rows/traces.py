@@ -6,7 +6,7 @@ right, this file does not know."""
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -38,19 +38,12 @@ TRADITIONAL = (
     "擇報據數無時顯條來構標樣檢沒潔確種稱簡類組細終經結繞給維著雖認讓議講論設證診詢諮該語誤說請調謹貫過還這適"
     "選邏輯釋裡裏鏈錯鍵問際險須順題驟蓋礙獨現療戶師參後"
 )
+TO_SIMPLE = str.maketrans(TRADITIONAL, SIMPLE)
 
 
-def compile_both(pattern: str) -> re.Pattern:
-    """Compile a pattern for texts in simplified and in traditional characters."""
-    variants = defaultdict(str)
-    for simple, traditional in zip(SIMPLE, TRADITIONAL, strict=True):
-        variants[simple] += traditional
-    written, in_set = "", False
-    for character in pattern:
-        in_set = character == "[" or in_set and character != "]"
-        both = character + variants[character]
-        written += both if in_set or len(both) == 1 else f"[{both}]"
-    return re.compile(written)
+def simplify(text: str) -> str:
+    """Return a text of the same length, as the patterns know its characters."""
+    return text.translate(TO_SIMPLE)
 
 
 # ---- what is found -----------------------------------------------------------------------------------------
@@ -65,23 +58,23 @@ SAYS = (
     "|(?:包含|涵盖|覆盖)了|[用讲说写][了着的])"
 )
 # Words for an answer, which is a trace or the reply that is planned: is_planned tells.
-ANSWER = compile_both(
+ANSWER = re.compile(
     "答案|(?:提供|给出|给定|参考|标准)的?(?:回答|回复)"
     "|(?<!的)回答(?=[里中]?(?:已经|已)?(?:提到|指出|列出|给出|涵盖)[了的])"
 )
 # "根据提供的答案", "答案里已经提到": who writes so was shown one, and every ANSWER is looked at.
-SHOWN = compile_both(
+SHOWN = re.compile(
     rf"{GIVEN}|(?:用户|题目)[^，。]{{0,6}}(?:给出|提供)了答案|{USED}答案(?!选)"
     rf"|[与和跟]答案[^，]{{0,8}}(?:一致|相符|吻合)|(?:答案|回答)[里中](?:还|也|已经?|没有?)*(?:{SAYS}|说|的)"
     rf"|答案(?:部分)?(?:还|也|已经?|主要|没有?)*{SAYS}|看答案|答案已经?(?![很呼])"
 )
 # 答案 as the reply that is planned, or as the conclusion that is being reached: by what stands around it.
-BEFORE_PLANNED = compile_both(
+BEFORE_PLANNED = re.compile(
     "(?:(?<!已经)(?<!已)(?<!用户)给出|得[到出]|组织|整[理合]|总结|形成|写出?|提供|完善|构[建思]|准备|找[到出]"
     "|选[择出]|知道|确保|保证|[使让成]|[会要将]在|一个|整个|这样的?|希望"
     "|(?:最终|直接|完整|[正准明]确|清晰|可能|合适|简洁|我|问题)的)(?:最终|正确|准确)?$"
 )
-AFTER_PLANNED = compile_both(
+AFTER_PLANNED = re.compile(
     "(?:[里中]|部分|的?(?:结构|重点|内容|开头))?(?:[也还就]|最后|可能|首先)*"
     "(?:不?需要(?!确认|核对)|不?应该?(?!当)|应当|必须|不?要(?!求)|不?可以|不[必用能够]|最好|再|先|[：:]"
     "|是(?:不是|否|什么|哪|[A-E]))(?!没|已|是?(?:正确|合理|对的)|不?会)"
@@ -90,7 +83,7 @@ AFTER_PLANNED = compile_both(
     "(?!正确|合理|对的|准确|完整|按|怎|如何|从|由|基于|参考)"
 )
 # Somebody's 答案 all the same: it is compared, or it is found good; unless that is what the reply is to be.
-JUDGED = compile_both(
+JUDGED = re.compile(
     rf"{GIVEN}|(?<!确保)(?<!保证)答案[里中]?(?:可能|应该|确实|[是都]|已经?)*"
     "(?:正确|合理|没问题|足够|有误|错误|对的|(?:覆盖|涵盖)了)"
     "|(?<!确保)(?<!保证)答案[里中]?的(?!结构|准确|完整|语言|逻辑|重点|开头|每)"
@@ -98,41 +91,41 @@ JUDGED = compile_both(
     rf"|(?:{USED}|因为|符合|对应|参考|基于|分析|已?知道?)[^，]{{0,8}}答案"
 )
 # 思考过程 is what the writer had been told to write; that of others, 诊断的思考过程, is medicine.
-PROCESS = compile_both(
+PROCESS = re.compile(
     "(?<![^我己整细晰贯然个们谨理体确能]的)(?<!临床)(?<!分析)"
     "(?:(?:思考|推理|思维|思路)的?(?:过程|步骤|链条?)(?!障碍|紊乱|异常)|(?:思考|推理)(?:部分|内容|流程|路径)"
     "|内心独白|(?<=在)(?:思考|推理)(?=[中时里])|(?<=展开)思考|(?:思考|推理)(?=时(?:要|可以|需要)))"
 )
 # "用户是医生" of an asker who did not say so (ASKS_AS_DOCTOR); 用户的父亲是医生 is about somebody else.
 A_DOCTOR = "(?:医生|医师|大夫|护士|医[务护疗](?:工作者|从业者|人员))"
-DOCTOR = compile_both(
+DOCTOR = re.compile(
     rf"用户(?!的[家父母孩朋妻丈同])[^，。、]{{0,6}}(?:是|作为|身为)"
     rf"[^在向来想问找让被听看请咨，。、]{{0,6}}{A_DOCTOR}(?![的给让开说建推诊告指处没])"
     rf"|作为一?[名位个]?{A_DOCTOR}[，的]?用户|用户[^，。]{{0,6}}{A_DOCTOR}”?的?"
     rf"(?:身份|口吻|在[提学询]?[问习])|{A_DOCTOR}”?的?称呼|(?:提到|还有)(?:一[名位个])?{A_DOCTOR}[在想也]"
 )
 # Or who shows it, by a patient of his own, a case that came in, or a chart.
-ASKS_AS_DOCTOR = compile_both(
+ASKS_AS_DOCTOR = re.compile(
     rf"(?:[我人][^，。]{{0,6}}是|作为)[^，。]{{0,8}}{A_DOCTOR}|我们?科|(?:我们?|本)(?:院|病区)|主诉"
     "|我们?(?:的|有一?[个位名例])(?:患者|病人|患儿)|(?:收治|接诊)了?一|(?:患者|病人|患儿)[，,：:]?[男女]"
 )
 # Two questions where there is one: the question, and the instruction that the asker never saw.
-TWO = compile_both(
+TWO = re.compile(
     "两[个次遍][^，。]{0,6}(?:相同|一样|重复|类似|相似|同样)的?(?:问题|提问)|问同样的问题"
     "|用户[^，。]{0,6}(?:第二个|另一个|[有发提]了?两个)(?:问题|要求)"
     "|(?:问题|提问)[里中]?(?:的|其实|实际上|有|分[为成]?|包[含括]){1,3}这?两个?(?:部分|方面|问题|小问题)"
 )
-SEVERAL = compile_both(
+SEVERAL = re.compile(
     "[？?].|以及|并且?[^，]|同时|另外|还有|，[^，]*(?:如何|怎么|为什么|哪些|什么|吗)[^，]*，|和|与"
 )
 # "The user mentioned X", which is fine where X is in the question.
-MENTIONED = compile_both(
+MENTIONED = re.compile(
     "(?:用户|患者|问题|题目|题干)(?:的?(?:问题|描述))?[里中]?(?:还|也|已经?|又|特别|之前|最后|另外|明确)*"
     "(?:提到|提及|指出|列出|强调|问到|说到|描述|要求)[过了]?(?:的(?!是))?"
     "(?!自己|[他她其父母爷奶家我]|孩子|“?医生)([^，。！？；：\n]{2,})"
 )
 # Where in 用户提到的X是Y the X ends.
-PREDICATE = compile_both("(?<=..)(?:可能|应该|确实|属于|符合|对应|提示|指的|需要|[是都会就])")
+PREDICATE = re.compile("(?<=..)(?:可能|应该|确实|属于|符合|对应|提示|指的|需要|[是都会就])")
 # kind -> (its pattern, what in the question makes it none)
 PATTERNS = {"two": (TWO, SEVERAL), "process": (PROCESS, PROCESS), "doctor": (DOCTOR, ASKS_AS_DOCTOR)}
 
@@ -176,6 +169,7 @@ def is_planned(text: str, match: re.Match) -> bool:
 def find(think: str, question: str, answer: str = "", instruction: str = "") -> list[Trace]:
     """Return the traces in a thinking, in order, without overlaps. `answer` is what followed it,
     `instruction` what its writer was told beside the question. Where none was shown, 答案 is no trace."""
+    think, question, answer, instruction = map(simplify, (think, question, answer, instruction))
     traces = []
     for kind, (pattern, unless) in PATTERNS.items():
         if not unless.search(question.rstrip("？?。")):
@@ -208,34 +202,34 @@ SENTENCE = re.compile(
 CLAUSE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|(?!, )[^，：])+(?:[，：]|, |$)|[，：]|, ")
 END = re.compile(r"[。！？；.!?][”’）]*\s*$")
 # Clauses that say nothing by themselves: a connective, the name of a topic, a source.
-LEAD = compile_both(
+LEAD = re.compile(
     r"[-*#\d.、\s]*(?:另外|此外|但是?|然后|接下来|接着|最[后终]|同时|总之|总结(?:一下|下来|起来)?|首先|其次"
     "|第[一二三四五六]|[比例]如|所以|因此|[而并]且|还有|需?要注意|因为|虽然|现在|嗯|可能|当然|好的|对了|那么?"
     f"|是的|不对|另?一方面|(?:但是?|不过)?(?:{USED}[^，]*)?"
     "|[^，。！？；]{0,12}(?:方面|问题|来[说看]|而言|部分|时候?|之[前后]|[后中里]|情况下))[，：。；]?$|.*：$"
 )
 # Clauses that want another one behind them.
-OPENS = compile_both(
+OPENS = re.compile(
     "[^，]{0,3}(?:如果|虽然|尽管|即使|假[如设]|既然|由于|除了|无论"
     "|不[管仅但只]|与其|只[有要]|当|因为|一方面|一是)"
 )
 # A clause with a trace that only says where the next one comes from, which then is worth keeping; unless that
 # is about the trace all the same.
-INTRODUCES = compile_both(
+INTRODUCES = re.compile(
     rf"\s*(?:但是?|不过|而|所以|因此|然后)?(?:(?:{USED}[^，]*|[在作][^，]*(?:[中里时]|过程))，(?!"
     "(?:可能|还|也)?(?:已|没|里面|其中|都|[它这那]|并没|不需要|用户(?:已|没))|[^，。]{0,12}(?:提到|没有?提))"
     "|(?:总结|整理)?(?:一下|下来)?(?:思考|推理)[^，]{0,6}：(?=先|首先|第一|从|需要|要|应该|我))"
 )
 # Behind the traces a sentence goes on with what the writer thinks himself: 但需要详细展开.
-GOES_ON = compile_both("(?:但|不过)(?:[还也我仍]|可能)*(?:需要|应[该当]|[要得更]|根据|还有|用户的问题)(?!是)")
+GOES_ON = re.compile("(?:但|不过)(?:[还也我仍]|可能)*(?:需要|应[该当]|[要得更]|根据|还有|用户的问题)(?!是)")
 # Sentences that rest on the one before, and connectives without which they may stand.
-POINTS = compile_both(
+POINTS = re.compile(
     r"\s*(?:[而但]|不过|所以|可能)?(?:这(?!个问题|位|类患者|个时候)|那(?!么)|[它其该即]|此(?!外)|上述"
     "|[前后两二]者|是的|对，|否则|看起?来|都(?!要|需)|也就是|里面|甚至|尤其|特别是"
     "|[比例]如(?!.*(?:是|会|可以|可能|需要)))"
 )
-BACK = compile_both("[这那](?:[些两几三四五点样种里]|个结构|个顺序)|上述|两者")
-CONNECTS = compile_both("^(?:(?:但是?|不过)也?|因此|所以|[而并]且|同时|因为|而|[比例]如)，?(?=.{4})")
+BACK = re.compile("[这那](?:[些两几三四五点样种里]|个结构|个顺序)|上述|两者")
+CONNECTS = re.compile("^(?:(?:但是?|不过)也?|因此|所以|[而并]且|同时|因为|而|[比例]如)，?(?=.{4})")
 
 
 def remove_traces(question: str, think: str, answer: str, instruction: str = "") -> tuple[str, Counter]:
@@ -249,6 +243,17 @@ def remove_traces(question: str, think: str, answer: str, instruction: str = "")
     return think, counts
 
 
+def begins(pattern: re.Pattern, text: str) -> bool:
+    """Tell whether a text begins as the pattern says."""
+    return bool(pattern.match(simplify(text)))
+
+
+def drop_connective(sentence: str) -> str:
+    """Return a sentence without the connective that it begins with."""
+    match = CONNECTS.match(simplify(sentence))
+    return sentence[match.end() :] if match else sentence
+
+
 def cut_traces(think: str, traces: list[Trace]) -> str:
     """Return the thinking without the clauses that hold these traces, and without what cannot stand then."""
     starts = [trace.start for trace in traces]
@@ -260,10 +265,11 @@ def cut_traces(think: str, traces: list[Trace]) -> str:
             sentence, gap = cut_sentence(sentence, match.start(1), inside)
         elif gap and sentence.strip():
             # After a gap: what rests on what has gone goes too.
-            if POINTS.match(sentence) or gap == "all" and BACK.search(CLAUSE.match(sentence)[0]):
+            first_clause = simplify(CLAUSE.match(sentence)[0])
+            if begins(POINTS, sentence) or gap == "all" and BACK.search(first_clause):
                 sentence = ""
             else:
-                sentence, gap = CONNECTS.sub("", sentence), ""
+                sentence, gap = drop_connective(sentence), ""
         pieces.append(sentence)
         paragraph_stands = paragraph_stands or bool(sentence.strip())
         if breaks:
@@ -284,14 +290,14 @@ def cut_sentence(sentence: str, start: int, traces: list[Trace]) -> tuple[str, s
     first = bisect_right(ends, traces[0].start - start)
     last = bisect_right(ends, traces[-1].start - start)
     head, tail = clauses[:first], clauses[last + 1 :]
-    if not (tail and INTRODUCES.match(clauses[last] + tail[0])):
-        while tail and not GOES_ON.match(tail[0]):
+    if not (tail and begins(INTRODUCES, clauses[last] + tail[0])):
+        while tail and not begins(GOES_ON, tail[0]):
             tail.pop(0)
-    if tail and not (head and OPENS.match(head[-1])):
-        if all(map(LEAD.match, head)):
-            tail[0] = CONNECTS.sub("", tail[0])
+    if tail and not (head and begins(OPENS, head[-1])):
+        if all(begins(LEAD, clause) for clause in head):
+            tail[0] = drop_connective(tail[0])
         return "".join(head + tail), ""
-    while head and (OPENS.match(head[-1]) or LEAD.match(head[-1])):
+    while head and (begins(OPENS, head[-1]) or begins(LEAD, head[-1])):
         head.pop()  # it is nothing without the end of the sentence
     text, end = "".join(head), END.search(sentence)
     # Of a question the part that was asked may have gone.
