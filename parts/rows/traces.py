@@ -38,12 +38,14 @@ TRADITIONAL = (
     "擇報據數無時顯條來構標樣檢沒潔確種稱簡類組細終經結繞給維著雖認讓議講論設證診詢諮該語誤說請調謹貫過還這適"
     "選邏輯釋裡裏鏈錯鍵問際險須順題驟蓋礙獨現療戶師參後"
 )
+IS_TRADITIONAL = re.compile(f"[{TRADITIONAL}]")
 TO_SIMPLE = str.maketrans(TRADITIONAL, SIMPLE)
 
 
 def simplify(text: str) -> str:
     """Return a text of the same length, as the patterns know its characters."""
-    return text.translate(TO_SIMPLE)
+    # A search takes a tenth of the time of str.translate, which has nothing to do in most texts.
+    return text.translate(TO_SIMPLE) if IS_TRADITIONAL.search(text) else text
 
 
 # ---- what is found -----------------------------------------------------------------------------------------
