@@ -4,6 +4,7 @@ nonsense is counted, and stops nothing."""
 
 import re
 from collections import namedtuple
+from itertools import chain
 
 from parts.endpoint import Endpoint, Failed, Record, build_messages, identify, read_verdict
 
@@ -46,10 +47,8 @@ class Judge:
         ""."""
         try:
             self.endpoint.find_model("--judge_model")
-            requests: dict[str, Pair] = {}  # two pairs may want the same request
-            for pair in pairs:
-                for order in both_orders(pair):
-                    requests[self.request_id(order)] = order
+            orders = chain.from_iterable(map(both_orders, pairs))
+            requests = {self.request_id(order): order for order in orders}  # two pairs may want the same one
             problem, _ = self.record.ask_all(requests, self.choose, "评审", "裁决", console)
         except (Failed, OSError) as error:
             problem = f"用不了：{error}"
@@ -65,18 +64,14 @@ class Judge:
         row["text"] = self.endpoint.reply(build_messages(self.prompt, FORM, parts))
         row["verdict"] = read_verdict(row["text"], VERDICT)
 
-    def verdict_on(self, pair: Pair) -> str | None:
-        """Return what was said of a pair in this order."""
-        return self.record.rows.get(self.request_id(pair), {}).get("verdict")
-
     def combine(self, pair: Pair) -> str:
         """Return WIN or LOSS only where both orders agree."""
         if pair.a == pair.b:
             return TIE
         if not pair.a or not pair.b:
             return WIN if pair.a else LOSS
-        first, second = both_orders(pair)
-        verdicts = self.verdict_on(first), self.verdict_on(second)
+        rows = [self.record.rows.get(self.request_id(order), {}) for order in both_orders(pair)]
+        verdicts = tuple(row.get("verdict") for row in rows)
         return FAILED if None in verdicts else AGREED.get(verdicts, TIE)
 
 

@@ -27,19 +27,17 @@ class Trace(NamedTuple):
     end: int
 
 
-# Characters of the patterns below, and what a traditional text has in their place.
-SIMPLE = (
-    "与业两个临为为么习乱于从们会体关内写决况准几则别务医单发员听吗围处备复复够头学实对将尽属带并应开异强当径总护"
-    "择报据数无时显条来构标样检没洁确种称简类组细终经结绕给维着虽认让议讲论设证诊询咨该语误说请调谨贯过还这适"
-    "选逻辑释里里链错键问际险须顺题骤盖碍独现疗户师参后"
+# Characters of the patterns below, each before the one that a traditional text has in its place.
+PAIRS = (
+    "与與业業两兩个個临臨为為为爲么麼习習乱亂于於从從们們会會体體关關内內写寫决決况況准準几幾则則别別务務医醫"
+    "单單发發员員听聽吗嗎围圍处處备備复複复復够夠头頭学學实實对對将將尽盡属屬带帶并並应應开開异異强強当當径徑"
+    "总總护護择擇报報据據数數无無时時显顯条條来來构構标標样樣检檢没沒洁潔确確种種称稱简簡类類组組细細终終经經"
+    "结結绕繞给給维維着著虽雖认認让讓议議讲講论論设設证證诊診询詢咨諮该該语語误誤说說请請调調谨謹贯貫过過还還"
+    "这這适適选選逻邏辑輯释釋里裡里裏链鏈错錯键鍵问問际際险險须須顺順题題骤驟盖蓋碍礙独獨现現疗療户戶师師参參"
+    "后後"
 )
-TRADITIONAL = (
-    "與業兩個臨為爲麼習亂於從們會體關內寫決況準幾則別務醫單發員聽嗎圍處備複復夠頭學實對將盡屬帶並應開異強當徑總護"
-    "擇報據數無時顯條來構標樣檢沒潔確種稱簡類組細終經結繞給維著雖認讓議講論設證診詢諮該語誤說請調謹貫過還這適"
-    "選邏輯釋裡裏鏈錯鍵問際險須順題驟蓋礙獨現療戶師參後"
-)
-IS_TRADITIONAL = re.compile(f"[{TRADITIONAL}]")
-TO_SIMPLE = str.maketrans(TRADITIONAL, SIMPLE)
+TO_SIMPLE = dict(zip(map(ord, PAIRS[1::2]), PAIRS[::2]))
+IS_TRADITIONAL = re.compile(f"[{PAIRS[1::2]}]")
 
 
 def simplify(text: str) -> str:
