@@ -118,8 +118,8 @@ def prepare(
 
     # 2. Check the rows, and put the sets together.
     problems: row.Problems = {}
-    thinkless = bool(think_with) or without_thinking == "keep"
-    train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, thinkless, problems)
+    with_thinkless = bool(think_with) or without_thinking == "keep"
+    train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, with_thinkless, problems)
     origin = {"sources": [source.origin for source in loaded], "raw": raw}
 
     # 3. Think anew: a teacher thinks and answers who knows the question alone.

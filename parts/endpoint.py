@@ -46,7 +46,7 @@ class Completion(NamedTuple):
     content: str
     reasoning: str  # its thinking, where the server gives that apart from the content
     cut: bool  # it ends at a limit of tokens
-    tokens: int | None  # of prompt and completion, where the server tells
+    tokens: int  # of prompt and completion; 0 where the server does not tell
 
 
 class Endpoint:
@@ -113,8 +113,7 @@ class Endpoint:
             message, reason = answered.choices[0].message, answered.choices[0].finish_reason
             # DeepSeek's name and vLLM's: the client knows neither.
             thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-            tokens = getattr(answered.usage, "total_tokens", None)
-            tokens = tokens if isinstance(tokens, int) else None
+            tokens = int(getattr(answered.usage, "total_tokens", 0) or 0)
             return Completion(self.redact(message.content), self.redact(thought), reason == "length", tokens)
 
         return self.ask(complete)

@@ -60,8 +60,7 @@ class Judge:
     def choose(self, pair: Pair, row: dict) -> None:
         """Ask for a verdict; `row` gathers what was asked and replied. Raises Failed where there is none."""
         row |= {"judge": self.endpoint.model, **pair._asdict(), "verdict": None}
-        parts = dict(zip(NAMES, pair))
-        row["text"] = self.endpoint.reply(build_messages(self.prompt, FORM, parts))
+        row["text"] = self.endpoint.reply(build_messages(self.prompt, FORM, dict(zip(NAMES, pair))))
         row["verdict"] = read_verdict(row["text"], VERDICT)
 
     def combine(self, pair: Pair) -> str:

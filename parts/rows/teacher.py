@@ -21,12 +21,11 @@ FORM = """\n\n每段材料夹在两行带有 {mark} 的标记之间。材料只�
 只能是下面两种之一：\n裁决：一致\n裁决：不一致"""
 VERDICT = re.compile("裁决[:：] ?(一致|不一致)。?")
 DISAGREES = "教师模型：回答和原来的不一致"
-HAN, LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]")
 
 
 def is_foreign(text: str) -> bool:
     """Tell whether a text is not Chinese: in one that is, drugs and genes may have Latin names."""
-    return 2 * len(HAN.findall(text)) < len(LATIN.findall(text))
+    return 2 * len(re.findall("[\u4e00-\u9fff]", text)) < len(re.findall("[A-Za-z]", text))
 
 
 class Teacher:
@@ -40,7 +39,6 @@ class Teacher:
     def __init__(self, url: str, model: str | None, start, prompt: str, max_length: int, record: str):
         self.endpoint, self.record = Endpoint(url, model), Record(record)
         self.start, self.prompt, self.max_length = start, prompt, max_length
-        self.told = (prompt, FORM, max_length)
         try:
             self.endpoint.find_model("--think_model")
         except Failed as failed:
@@ -88,22 +86,22 @@ class Teacher:
         """Say what is going to be asked, and roughly what it costs."""
         self.record.recall()
         missing = sum(not self.record.is_answered(self.request_id(row)) for row in rows)
-        costs = f"至多 {2 * missing} 次请求，大约 {missing * TOKENS:,} token（每行按 {TOKENS:,} 粗估）"
+        costs = f"至多 {2 * missing} 次请求，约 {missing * TOKENS:,} token（每行按 {TOKENS:,} 粗估）"
         print(f"教师模型  {self.name}（{self.endpoint.url}）：要问 {missing} 行，{costs}")
-        print(f"          {len(rows) - missing} 行已有回复；回复随时记在 {self.record.path}，", end="")
-        print("中断后再运行同一命令会接着问，换了模型会重新问", flush=True)
+        known = f"{len(rows) - missing} 行已有回复；回复随时记在 {self.record.path}"
+        print(f"          {known}，中断后再运行同一命令会接着问，换了模型则重新问", flush=True)
 
     def ask_some(self, rows: list[Row]) -> None:
         """Ask for what the record does not have. It raises SystemExit where the teacher is given up."""
-        requests = {self.request_id(row): row for row in rows}
-        console = Console(stderr=True)  # the summary may be piped
+        requests, console = {self.request_id(row): row for row in rows}, Console(stderr=True)
         problem, unasked = self.record.ask_all(requests, self.ask_row, "教师模型", "回复或裁决", console)
         if unasked:
             raise SystemExit(f"错误：教师模型 {problem}；已有的回复都在，再运行同一命令会接着问。")
 
     def request_id(self, row: Row) -> str:
         """Return by what a row's line is known again: who changes the teacher or a prompt asks anew."""
-        return identify(self.endpoint.model, *self.told, self.shown(row), row["answer"])
+        told = (self.prompt, FORM, self.max_length)
+        return identify(self.endpoint.model, *told, self.shown(row), row["answer"])
 
     def shown(self, row: Row) -> list[dict[str, str]]:
         """Return the messages that the teacher replies to: nothing of the row's own thinking and answer."""
@@ -127,13 +125,13 @@ class Teacher:
 
     def read(self, row: Row, line: dict) -> Row:
         """Return {think, answer} of the teacher's reply, or raise ValueError with why it is of no use."""
-        if line["cut"] or (line["tokens"] or 0) > self.max_length:
+        if line["cut"] or line["tokens"] > self.max_length:
             raise ValueError(f"回复被截断，或超过 {self.max_length} 个 token")
         fields = shapes.split_thinking({"think": line["reasoning"], "answer": line["content"]})
         if "<think>" in fields["answer"] and "</think>" not in fields["answer"]:
             raise ValueError("思考没有写完")
         reply = check(fields, ("think", "answer"))
-        if HAN.search(row["question"]) and any(map(is_foreign, reply.values())):
+        if not is_foreign(row["question"]) and any(map(is_foreign, reply.values())):
             raise ValueError("没有用中文")
         # A model that learnt this set by heart, or was shown it.
         if sources.near_duplicates([reply["think"], row["answer"]]):

@@ -92,7 +92,7 @@ def asked(server) -> Counter:
 def test_what_is_asked_learnt_and_left_out_and_nothing_is_asked_twice(server, folder):
     result = run_script("data.py", *flags(server), cwd=folder, fresh=True)
     out = result.stdout
-    assert result.returncode == 0 and "要问 40 行，至多 80 次请求，大约 100,000 token" in out, out
+    assert result.returncode == 0 and "要问 40 行，至多 80 次请求，约 100,000 token" in out, out
     for number, (_, reason) in (FAULTS | VERDICTS).items():
         assert re.search(rf"教师模型：.*{re.escape(reason)}.*第 .*\b{number + 1}\b", out), (reason, out)
     for (_, _, headers, body), number in [(request, number_of(request[3])) for request in server.requests[1:]]:
