@@ -21,7 +21,7 @@ from parts.replies import questions
 from parts.run import model_card
 
 SECRET = "sk-very-secret"
-THOUGHT, ANSWER = "先想病因，再想怎么处理。", "多休息，多喝水，不好再就医。"
+THOUGHT, ANSWER = "先想病因，再想怎么处理。看来答案是正确的。", "多休息，多喝水，不好再就医。"
 PUBLISHED = "注意休息，清淡饮食，按时服药，定期复查，如果出现胸痛、气促或者高热不退，要马上到医院就诊。"
 VERDICT = text("两个都说休息。\n**裁决：一致**")
 
