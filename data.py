@@ -7,6 +7,7 @@
     python data.py --dataset my.jsonl owner/name#500      # 500 rows of the second
     python data.py --revision REV --sha256 HEX            # exactly this data, or none
     python data.py --raw                                  # the thinking as published, with its leaks
+    python data.py --think_with http://127.0.0.1:8000/v1 --rethink    # thinking made anew by a teacher
 
 A row has a question, a thinking and an answer, and perhaps earlier turns; the shapes of the leading public
 sets are read as they are. The published set is split as published: seed 42, shuffle, the first 90 % train.
@@ -15,7 +16,8 @@ validation or tests is never trained on. A row that cannot be used is left out a
 other row, and is reported.
 
 Most published thinkings show how they were made: their writer had been given the answer. Both files are
-written without that, unless --raw, by which alone losses compare with those of the public run.
+written without that, unless --raw, by which alone losses compare with those of the public run. Cleaning does
+not make such a thinking one that finds the answer: a teacher's does, who thinks from the question alone.
 """
 
 import contextlib
@@ -25,11 +27,12 @@ import os
 import shlex
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from parts import terminal
+from parts import endpoint, terminal
 from parts.model import encoding
-from parts.rows import files, row, sources, traces
+from parts.rows import files, row, sources, teacher, traces
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows
@@ -50,11 +53,17 @@ LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
 SECONDS_PER_BYTE = 0.22 * 6 * 1.72e9 / (0.4 * 165.2e12)
 KEEP_THINKLESS = "加 --without_thinking keep，可以学习不思考、直接回答（提问时加 --no_thinking）"
 SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
+TEACHER_SUFFIX = ".teacher.jsonl"  # of another one: what the teacher replied
+# A reply is known again by these texts too: whoever changes a word of them asks, and pays, anew.
+THINK_PROMPT = "你是一个医学专家。先想清楚，再回答。思考和回答都用提问的语言；回答里不说思考的过程。"
+AGREE_PROMPT = """\
+你是严谨的临床医生，判断同一个问题的两个答案在医学上是否一致。主要结论相同，诊断、用药、剂量和就医建议都不矛盾，
+就是一致，说法、详略、次序不同不要紧；否则，或者没有把握，就是不一致。不评好坏。"""
 
 
 def refuse_overwriting(train_file: str, val_file: str, datasets: list[str]) -> None:
     """Raise SystemExit when one file would be written over another, or over the data."""
-    paths = [train_file, val_file, train_file + SOURCE_SUFFIX, *datasets]
+    paths = [train_file, val_file, train_file + SOURCE_SUFFIX, train_file + TEACHER_SUFFIX, *datasets]
     # By their real paths: one may be a link to another.
     if len(set(map(os.path.realpath, paths))) < len(paths):
         named, remedy = "、".join(paths), "请用 --train_file、--val_file 换个文件名"
@@ -81,16 +90,26 @@ def prepare(
     sha256: str | None = None,
     without_thinking: str = "drop",
     raw: bool = False,
+    think_with: str | None = None,
+    think_model: str | None = None,
+    think_limit: int | None = None,
+    rethink: bool = False,
 ) -> None:
     """Write the training and the validation file of a data set, or of several, and print the summary.
 
     `dataset`: a file or a hub's name, or a list of them; the published set where none is named.
-    `without_thinking`: "keep" for rows without it too. `raw`: the thinking stays as it was. It raises
-    SystemExit, and writes nothing, when the data cannot be read or a file would be empty.
+    `without_thinking`: "keep" for rows without it too. `raw`: the thinking stays as it was. `think_with`: the
+    address of a teacher, which thinks about rows without thinking, with `rethink` about all; with
+    `think_limit` only so many rows are taken. It raises SystemExit, and writes neither file, when the data
+    cannot be read or a file would be empty.
     """
     names = [dataset] if isinstance(dataset, str) else dataset or [DATASET_NAME]
     counts = sources.read_names(names, revision, sha256)
     refuse_overwriting(train_file, val_file, list(counts))
+
+    if think_with:
+        begin, record = partial(to_messages, system=THINK_PROMPT), train_file + TEACHER_SUFFIX
+        tutor = teacher.Teacher(think_with, think_model, begin, AGREE_PROMPT, MAX_LENGTH, record)
 
     # 1. Load each data set and split it. The published one is split by rows, for the public run's two files.
     loaded = []
@@ -100,13 +119,22 @@ def prepare(
 
     # 2. Check the rows, and put the sets together.
     problems: row.Problems = {}
-    train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, without_thinking == "keep", problems)
+    with_thinkless = bool(think_with) or without_thinking == "keep"
+    train, val, lines = sources.join(loaded, counts, TRAIN_SHARE, with_thinkless, problems)
+    origin = {"sources": [source.origin for source in loaded], "raw": raw}
+
+    # 3. Think anew: a teacher thinks and answers who knows the question alone.
+    if think_with:
+        train, val = sources.take_sample(train, val, think_limit, TRAIN_SHARE)
+        train, val, new = tutor.think_anew(train, val, rethink, problems)
+        lines.append(f"教师模型  {tutor.name} 重写了 {new} 行的思考和回答，可用的共 {len(train + val)} 行")
+        origin["teacher"] = {"model": tutor.name, "rows": new}
     if kept := sum(not example["think"] for _, example in train + val):
         lines.append(f"没有思考  {kept} 行，用来学习不思考、直接回答（提问时加 --no_thinking）")
     if thinkless := row.count_thinkless(problems):
         lines.append(f"没有思考  {thinkless} 行，未采用；其余可用的 {len(train + val)} 行。{KEEP_THINKLESS}")
 
-    # 3. Leave out of the thinking what its writer could only know from the answer.
+    # 4. Leave out of the thinking what its writer could only know from the answer.
     if raw:
         lines.append("清理      跳过（--raw）")
     else:
@@ -116,11 +144,10 @@ def prepare(
         lines.append(f"清理      {traces.describe_cleaning(done)}")
     refuse_empty(train, val, problems)
 
-    # 4. Write what is left, and say what was done. Where a row stood is of no use any more.
+    # 5. Write what is left, and say what was done. Where a row stood is of no use any more.
     _, train = zip(*train)
     _, val = zip(*val)
     lines.append(sources.mark_seen(train, val))
-    origin = {"sources": [source.origin for source in loaded], "raw": raw}
     write(train_file, train, val_file, val, origin)
     print(row.summary(lines, {train_file: train, val_file: val}, problems))
 
@@ -237,7 +264,16 @@ def main() -> None:
     flag("--without_thinking", choices=("drop", "keep"), default="drop", help="没有思考的行：默认 drop，丢弃")
     flag("--train_file", default=TRAIN_FILE, help="训练集；默认 %(default)s")
     flag("--val_file", default=VAL_FILE, help="验证集；默认 %(default)s")
+    flag = parser.add_argument_group("由教师模型重新思考").add_argument
+    flag("--think_with", metavar="URL", type=endpoint.address, help="没有思考的行由这个地址的模型思考")
+    flag("--think_model", metavar="NAME", help="由哪个模型思考（只有一个时不需要）")
+    flag("--rethink", action="store_true", help="有思考的行也重新思考")
+    flag("--think_limit", metavar="N", type=partial(terminal.whole_number, 2), help="试用：只取 N 行")
     args = parser.parse_args()
+    if not args.think_with and (args.think_model or args.rethink or args.think_limit):
+        parser.error("--think_model、--rethink、--think_limit 只和 --think_with 一起起作用")
+    if args.think_with and args.without_thinking == "keep":
+        parser.error("--think_with 和 --without_thinking keep 不能同时使用")
     prepare(**vars(args))
     print(propose(args.train_file, args.val_file))
 

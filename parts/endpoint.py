@@ -18,6 +18,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the key, where the address wants one
+HINTS = {401: f"，请检查环境变量 {KEY} 里的密钥"}  # what to do about a status
 TIMEOUT = 300  # seconds for a reply with all its retries, as some models think first
 RETRIES = 3  # of what a moment may mend: no connection, 429, 5xx
 # No name or password before the host, and no query behind the path: addresses are printed and recorded.
@@ -46,7 +47,7 @@ class Completion(NamedTuple):
     content: str
     reasoning: str  # its thinking, where the server gives that apart from the content
     cut: bool  # it ends at a limit of tokens
-    tokens: int | None  # of prompt and completion, where the server tells
+    tokens: int  # of prompt and completion; 0 where the server does not tell
 
 
 class Endpoint:
@@ -73,9 +74,7 @@ class Endpoint:
         try:
             return asyncio.run(answer())
         except openai.APIStatusError as error:
-            reason = f"HTTP {error.status_code}"
-            if error.status_code == 401:
-                reason += f"，请检查环境变量 {KEY} 里的密钥"
+            reason = f"HTTP {error.status_code}{HINTS.get(error.status_code, '')}"
         except (openai.APITimeoutError, TimeoutError):
             reason = "没有及时回复"
         except openai.APIConnectionError:
@@ -115,8 +114,7 @@ class Endpoint:
             message, reason = answered.choices[0].message, answered.choices[0].finish_reason
             # DeepSeek's name and vLLM's: the client knows neither.
             thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-            tokens = getattr(answered.usage, "total_tokens", None)
-            tokens = tokens if isinstance(tokens, int) else None
+            tokens = int(getattr(answered.usage, "total_tokens", 0) or 0)
             return Completion(self.redact(message.content), self.redact(thought), reason == "length", tokens)
 
         return self.ask(complete)
@@ -167,14 +165,8 @@ class Record:
         self.recall()
         missing = [identity for identity in requests if not self.is_answered(identity)]
         problems = []  # of the requests as they come back, None of one with a reply
-        # Line by line: who ends the program keeps every reply that came back.
-        with (
-            open(self.path, "a", buffering=1, encoding="utf-8", errors="replace") as file,
-            ThreadPoolExecutor(AT_ONCE) as pool,
-        ):
-            futures = [
-                pool.submit(self.note, identity, requests[identity], ask, file) for identity in missing
-            ]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            futures = [pool.submit(self.ask, identity, requests[identity], ask) for identity in missing]
             done, count = as_completed(futures), len(futures)
             try:
                 for future in track(done, title, count, console=console, disable=not futures):
@@ -189,16 +181,21 @@ class Record:
         skipped = f"，不再问其余 {unasked} 次" if unasked else ""
         return (f"有 {counts.total()} 次没有给出{wanted}（{reasons}）{skipped}" if counts else ""), unasked
 
-    def note(self, identity: str, request, ask, file) -> str | None:
+    def ask(self, identity: str, request, ask) -> str | None:
         """Ask, and write down what came. Return why it is not what is wanted."""
         row = {"id": identity}
         try:
             ask(request, row)
         except Failed as failed:
             row["problem"] = str(failed)
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rows[identity] = row
+        self.add(row)
         return row.get("problem")
+
+    def add(self, row: dict) -> None:
+        """Write a row into the file at once: who ends the program keeps every reply that came back."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.rows[row["id"]] = row
 
 
 def identify(*asked: object) -> str:

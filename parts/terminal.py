@@ -146,7 +146,7 @@ def explain_failed_write(path: str | Path, intact: str = "此前的检查点"):
         known = isinstance(error, OSError | SafetensorError)
         if not known and not re.search("inline_container|os error", str(error)):
             raise
-        free = shutil.disk_usage(Path(path).parent).free / 1e9
+        free = shutil.disk_usage(next(filter(Path.exists, Path(path).absolute().parents))).free / 1e9
         failure = f"错误：写 {path} 失败（{shorten(str(error))}），磁盘剩余 {free:.2f} GB"
         raise SystemExit(f"{failure}。{intact}都还在；请按原因处理（如腾出空间），再用同一命令继续") from None
 

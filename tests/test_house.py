@@ -43,6 +43,6 @@ def test_files_are_few_none_is_long_and_each_has_a_line_on_the_map():
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in [*PARTS, *map(ROOT.joinpath, SCRIPTS)]}
     text = (ROOT / "parts" / "README.md").read_text(encoding="utf-8")
     named = {ROOT / "parts" / name for name in re.findall(r"^\| ([\w/]+\.py) \|", text, re.MULTILINE)}
-    assert len(lines) <= 47
+    assert len(lines) <= 48
     assert not [path for path, length in lines.items() if length > 350]
     assert named == {*PARTS} - {ROOT / "parts" / "__init__.py"}

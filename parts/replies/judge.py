@@ -4,6 +4,7 @@ nonsense is counted, and stops nothing."""
 
 import re
 from collections import namedtuple
+from itertools import chain
 
 from parts.endpoint import Endpoint, Failed, Record, build_messages, identify, read_verdict
 from parts.replies import scores
@@ -51,13 +52,11 @@ class Judge:
         ""."""
         try:
             self.endpoint.find_model("--judge_model")
-            requests: dict[str, Pair] = {}  # two pairs may want the same request
-            for pair in pairs:
-                for order in both_orders(pair):
-                    requests[self.request_id(order)] = order
-            sent = int(sum(map(len, sum(requests.values(), ()))) / CHARACTERS_PER_TOKEN)
+            orders = chain.from_iterable(map(both_orders, pairs))
+            requests = {self.request_id(order): order for order in orders}  # two pairs may want the same one
+            sent = sum(map(len, chain.from_iterable(requests.values()))) / CHARACTERS_PER_TOKEN
             console.print(
-                f"评审：最多 {len(requests)} 次请求，共送出约 {sent:,} 个 token（估算），回复另计。"
+                f"评审：至多 {len(requests)} 次请求，送出约 {sent:,.0f} 个 token（估算），回复另计。"
             )
             problem, _ = self.record.ask_all(requests, self.choose, "评审", "裁决", console)
         except (Failed, OSError) as error:
@@ -70,13 +69,8 @@ class Judge:
     def choose(self, pair: Pair, row: dict) -> None:
         """Ask for a verdict; `row` gathers what was asked and replied. Raises Failed where there is none."""
         row |= {"judge": self.endpoint.model, **pair._asdict(), "verdict": None}
-        parts = dict(zip(NAMES, pair))
-        row["text"] = self.endpoint.reply(build_messages(self.prompt, FORM, parts))
+        row["text"] = self.endpoint.reply(build_messages(self.prompt, FORM, dict(zip(NAMES, pair))))
         row["verdict"] = read_verdict(row["text"], VERDICT)
-
-    def verdict_on(self, pair: Pair) -> str | None:
-        """Return what was said of a pair in this order."""
-        return self.record.rows.get(self.request_id(pair), {}).get("verdict")
 
     def combine(self, pair: Pair) -> str:
         """Return WIN, TIE or LOSS only where both orders agree."""
@@ -84,8 +78,8 @@ class Judge:
             return TIE
         if not pair.a or not pair.b:
             return WIN if pair.a else LOSS
-        first, second = both_orders(pair)
-        verdicts = self.verdict_on(first), self.verdict_on(second)
+        rows = [self.record.rows.get(self.request_id(order), {}) for order in both_orders(pair)]
+        verdicts = tuple(row.get("verdict") for row in rows)
         return FAILED if None in verdicts else AGREED.get(verdicts, SPLIT)
 
 

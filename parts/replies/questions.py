@@ -138,9 +138,11 @@ def read(path: str) -> list[Row]:
             row = {"history": []} | check(fields, ("question",)) | {"seen": raw.get("seen") is True}
         except ValueError as problem:
             raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。") from None
-        # A reference that is no text is none; a question can be asked without one.
-        if isinstance(fields.get("answer"), str) and fields["answer"].strip():
-            row["answer"] = fields["answer"]
+        # What was published is the reference, also where a teacher wrote the answer. One that is no text is
+        # none; a question can be asked without.
+        reference = raw["reference"] if "think" in raw and "reference" in raw else fields.get("answer")
+        if isinstance(reference, str) and reference.strip():
+            row["answer"] = reference
         row["rest"] = to_json({name: raw[name] for name in raw if name.lower() not in READ})
         rows.append(row)
     return rows

@@ -14,7 +14,7 @@ import numpy
 from parts.model.encoding import Reply
 from parts.replies import checkup
 from parts.rows import traces
-from parts.rows.row import Row, all_questions
+from parts.rows.row import Row, conversation
 
 # A text loops where LOOP characters in a row stand in it for the third time at least, each with the GRAM - 1
 # that follow. Digits, white space and the signs of lists and tables do not count: "1. 多喝水 2. 多喝水 3. …"
@@ -259,7 +259,7 @@ def measure(rows: list[Row], replies: list[Reply], thinking: bool, seed: int) ->
     scores, found, kinds, faults = {}, [], [], []
     for row, reply in zip(rows, replies):
         # What the asker said in earlier turns was said: a thinking that speaks of it cites no hidden answer.
-        marks = traces.find(reply.thinking, all_questions(row), reply.answer)
+        marks = traces.find(reply.thinking, conversation(row), reply.answer)
         found.append(marks)
         kinds.append({trace.kind for trace in marks})
         faults.append(checkup.find_faults(row, final_answer(reply)))

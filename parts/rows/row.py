@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from itertools import chain
 
 from parts.terminal import progress, shorten
 
@@ -146,6 +147,11 @@ def all_questions(row: Row) -> str:
     """Return the questions of earlier turns, and the one that is answered, a line each."""
     earlier = [question for question, _ in row.get("history") or []]
     return "\n".join([*earlier, row["question"]])
+
+
+def conversation(row: Row) -> str:
+    """Return all that was said before the answer, earlier replies too, a text a line."""
+    return "\n".join([*chain.from_iterable(row.get("history") or []), row["question"]])
 
 
 def keep_usable(rows: LocatedRows, problems: Problems, seen: set[str], thinkless: bool) -> LocatedRows:

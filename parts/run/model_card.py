@@ -90,6 +90,7 @@ def against_published(args, state, origin: dict, published: dict, changed: list[
         "公开方案训练了全部参数，这里只训练 LoRA": args.trains_adapter,
         "数据不同": published["dataset"] not in datasets,
         f"数据不只是 {published['dataset']}": len(datasets) > 1,
+        "思考和回答是教师模型重写的": "teacher" in origin,
         # A file without the word is older than the cleaning.
         "训练文本是清理过的，不是公布的原文（python data.py --raw）": not origin.get("raw", True),
         f"设置不同（{others}）": others,
@@ -178,4 +179,6 @@ def describe_origin(origin: dict) -> str:
         lines.append(f"{source['source']}{revision}，SHA-256 {source['sha256']}")
     if not origin.get("raw", True):
         lines.append("训练用的思考由 data.py 清理过")
+    if teacher := origin.get("teacher"):
+        lines.append(f"{teacher['rows']} 行（含验证集）的思考和回答由 {teacher['model']} 重写")
     return "<br>".join(lines)  # Markdown's tables know no other line break

@@ -27,6 +27,7 @@ FOUND = {  # in this order; what may be one's own answer counts where another wa
     "用户用了两个几乎相同的问题。": ["two"],
     "用户的问题有两个部分，一个是定义，另一个是要求。": ["two"],
     "用户提到的低盐饮食可能是指每天不超过五克，这里要解释清楚。": ["covert"],
+    "用戶是醫生，答案裡已經提到低鹽飲食，所以沒問題。": ["doctor", "answer"],
     "首先，根据提供的答案整理思考过程，用户是医生。\n答案里提到低盐饮食。": ["answer", "process", "doctor", "answer"],
 }
 PLANNED = [  # of the reply, by somebody who may have been shown another
@@ -52,6 +53,7 @@ REMOVED = {
     "首先，应该分点回答，可能和答案中的分类类似，但需要详细展开。": "首先，应该分点回答，但需要详细展开。",
     "用户是医生，可能在学习，所以要解释得清晰。要准确。": "要准确。",
     "血压怎么分级？是不是按指南，而答案用的是旧标准？": "血压怎么分级？",
+    "需要說明治療，但答案裡已經提到了。這說明重點是鹽。另外，用戶是醫生。要準確。": "需要說明治療。要準確。",
     "第一段。\n\n答案里已经提到了。\n\n第三段。\n\n用户是医生。": "第一段。\n\n第三段。",
 }
 
@@ -90,7 +92,12 @@ def test_what_is_a_trace_depends_on_the_question():
     assert kinds("看来答案是正确的。", instruction=INSTRUCTION) == ["answer"]
     assert kinds("再看第二个答案，它提到了喘息。", "下列哪个答案是正确的？A. 肺炎 B. 哮喘") == []
     assert kinds("我需要解释思考过程。", "推理步骤是什么？") == []
-    assert kinds("用户是医生，关心机制。", "我是一名医生，想了解高血压的机制。") == []
+    for question in (
+        "我是一名医生，想了解高血压的机制。",
+        "我有一个患者，血压很高，怎么用药？",
+        "患者，男，60岁。下一步？",
+    ):
+        assert kinds("用户是医生，关心机制。", question) == []
     assert kinds("用户的问题有两个部分，一个是病因，另一个是治疗。", "病因是什么？怎么治疗？") == []
     assert kinds("用户提到限制钠盐摄入。", instruction="说明限制钠盐摄入的作用") == ["covert"]
 
@@ -169,4 +176,6 @@ def test_what_was_said_in_an_earlier_turn_is_no_trace():
     counts = Counter()
     traces.clean_rows([(("", 1), row)], {}, counts)
     assert counts["covert"] == 1
-    assert traces.clean_rows([(("", 1), earlier)], {}, Counter()) == [(("", 1), earlier)]
+    said = row | {"history": [["头孢过敏吗？", "您有青霉素过敏反应，先不用头孢。"]]}  # by the assistant
+    for kept in (earlier, said):
+        assert traces.clean_rows([(("", 1), kept)], {}, Counter()) == [(("", 1), kept)]
