@@ -25,6 +25,7 @@ from parts import terminal
 from parts.endpoint import Endpoint
 from parts.model import encoding
 from parts.replies import checkup, flags, questions, report, web
+from parts.replies.served import Served
 
 QUESTION = "医生，我最近被诊断为糖尿病，听说碳水化合物的选择很重要，我应该选择什么样的碳水化合物呢？"
 MAX_NEW_TOKENS = 2048
@@ -49,7 +50,7 @@ JUDGE_PROMPT = """\
 
 
 def begin(args: argparse.Namespace, model, tokenizer):
-    """Return the conversation in which a model is asked as the command line says."""
+    """Return the conversation in which a loaded model is asked as the command line says."""
     from parts.replies.conversation import Conversation  # imports torch, which takes seconds
 
     # A model that was trained with another system prompt, and tells it, is asked with that one.
@@ -58,16 +59,28 @@ def begin(args: argparse.Namespace, model, tokenizer):
     return Conversation(model, tokenizer, start, not args.no_thinking, **settings)
 
 
+def begin_with(args: argparse.Namespace, candidate: questions.Candidate):
+    """Return the conversation in which a candidate is asked: its weights, or the server that has them."""
+    if candidate.endpoint:
+        return Served(candidate.endpoint, to_messages, not args.no_thinking, args.max_new_tokens, args.seed)
+    from parts.model import weights  # imports torch, which takes seconds
+
+    return begin(args, *weights.load(candidate.trained))
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Let the model, and those that it is compared with, answer the file of questions; score the replies, let
     a judge see them where one is given, and lay them out as a page."""
     # What is wrong with the command line is said before the first model is loaded: the judge's client that is
     # missing too, although the judge is asked last.
     rows = checkup.read() if args.questions == str(checkup.FILE) else questions.read(args.questions)
-    candidates = questions.list_candidates(args.model_path, args.revision, args.replies, args.compare_with)
+    name = args.endpoint or args.model_path
+    candidates = questions.list_candidates(name, args.revision, args.replies, args.compare_with)
+    if args.endpoint:
+        candidates[0].endpoint = Endpoint(args.endpoint, args.endpoint_model)
     judge = Endpoint(args.judge, args.judge_model) if args.judge else None
     settings = {name: getattr(args, name) for name in questions.SETTINGS}
-    questions.answer_all(rows, candidates, settings, partial(begin, args))
+    questions.answer_all(rows, candidates, settings, partial(begin_with, args))
 
     comparison = report.Comparison(rows, candidates, SEED)
     if judge:

@@ -48,6 +48,7 @@ class Completion(NamedTuple):
     reasoning: str  # its thinking, where the server gives that apart from the content
     cut: bool  # it ends at a limit of tokens
     tokens: int  # of prompt and completion; 0 where the server does not tell
+    new_tokens: int  # of the completion; likewise
 
 
 class Endpoint:
@@ -98,6 +99,13 @@ class Endpoint:
             raise Failed(f"有 {len(names)} 个模型（{'、'.join(names[:5])}），请用 {flag} 指定一个")
         [self.model] = names
 
+    def require_model(self, flag: str) -> None:
+        """Settle which model is asked, as `find_model` does, or raise SystemExit."""
+        try:
+            self.find_model(flag)
+        except Failed as failed:
+            raise SystemExit(f"错误：{self.url} 的模型用不了：{failed}。") from None
+
     def redact(self, said: object) -> str:
         """Return what the server said as text, "" where it is none, without the key: the server knows it, and
         what it says is recorded. Half a character, which no file can hold, becomes a question mark."""
@@ -114,8 +122,9 @@ class Endpoint:
             message, reason = answered.choices[0].message, answered.choices[0].finish_reason
             # DeepSeek's name and vLLM's: the client knows neither.
             thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-            tokens = int(getattr(answered.usage, "total_tokens", 0) or 0)
-            return Completion(self.redact(message.content), self.redact(thought), reason == "length", tokens)
+            text, thought = self.redact(message.content), self.redact(thought)
+            counts = [getattr(answered.usage, name, 0) or 0 for name in ("total_tokens", "completion_tokens")]
+            return Completion(text, thought, reason == "length", *map(int, counts))
 
         return self.ask(complete)
 

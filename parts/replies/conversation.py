@@ -15,6 +15,7 @@ from parts import terminal
 from parts.model import generate
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 
+BATCH_ROWS = 64  # questions that are answered together, at most
 TOKEN_LENGTH = 16  # characters: on average no text has tokens as long, but for runs of spaces
 HEADINGS = {"thinking": "【思考】", "answer": "【回答】"}  # of the parts of a Reply
 
@@ -48,6 +49,21 @@ def print_stream(replies: Iterator[Reply], console: Console) -> Reply:
             console.print(new, end="", style=style, markup=False, soft_wrap=True)
     console.print()
     return reply
+
+
+def make_batches(missing: list[int], lengths: list[int], new_tokens: int, max_tokens: int) -> list[list[int]]:
+    """Return the `missing` indexes, of prompts that are `lengths[i]` tokens long, in batches of at most
+    BATCH_ROWS and `max_tokens`, with the `new_tokens` that each reply may have; a prompt that is longer is a
+    batch by itself."""
+    batches: list[list[int]] = []
+    most = 0  # rows of the last batch
+    # Longest first: there is little padding, and memory that does not suffice shows at once.
+    for i in sorted(missing, key=lengths.__getitem__, reverse=True):
+        if not batches or len(batches[-1]) >= most:
+            most = min(BATCH_ROWS, max_tokens // (lengths[i] + new_tokens))
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 class Conversation:
@@ -129,6 +145,15 @@ class Conversation:
             limit = f"超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
             raise SystemExit(f"错误：{name}有 {total} {limit}")
         return length
+
+    def make_batches(self, missing: list[int], prompts: list[generate.Messages]) -> list[list[int]]:
+        """Return the `missing` indexes of prompts in batches that fit into memory. It raises SystemExit for
+        one of all prompts that is too long."""
+        lengths = []
+        for number, prompt in enumerate(prompts, 1):
+            lengths.append(self.check_length(prompt, f"第 {number} 个问题连同之前的对话"))
+        new_tokens = self.max_new_tokens + generate.CACHE_STEP  # the cache grows in steps
+        return make_batches(missing, lengths, new_tokens, generate.room_in_memory(self.model))
 
     def warn(self, text: str) -> None:
         """Show a remark that is not the model's."""

@@ -9,6 +9,7 @@ from parts.replies import checkup, web
 
 # A flag, and the one without which it would do nothing.
 NEEDS = {"replies": "questions", "compare_with": "questions", "judge": "compare_with", "judge_model": "judge"}
+NEEDS |= {"endpoint": "questions", "endpoint_model": "endpoint"}
 NEEDS |= dict.fromkeys(("host", "port", "auth"), "web")
 
 
@@ -72,6 +73,8 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     flag("--replies", metavar="FILE", help="回复写在这里；已有的不再问（默认 %(default)s）")
     several = {"action": "append", "default": []}
     flag("--compare_with", metavar="X", **several, help="与这个模型、适配器或回复文件比较；可以写多次")
+    flag("--endpoint", metavar="URL", type=endpoint.address, help="由这个地址的模型回答，不载入模型")
+    flag("--endpoint_model", metavar="NAME", help="由哪个模型回答（只有一个时不需要）")
     judge = f"再由这个地址的模型评哪个好；密钥读自环境变量 {endpoint.KEY}"
     flag("--judge", metavar="URL", type=endpoint.address, help=judge)
     flag("--judge_model", metavar="NAME", help="由哪个模型评审（只有一个时不需要）")

@@ -15,12 +15,12 @@ from operator import itemgetter
 from pathlib import Path
 
 from parts import terminal
+from parts.endpoint import Endpoint
 from parts.model.encoding import Reply
 from parts.rows import files, shapes
 from parts.rows.row import Row, check, clean
 from parts.run import checkpoints
 
-BATCH_ROWS = 64  # questions that are answered together, at most
 SETTINGS = ("no_thinking", "max_new_tokens", "seed")  # flags that decide what is replied
 LABELS = {"weights": "权重", "model": "模型"}  # of what makes a reply; SETTINGS are called by their flags
 # Of a line: the fields of a Reply, in its order.
@@ -43,6 +43,7 @@ class Candidate:
     revision: str | None = None
     by: dict | None = None  # what makes its replies: model, weights (None of a hub's model), and SETTINGS
     trained: tuple | None = None  # where its weights are, a weights.Trained, where replies are missing
+    endpoint: Endpoint | None = None  # the server that answers, where no weights of this machine do
     replies: list[Reply | None] = ()  # to the questions in their order, None to one that waits for its own
 
     def read(self, rows: list[Row]) -> None:
@@ -88,6 +89,9 @@ class Candidate:
         asked."""
         from parts.model import weights
 
+        if self.endpoint:
+            self.endpoint.require_model("--endpoint_model")
+            return self.settle({"model": self.endpoint.model, "weights": None} | settings, f"{self.path} ")
         folder = weights.find_local(self.name)
         checksum = checkpoints.weights_sha256(folder)[:16] if folder else None
         name = f"{self.name}@{self.revision}" if self.revision else self.name
@@ -228,8 +232,8 @@ def describe_changes(before: dict, now: dict, names=(*LABELS, *SETTINGS)) -> str
 
 def answer_all(rows: list[Row], candidates: list[Candidate], settings: dict, begin) -> None:
     """Give all candidates their replies, models asked with `settings` (of SETTINGS). Those of which replies
-    are missing are loaded one after another, and gone when the next one is. `begin(model, tokenizer)` returns
-    the Conversation in which one is asked.
+    are missing are loaded one after another, and gone when the next one is. `begin(candidate)` returns the
+    Conversation in which one is asked, or what stands for it.
 
     It raises SystemExit, before anyone looks for a model, for files that cannot be written, that hold
     anything but replies to these questions, or not all of them where that is needed; and before the first
@@ -246,16 +250,13 @@ def answer_all(rows: list[Row], candidates: list[Candidate], settings: dict, beg
                 counts = f"里有 {len(rows) - missing} 条回复，而问题有 {len(rows)} 个"
                 advice = "请检查路径，或先用写它的命令答完。"
                 raise SystemExit(f"错误：--compare_with {candidate.path} {counts}；{advice}")
-        # Both import torch, which takes seconds.
-        from accelerate.utils.memory import clear_device_cache
-
-        from parts.model import weights
+        from accelerate.utils.memory import clear_device_cache  # imports torch, which takes seconds
 
         for candidate in models:
             candidate.find_weights(settings)
         for candidate in models:
             if candidate.missing():
-                ask_missing(rows, candidate, begin(*weights.load(candidate.trained)))
+                ask_missing(rows, candidate, begin(candidate))
                 # Models hold themselves in circles: without the collector two would be on the card at once.
                 clear_device_cache(garbage_collection=True)
 
@@ -265,16 +266,10 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
     SystemExit, before any is answered, for a question that is too long."""
     from rich.progress import Progress
 
-    from parts.model.generate import CACHE_STEP, room_in_memory
-
     missing = candidate.missing()
     answered = len(rows) - len(missing)
-    prompts, lengths = [], []
-    for number, row in enumerate(rows, 1):
-        prompts.append(conversation.to_messages(row["question"], history=row.get("history")))
-        lengths.append(conversation.check_length(prompts[-1], f"第 {number} 个问题连同之前的对话"))
-    new_tokens = conversation.max_new_tokens + CACHE_STEP  # the cache grows in steps
-    batches = make_batches(missing, lengths, new_tokens, room_in_memory(conversation.model))
+    prompts = [conversation.to_messages(row["question"], history=row.get("history")) for row in rows]
+    batches = conversation.make_batches(missing, prompts)
     if answered:
         print(f"{candidate.path} 里已有 {answered} 条，接着答其余 {len(missing)} 条。", flush=True)
     try:
@@ -289,18 +284,3 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
     except BaseException:  # Ctrl-C too
         conversation.warn(f"没有答完；已答的 {answered} 条在 {candidate.path}，再运行同一命令会接着答。")
         raise
-
-
-def make_batches(missing: list[int], lengths: list[int], new_tokens: int, max_tokens: int) -> list[list[int]]:
-    """Return the `missing` indexes, of prompts that are `lengths[i]` tokens long, in batches of at most
-    BATCH_ROWS and `max_tokens`, with the `new_tokens` that each reply may have; a prompt that is longer is a
-    batch by itself."""
-    batches: list[list[int]] = []
-    most = 0  # rows of the last batch
-    # Longest first: there is little padding, and memory that does not suffice shows at once.
-    for i in sorted(missing, key=lengths.__getitem__, reverse=True):
-        if not batches or len(batches[-1]) >= most:
-            most = min(BATCH_ROWS, max_tokens // (lengths[i] + new_tokens))
-            batches.append([])
-        batches[-1].append(i)
-    return batches

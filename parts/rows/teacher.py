@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from rich.console import Console
 
 from parts import terminal
-from parts.endpoint import GIVE_UP, Endpoint, Failed, Record, build_messages, identify, read_verdict
+from parts.endpoint import GIVE_UP, Endpoint, Record, build_messages, identify, read_verdict
 from parts.rows import shapes, sources, traces
 from parts.rows.row import LocatedRows, Problems, Row, check, conversation
 
@@ -39,10 +39,7 @@ class Teacher:
     def __init__(self, url: str, model: str | None, start, prompt: str, max_length: int, record: str):
         self.endpoint, self.record = Endpoint(url, model), Record(record)
         self.start, self.prompt, self.max_length = start, prompt, max_length
-        try:
-            self.endpoint.find_model("--think_model")
-        except Failed as failed:
-            raise SystemExit(f"错误：教师模型 {url} 用不了：{failed}。") from None
+        self.endpoint.require_model("--think_model")
         # It goes into the model card: the path of a folder, of any system, may name people.
         self.name = PureWindowsPath(self.endpoint.model).name
 

@@ -17,7 +17,7 @@ import data
 from parts.model import generate, weights
 from parts.model.encoding import Reply
 from parts.replies import questions
-from parts.replies.conversation import Conversation
+from parts.replies.conversation import Conversation, make_batches
 from parts.replies.questions import Candidate
 
 LONG = "头痛怎么办？" * 680  # a question so long that a batch has three
@@ -40,8 +40,8 @@ def answer(likeliest, tokenizer, monkeypatch):
     """answer(rows): the rows of r.jsonl after the model was asked; `.asked` has the questions that it got."""
     asked = []
 
-    def begin(model, tokenizer):
-        conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens=30, seed=42)
+    def begin(_):
+        conversation = Conversation(likeliest, tokenizer, data.to_messages, True, max_new_tokens=30, seed=42)
         generate = conversation.generate
 
         def generate_and_note(prompts):
@@ -57,7 +57,6 @@ def answer(likeliest, tokenizer, monkeypatch):
         return read_lines("r.jsonl")
 
     monkeypatch.setattr(weights, "find_trained", lambda *_: None)
-    monkeypatch.setattr(weights, "load", lambda _: (likeliest, tokenizer))
     run.asked = asked
     return run
 
@@ -87,7 +86,7 @@ def test_killed_after_three_of_ten_and_started_again_it_has_ten(finished):
     assert len(before) in (3, 6, 9)
     again = run_script("inference.py", *flags, cwd=finished)
     assert again.returncode == 0, again.stdout
-    assert f"replies.jsonl 里已有 {len(before)} 条" in again.stdout and "full（前）与 lora（后）相比" in again.stdout
+    assert f"replies.jsonl 里已有 {len(before)} 条" in again.stdout and "full 比 lora" in again.stdout
     assert not [line for line in before if line not in read_lines(path)]
     for file in (path, "replies.lora.jsonl"):
         assert [line["question"] for line in read_lines(file)] == [row["question"] for row in rows]
@@ -241,7 +240,7 @@ def test_places_and_batches():
     assert questions.result_paths("r.v1") != questions.result_paths("r.v2")
     assert questions.path_beside("out/r.jsonl", "Qwen/Qwen3-1.7B") == "out/r.Qwen-Qwen3-1.7B.jsonl"
     lengths = [10, 3000, 40, 500, 500, 7] * 20
-    batches = questions.make_batches(range(120), lengths, new_tokens=2000, max_tokens=10_000)
+    batches = make_batches(range(120), lengths, new_tokens=2000, max_tokens=10_000)
     assert sorted(sum(batches, [])) == list(range(120))
     assert all(len(batch) * (max(lengths[i] for i in batch) + 2000) <= 10_000 for batch in batches)
 
