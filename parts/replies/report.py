@@ -13,7 +13,7 @@ from rich.console import Console
 from parts import terminal
 from parts.replies import checkup, judge, questions, scores
 from parts.rows import files, traces
-from parts.rows.row import Row, all_questions
+from parts.rows.row import Row, conversation
 from parts.terminal import name_unseen
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
@@ -70,7 +70,7 @@ class Comparison:
             pairs = []
             for row, ours, other in zip(self.rows, self.candidates[0].replies, candidate.replies):
                 answers = scores.final_answer(ours), scores.final_answer(other)
-                pairs.append(judge.Pair(describe_turns(row), row.get("answer") or "", *answers))
+                pairs.append(judge.Pair(conversation(row), row.get("answer") or "", *answers))
             # Where some requests failed, or all: the other verdicts are shown, and those are counted.
             verdicts, problem = judge.Judge(endpoint, prompt, record).compare(pairs, self.console)
             if problem:
@@ -129,7 +129,7 @@ class Comparison:
         the file."""
         cases = []
         for i, row in enumerate(self.rows):
-            case = {"question": all_questions(row), "reference": row.get("answer") or row.get("right")}
+            case = {"question": conversation(row), "reference": row.get("answer") or row.get("right")}
             verdicts = [verdicts[i] for verdicts in self.verdicts]
             words = []
             for verdict, other in zip(verdicts, self.models[1:]):
@@ -184,14 +184,6 @@ class Comparison:
         # One file of replies may be compared with itself.
         paths = "、".join(dict.fromkeys(candidate.path for candidate in self.candidates))
         self.console.print(f"\n回复：{paths}\n分数：{figures}\n网页：{page}", markup=False, soft_wrap=True)
-
-
-def describe_turns(row: Row) -> str:
-    """Return the question, after the earlier turns where there are some."""
-    if not row.get("history"):
-        return row["question"]
-    turns = [f"用户：{question}\n助手：{answer}" for question, answer in row["history"]]
-    return "\n".join([*turns, f"用户：{row['question']}"])
 
 
 def find_line(lines: list[dict], key: str) -> dict:

@@ -143,12 +143,6 @@ def topic(row: dict) -> str:
     return row["history"][0][0] if row.get("history") else row["question"]
 
 
-def all_questions(row: Row) -> str:
-    """Return the questions of earlier turns, and the one that is answered, a line each."""
-    earlier = [question for question, _ in row.get("history") or []]
-    return "\n".join([*earlier, row["question"]])
-
-
 def conversation(row: Row) -> str:
     """Return all that was said before the answer, earlier replies too, a text a line."""
     return "\n".join([*chain.from_iterable(row.get("history") or []), row["question"]])

@@ -209,7 +209,7 @@ def test_replies_stand_as_in_the_file_and_the_list_leads_to_them():
     rows = [*ROWS[:2], {"question": "多久？", "history": [["头痛？", "休息。"]]}]
     changed = GOOD[1]._replace(answer="多喝水，休息。", tokens=12, seconds=3.25)
     read = Reader(compare(GOOD[:3], [GOOD[0], changed, GOOD[2]], rows=rows).to_html("页", "提醒"))
-    assert [content[1:] for content in read.texts("h3")] == ["第 0 问？", "第 1 问？", "头痛？\n多久？"]
+    assert [content[1:] for content in read.texts("h3")] == ["第 0 问？", "第 1 问？", "头痛？\n休息。\n多久？"]
     links = [attributes["href"] for tag, attributes, _ in read.tags if tag == "a"][3:6]
     assert links == [f"#{attributes['id']}" for _, attributes, _ in read.tags if "case" in attributes.get("class", "")]
     assert "回答 7 字 · 12 token · 3.2 秒" in read.texts("facts") and "没有参考回答" in read.texts("case")[2]
