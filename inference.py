@@ -2,6 +2,7 @@
 
     python inference.py                         # the trained model in output/, the published question
     python inference.py "感冒了要吃抗生素吗？"
+    echo "感冒了要吃抗生素吗？" | python inference.py   # text that a pipe brings; with - it is waited for
     python inference.py --chat                  # a conversation; an empty line ends it
     python inference.py --web          # a page in the browser, http://127.0.0.1:7860 (pip install gradio)
     python inference.py --model_path Qwen/Qwen3-1.7B "感冒了要吃抗生素吗？"     # any model, untuned too
@@ -88,6 +89,7 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
         if args.questions:
             return evaluate(args)
 
+        read_line = terminal.line_reader("\n问：") if args.chat else None
         # The model is in a folder of train.py or train_lora.py, in any other one, or on a hub.
         from parts.model import weights  # imports torch, which takes seconds
 
@@ -97,10 +99,13 @@ def main(default: str = OUTPUT_DIR, description: str | None = __doc__, merge=Non
             texts = {"title": TITLE, "notice": NOT_A_DOCTOR, "example": QUESTION}
             web.serve(conversation, args.host, args.port, args.auth, **texts, out_of_memory=OUT_OF_MEMORY)
         elif args.chat:
-            conversation.chat()
+            conversation.chat(read_line)
         else:
-            print(f"\n【问题】{args.question}\n", flush=True)
-            conversation.ask(args.question)
+            question = args.question
+            if question in ("-", QUESTION):
+                question = questions.read_piped(wait=question == "-") or QUESTION
+            print(f"\n【问题】{terminal.name_unseen(question)}\n", flush=True)
+            conversation.ask(question)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ RECIPE = {  # what the command line may change; the other flags are in parts/tra
     # The learning rate is meant for 4 on all devices together.
     "per_device_train_batch_size": data.EXAMPLES_PER_STEP,
     "gradient_accumulation_steps": 1,
-    "eval_steps": 100,  # optimizer steps between evaluations; a checkpoint is written at each
+    "eval_steps": 100,  # optimizer steps between evaluations; the weights of the best one are kept
     "early_stopping_patience": 3,  # evaluations without a better eval_loss before training stops; 0: never
     "save_total_limit": 2,  # checkpoints: the best and the newest
     "logging_steps": 10,
@@ -102,6 +102,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     """Return the Trainer over padding-free batches, with the kernels that run here and the plan that fits;
     an interrupted run's `resumed_plan` is what the new one has to agree with."""
     from parts.machine import kernels, plan, rehearsal
+    from parts.model import fused
     from parts.training import packing, sharding
     from parts.training.safe_trainer import BestCheckpoint
     from parts.training.trainer import PackedTrainer
@@ -114,12 +115,18 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
 
     # What is fast is taken only where it was seen to run here and to agree with its plain form.
     kernels.require(model, args.load_in_4bit)
-    fast = kernels.choose(model, args.fsdp) if args.fast_kernels else kernels.Kernels()
+    fast = kernels.choose(model) if args.fast_kernels else kernels.Kernels()
 
     # Plans from the fastest to the smallest, those left out whose bytes do not fit by the estimate.
     lengths = packing.lengths_of(train_dataset)
     free = plan.free_bytes(args.device, model, args.memory_gb)
     plans = plan.choose(args, model, lengths, fast.layers.runs, free, **resumed_plan)
+    if fast.layers.slower:  # they are worth it where a faster plan needs the memory that they save
+        plain = plan.choose(args, model, lengths, False, free, **resumed_plan)
+        if (plain[0][:4], plain[0].fits) == (plans[0][:4], plans[0].fits):
+            plans, fast = plain, fast._replace(layers=fused.missing(fast.layers.why))
+    if fast.layers.runs:
+        fused.fuse_layers(model)
     if args.fast_kernels:
         print(kernels.describe(fast))
     if args.use_cpu:
@@ -175,7 +182,7 @@ def save(trainer, tokenizer, run) -> None:
         model_card.write(trainer, run.settings, data.read_origin(args.train_file), environment.versions())
 
 
-def show_samples(trainer, tokenizer, rows) -> list[str]:
+def show_samples(trainer, rows) -> list[str]:
     """Print replies to the first questions of the validation set, and return them as text."""
     from parts.training import samples
 
@@ -184,7 +191,7 @@ def show_samples(trainer, tokenizer, rows) -> list[str]:
         return []
     no_memory = f"错误：显存不足，无法生成示例回复；但训练已经完成，模型在 {args.output_dir}。"
     with terminal.explain_out_of_memory(no_memory):
-        texts = samples.answer(trainer.model, tokenizer, rows[:SAMPLES], data.to_messages, args.sample_tokens)
+        texts = samples.answer(trainer, rows[:SAMPLES], data.to_messages, args.sample_tokens)
     print("", *texts, sep="\n\n")
     return texts
 
@@ -258,7 +265,7 @@ def train(args, add_adapter=None, callbacks=()):
 
         # 8. Three answers to look at. The model is saved: what goes wrong here costs nothing
         if state.is_main_process:
-            texts = show_samples(trainer, tokenizer, rows)
+            texts = show_samples(trainer, rows)
             if tracked:
                 tracking.finish(args.output_dir, texts)
     return trainer

@@ -2,6 +2,7 @@
 the first of several processes only; and checksums of files. Knows no model, no data and no flag's name."""
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import hashlib
@@ -15,6 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from tqdm import tqdm
+
+# What would not be seen, would turn the order of the letters around it, would move the cursor or colour what
+# follows, or cannot be written at all: control characters but for line ends and tabs, marks of direction,
+# halves of surrogate pairs.
+CONTROLS = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"
+UNSEEN = re.compile(CONTROLS + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|[\ud800-\udfff]")
 
 
 def first_line(error: Exception) -> str:
@@ -23,9 +31,18 @@ def first_line(error: Exception) -> str:
 
 
 def shorten(text: str, most: int = 120) -> str:
-    """Return `text` in one line, of at most `most` characters and two more dots."""
-    text = " ".join(text.split())
+    """Return `text` in one line, of at most `most` characters and two more dots; what is not seen has its
+    name."""
+    text = name_unseen(" ".join(text.split()))
     return text if len(text) <= most else text[:most] + "……"
+
+
+def name_unseen(value: object) -> object:
+    """Put into a text, for what is not seen of it, its name: [U+202E]. Texts of models and of data come
+    through here before a person reads them."""
+    if not isinstance(value, str):
+        return value
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)
 
 
 def highlight(text: str) -> str:
@@ -33,11 +50,14 @@ def highlight(text: str) -> str:
     return f"\033[33m{text}\033[0m" if sys.stdout.isatty() else text
 
 
+def progress(items, what: str):
+    """Return `items`, with a bar on standard error for a person at a terminal who would wait."""
+    return tqdm(items, desc=what, delay=1, leave=False, disable=None)  # None: hidden where it is piped
+
+
 def sha256(*paths: str | Path) -> str:
     """Return the SHA-256 of the files' contents, one after another. A person at a terminal who would wait,
     with several GB, sees a bar."""
-    from tqdm import tqdm
-
     digest, size = hashlib.sha256(), sum(Path(path).stat().st_size for path in paths)
     hidden = size < 4e9 or not sys.stderr.isatty()  # 4 GB take two seconds or three
     with tqdm(desc="SHA-256", total=size, unit="B", unit_scale=True, disable=hidden) as progress:
@@ -75,9 +95,9 @@ def run_main(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except SystemExit as error:
-        if rank == "0" or not isinstance(error.code, str):
-            raise
-        raise SystemExit(f"（进程 {rank}）{error.code}") from None
+        alone = rank == "0" or not isinstance(error.code, str)
+        code = error.code if alone else f"（进程 {rank}）{error.code}"
+        raise SystemExit(name_unseen(code)) from None
     except Exception as error:
         explain_failed_import(error)
         if not isinstance(error, OSError):
@@ -148,6 +168,27 @@ def hold(lock: str | Path, message: str):
         finally:
             with contextlib.suppress(OSError):  # Windows deletes no open file
                 os.unlink(lock)
+
+
+def line_reader(prompt: str):
+    """Return what asks a person for a line after `prompt`, which may raise EOFError and KeyboardInterrupt. At
+    a terminal keys edit, ↑ brings earlier lines back, and what is pasted is one line, with line breaks."""
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        return partial(input, prompt)
+    from prompt_toolkit import PromptSession
+
+    session = PromptSession([("bold", prompt)])
+
+    def mark_pastes(line: str = "") -> str:
+        session.output.enable_bracketed_paste()
+        session.output.flush()
+        return line
+
+    # Also what is pasted before the first prompt and between two: else each of its lines would be one that
+    # was typed, and what follows an empty one, which ends a chat, a command for the shell.
+    mark_pastes()
+    atexit.register(lambda: (session.output.disable_bracketed_paste(), session.output.flush()))
+    return lambda: mark_pastes(session.prompt())
 
 
 def say_loading() -> None:

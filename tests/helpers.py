@@ -164,7 +164,8 @@ def arguments(model: str | Path, lora: bool = False, **changes):
     import train_lora
 
     values = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "report_to": "none"}
-    values |= {"sample_tokens": 4}
+    # Most are about what is found on the disk: it is saved at each evaluation, unless `changes` say otherwise.
+    values |= {"sample_tokens": 4, "save_steps": changes.get("eval_steps", 2)}
     make = train_lora.arguments if lora else train.arguments
     return make(model_name=str(model), **values | {"disable_tqdm": True} | changes)
 

@@ -9,6 +9,7 @@ import decode_speed
 import defaults
 import memory_budget
 import pytest
+import saving
 import train_speed
 from helpers import ROOT, make_row, save
 
@@ -55,6 +56,13 @@ def test_decode_speed(table_of):
 def test_memory_budget_runs_under_a_cap():
     found = memory_budget.run_one("LoRA", cap=4, small=True, steps=1)
     assert found["tokens_per_second"] > 0 and 0 < found["estimate_gb"] < 4 and found["plan"].endswith("adamw")
+
+
+def test_saving(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["saving", "--small", "--save_steps", "10"])
+    saving.main()
+    [*_, [size, written, waited, _, share]] = cells(capsys.readouterr().out)
+    assert float(written) > 0 and float(waited) > 0 and float(share.rstrip("%")) > 0, size
 
 
 def test_data_speed():

@@ -2,6 +2,7 @@
 step. CI has none; where there is one, `pytest tests/test_gpu.py` comes before the benchmarks."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -9,12 +10,20 @@ from helpers import LENGTHS, build_trainer, examples, gradient, history, losses,
 from transformers.models.qwen3 import modeling_qwen3
 
 import data
-from parts.model import fused, generate, weights
-from parts.training import packing
+from parts.machine import kernels
+from parts.model import generate, weights
+from parts.training import optimizers, packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 PLAIN_ROTARY = modeling_qwen3.apply_rotary_pos_emb
+
+
+@pytest.fixture(autouse=True)
+def taken_for_agreeing(monkeypatch):
+    """The tiny model's layers are so small that launching decides over their time: nothing is left out for it."""
+    monkeypatch.setattr(kernels, "NOT_SLOWER", math.inf)
 
 
 @pytest.fixture
@@ -40,7 +49,15 @@ def test_the_fast_kernels_are_chosen(build, capsys):
     trainer = build()
     said = capsys.readouterr().out
     assert trainer.kernels.attention.runs == (torch.cuda.get_device_capability() >= (8, 0)), said
-    assert trainer.kernels.layers.runs == (importlib.util.find_spec("liger_kernel") is not None), said
+    assert trainer.kernels.layers.runs == HAS_LIGER and ("用时为其" in said) == HAS_LIGER, said
+    assert trainer.kernels.step.runs, said
+
+
+def test_the_optimizers_kernel_steps_where_a_process_has_no_rows_of_a_weight():
+    cls, options = optimizers.pick("kahan", True, lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+    weight = torch.nn.Parameter(torch.empty(0, 64, dtype=torch.bfloat16, device=CUDA))
+    weight.grad = torch.empty_like(weight)
+    cls([weight], **options).step()
 
 
 def test_losses_follow_those_of_plain_kernels_one_example_at_a_time(build):
@@ -109,7 +126,8 @@ def test_qlora_learns(build):
 def test_a_graph_decodes_what_single_steps_do(tiny_model, rows):
     """In float32, past the first growth of the cache, with padding on the left; each step's logits."""
     model = weights.load_weights(str(tiny_model), CUDA).float()
-    fused.fuse_norms(model)
+    generate.fuse(model)
+    assert (modeling_qwen3.apply_rotary_pos_emb is PLAIN_ROTARY) == (not HAS_LIGER)
     ids = torch.randint(10, 4000, (rows, 30), device=CUDA)
     mask = torch.ones_like(ids)
     mask[1:, :7] = 0

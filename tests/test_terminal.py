@@ -37,6 +37,7 @@ def test_a_script_ends_without_a_traceback_and_of_several_processes_only_the_fir
     )
     status, _, said = run_main("from os import nothing")
     assert status == 1 and said.startswith("错误：载入 <string> 时出错（ImportError：") and said.count("\n") == 1
+    assert run_main("raise SystemExit('\\x1b[2J')") == (1, "", "[U+001B][2J\n")  # what a file holds moves no cursor
     assert run_main("print('头痛')", PYTHONIOENCODING="ascii") == (0, "??\n", "")
     both = [run_main("print('so'); raise SystemExit('错误：so')", RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     assert both == [(1, "so\n", "错误：so\n"), (1, "", "（进程 1）错误：so\n")]

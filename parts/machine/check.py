@@ -1,5 +1,5 @@
 """One page on what this machine can do: card, fast kernels, plan, a rehearsed step, a decoding graph. For a
-person who rents a card, and to be pasted into a report. Writes no file; knows no recipe."""
+person who rents a card, and to be pasted into a report. It leaves no file, and knows no recipe."""
 
 import copy
 import platform
@@ -44,6 +44,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
     print(f"系统：{platform.platform()}，Python {platform.python_version()}")
     versions = environment.versions(environment.LIBRARIES)
     print("版本：" + "，".join(map(" ".join, versions.items())))
+    disk = next(filter(Path.is_dir, Path(args.output_dir, "checkpoint").absolute().parents))
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(args)
         args.output_dir = folder  # Trainer makes it: not where the person's run would be
@@ -60,6 +61,7 @@ def run(args, build_trainer, load_dataset, add_adapter, length: int) -> None:
         model = add_adapter(model, args) if add_adapter else model
         trainer = build_trainer(args, model, tokenizer, train_dataset, eval_dataset)
         verdicts = verdicts_of(trainer)
+    print(trainer.describe_saving(disk, args.eval_steps))
     print("检查：")
     failed = []
     for name, verdict in verdicts.items():
@@ -136,5 +138,6 @@ def verdicts_of(trainer) -> dict[str, Verdict]:
     verdicts |= kernels.require(trainer.model, args.load_in_4bit)
     # Last, as the trainer cannot go on afterwards: the graph needs the optimizer's memory.
     model = trainer.release()
-    verdicts["生成的 CUDA graph"] = missing("不支持分片的模型") if args.fsdp else generate.try_graph(model)
-    return verdicts
+    off = missing("不支持分片的模型") if args.fsdp else kernels.OFF
+    usable = args.fast_kernels and not args.fsdp
+    return verdicts | {"生成的 CUDA graph": generate.try_graph(model) if usable else off}

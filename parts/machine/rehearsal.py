@@ -13,7 +13,7 @@ from parts.machine.plan import Plan
 from parts.model.encoding import IGNORE_INDEX
 from parts.terminal import is_out_of_memory
 from parts.training.packing import lengths_of
-from parts.training.safe_trainer import evaluation_steps, same_random_states
+from parts.training.safe_trainer import SAVING, evaluation_steps, same_random_states
 from parts.training.trainer import peak
 
 
@@ -77,41 +77,44 @@ def rehearse(trainer) -> str | None:
 
 
 def measure(trainer) -> str:
-    """Take the worst step, twice, and the largest evaluation batch, beside a block of the optimizer's
-    size. Returns what was seen, in a few words."""
+    """Take the worst step and one of mean length, each twice, and the largest evaluation batch, beside a
+    block of the optimizer's size. Returns what was seen, in a few words."""
     args, data = trainer.args, trainer.train_dataset
-    by_length = sorted(range(len(data)), key=lengths_of(data).__getitem__)
-    batch = trainer.data_collator([data[i] for i in by_length[-args.per_device_train_batch_size :]])
-    tokens = batch["input_ids"].numel()
-    supervised = (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
+    lengths, size = lengths_of(data), args.per_device_train_batch_size
+    mean = sum(lengths) / len(lengths)
     # It stands for the optimizer's states, which are made in its first step; that would change the weights.
     held = trainer.plan.parts["优化器"]
     if args.world_size > 1 and not args.fsdp:
         held += trainer.trained_bytes()  # DistributedDataParallel's copies of the gradients
     placeholder = torch.empty(int(held), dtype=torch.uint8, device=args.device)
-    inputs = trainer._prepare_inputs(batch)
-    for _ in range(2):  # the first one loads kernels
-        seconds = seconds_of(args.device, trainer.training_step, trainer.model, inputs, supervised)
-        # Where a step is several passes, the second one adds to the gradients of the first.
-        if args.gradient_accumulation_steps == 1:
-            trainer.drop_gradients()
-    trainer.drop_gradients()
+    worst = sorted(range(len(data)), key=lengths.__getitem__)[-size:]
+    usual = sorted(range(len(data)), key=lambda i: abs(lengths[i] - mean))[:size]
+    for rows in (worst, usual):
+        batch = trainer.data_collator([data[i] for i in rows])
+        supervised = (batch["labels"] != IGNORE_INDEX).sum().to(args.device)
+        inputs = trainer._prepare_inputs(batch)
+        for _ in range(2):  # the first one loads kernels
+            seconds = seconds_of(args.device, trainer.training_step, trainer.model, inputs, supervised)
+            # Where a step is several passes, the second one adds to the gradients of the first.
+            if args.gradient_accumulation_steps == 1:
+                trainer.drop_gradients()
+        trainer.drop_gradients()
     trainer.model.eval()
-    eval_speed = math.inf  # where this process has no rows
+    eval_seconds = 0.0  # where this process has no rows
     if batches := trainer.evaluation_batches(trainer.eval_dataset):
         # Of a sharded model the last batches may be empty, and a pass over one is taken nevertheless.
         rows = next(filter(None, reversed(batches)), [])
         eval_seconds = seconds_of(args.device, trainer.evaluate_rows, trainer.eval_dataset, rows)
-        if rows:
-            eval_speed = sum(lengths_of(trainer.eval_dataset[rows])) / eval_seconds
     del placeholder
     memory = f"峰值 {peak(args.device) / 1e9:.2f} GB（估算 {trainer.plan.total / 1e9:.2f}）"
-    fits = f"预演：最大的一步（{tokens} 个 token）和评估都放得下，{memory}。"
+    fits = f"预演：最大的一步（{sum(lengths[i] for i in worst)} 个 token）和评估都放得下，{memory}。"
     if args.check and args.device.type == "cpu":  # the model is shrunk there: its speed tells nothing
         return fits
-    minutes = math.ceil(seconds_of_run(trainer, tokens / seconds, eval_speed) / 60)
-    speed = f"每秒 {tokens / seconds:,.0f} 个 token"
-    return f"{fits}{speed}，整个训练最多约 {minutes} 分钟，不算优化器、样例和保存。"
+    speed = batch["input_ids"].numel() / seconds
+    trainer.promised = speed * args.world_size
+    minutes = math.ceil(seconds_of_run(trainer, seconds, eval_seconds * len(batches)) / 60)
+    takes = f"每秒 {speed:,.0f} 个 token，整个训练约 {minutes} 分钟"
+    return f"{fits}{takes}，含评估，保存按 {SAVING:.0%} 计，不含优化器和样例。"
 
 
 def seconds_of(device: torch.device, run, *args) -> float:
@@ -125,13 +128,12 @@ def seconds_of(device: torch.device, run, *args) -> float:
     return time.perf_counter() - begin
 
 
-def seconds_of_run(trainer, train_speed: float, eval_speed: float) -> float:
-    """Estimate, from above, the whole training and its evaluations, without optimizer steps and saving. The
-    speeds, of one device, are in tokens/s; that of the evaluation may be infinite."""
-    args, data = trainer.args, trainer.train_dataset
+def seconds_of_run(trainer, seconds: float, eval_seconds: float) -> float:
+    """Estimate the whole training with its evaluations and saving, without optimizer steps, from the seconds
+    of a device's share of a step and of an evaluation."""
+    args = trainer.args
     steps = args.max_steps
     if steps <= 0:  # Trainer's word for: as many as the epochs have
-        steps = math.ceil(len(data) / args.examples_per_step) * args.num_train_epochs
-    tokens = sum(lengths_of(data)) / len(data) * args.examples_per_step * steps
-    eval_tokens = sum(lengths_of(trainer.eval_dataset)) * steps / evaluation_steps(args, steps)
-    return (tokens / train_speed + eval_tokens / eval_speed) / args.world_size
+        steps = math.ceil(len(trainer.train_dataset) / args.examples_per_step) * args.num_train_epochs
+    evaluating = steps / evaluation_steps(args, steps) * eval_seconds
+    return (steps * args.gradient_accumulation_steps * seconds + evaluating) * (1 + SAVING)

@@ -3,13 +3,15 @@ norms as one kernel, and Liger's layers; and in what a device computes best. It 
 prompt."""
 
 import copy
+import functools
 import importlib.util
 import sys
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+import transformers
 
 from parts.terminal import first_line, shorten
 
@@ -17,6 +19,7 @@ ROUNDING = 0.03  # relative difference that bfloat16 explains; right kernels wer
 PROBE_VOCABULARY = 128  # of the small model on which kernels are tried
 PROBE_IDS = range(100, 120)  # ordinary tokens in every vocabulary here
 COMPILER = "没有 C 编译器，Linux 上可以 apt install gcc"
+HEADERS = "没有 Python.h，Linux 上可以 apt install python3-dev"
 
 
 class Verdict(NamedTuple):
@@ -25,10 +28,11 @@ class Verdict(NamedTuple):
     runs: bool
     why: str  # how far its outcome is from the plain one's, or why it is left out
     expected: bool = True  # False where the device or the installation does not have it, which is no fault
+    slower: bool = False  # than the plain one, where both were timed
 
 
 def missing(why: str) -> Verdict:
-    """Return the verdict on what cannot run here, and need not."""
+    """Return the verdict on what cannot run here, or is not worth it, and need not."""
     return Verdict(False, why, expected=False)
 
 
@@ -60,14 +64,20 @@ def difference(plain: torch.Tensor, fast: torch.Tensor) -> float:
 
 def reason(error: Exception) -> str:
     """Return why a kernel failed, in a few words."""
-    return COMPILER if "C compiler" in str(error) else shorten(first_line(error), 100)
+    if "C compiler" in str(error):
+        return COMPILER
+    # Triton's error is its compiler's command and status: what it says itself goes straight to the screen.
+    compiled = "exit status" in str(error) or "Python.h" in str(error)
+    if compiled and not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
+        return HEADERS
+    return shorten(first_line(error), 100)
 
 
 def fuse_norms(model) -> None:
-    """Replace each RMSNorm of Qwen3 or Qwen2, in place, by torch's with the same weight: one GPU kernel
+    """Replace each RMSNorm like Llama's or Qwen's, in place, by torch's with the same weight: one GPU kernel
     instead of eight."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
+        if hasattr(module, "variance_epsilon"):  # Gemma's, which adds 1 to its weight, has none
             # On "meta" it takes no memory: its weight of ones is replaced at once.
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
             norm.weight = module.weight
@@ -84,41 +94,55 @@ def layers_missing(model) -> Verdict | None:
     return None if family in MODEL_TYPE_TO_APPLY_LIGER_FN else missing(f"liger-kernel 不支持 {family}")
 
 
-def fuse_layers(model) -> None:
-    """Put Liger's norms, rotary embedding and SwiGLU in place of transformers', in this model alone."""
+def fuse_layers(model, norms: bool = True) -> None:
+    """Put Liger's norms, unless told, rotary embedding and SwiGLU in place of transformers', in this model
+    alone; but the rotary embedding is a function, which is exchanged for all models of the family."""
     from transformers.integrations.liger import apply_liger_kernel
 
-    module = vars(sys.modules[class_of(model).__module__])
-    classes = {name: value for name, value in module.items() if isinstance(value, type)}
     # The loss stays: training has one of its own, which needs no logits.
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    module, loss = restore(model), {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel(model, {"rms_norm": norms} | loss)
     # Liger exchanges the classes of transformers' module too, for models that are still to be made: those
     # stay plain, as what Liger gives was only compared for this one.
-    module.update(classes)
+    vars(module).update({name: value for name, value in originals(module).items() if isinstance(value, type)})
 
 
-def try_layers(probe, plain, sizes: tuple[int, ...], **attention) -> Verdict:
-    """Put Liger's layers into `probe`, and tell whether its outcome is then still `plain`."""
-    module = vars(sys.modules[class_of(probe).__module__])
-    before = dict(module)  # the rotary embedding is a function, which Liger exchanges for all models
-    error = attempt(fuse_layers, probe)
-    verdict = compare(plain, error or attempt(outcome, probe, sizes, **attention))
+@functools.cache
+def originals(module) -> dict:
+    """Return what transformers' module has, as it was before anything of Liger's was put into it."""
+    return dict(vars(module))
+
+
+def restore(model):
+    """Give all models of this one's family transformers' own rotary embedding again; return its module."""
+    module = sys.modules[class_of(model).__module__]
+    vars(module).update(originals(module))
+    return module
+
+
+def try_layers(probe, plain, run, norms: bool = True) -> Verdict:
+    """Put Liger's layers into `probe`, and tell whether the outcome of `run()` is then still `plain`."""
+    error = attempt(fuse_layers, probe, norms)
+    verdict = compare(plain, error or attempt(run))
     if not verdict.runs:
-        module.update(before)
+        restore(probe)
     return verdict
 
 
 def shrink(model):
-    """Return a model of one layer with the same heads and attention on the same device, small elsewhere: some
-    2 million random weights, on which kernels are tried."""
+    """Return a model of one layer on the same device, with random weights and a small vocabulary, on which
+    kernels are tried: its plain form. The layer is as wide as the model's, as that decides which kernels run
+    and how fast they are."""
+    restore(model)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.head_dim = 1, head_dim(config)
-    config.vocab_size, config.hidden_size, config.intermediate_size = PROBE_VOCABULARY, 256, 512
+    config.vocab_size = PROBE_VOCABULARY
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     # These may lie outside the small vocabulary.
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    probe = class_of(model)(config).to(model.device, model.dtype)
+    with model.device:  # where drawing half a billion numbers takes no time
+        probe = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     # Set anew: it lies in a private field, and with another attention the trial would prove nothing.
     probe.set_attn_implementation(model.config._attn_implementation)
     return probe

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch.nn.functional import pad
 
+from parts.model import fused
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
-from parts.model.fused import Verdict, compare, head_dim, missing
+from parts.model.fused import Verdict, attempt, compare, head_dim, missing
 from parts.terminal import first_line
 
 # What Qwen advises for replies without thinking. While thinking the model's own generation settings hold.
@@ -92,6 +93,9 @@ class Decoder:
     padding.
     """
 
+    # On the last graph of this process: after one that failed there is no other, as it would fail too.
+    verdict = missing("还没有试过")._replace(runs=True)
+
     def __init__(self, model, input_ids, position_ids, attention_mask=None):
         self.model, self.graph, self.warm_steps = model, None, 0
         self.capturable = input_ids.is_cuda
@@ -127,7 +131,7 @@ class Decoder:
             return self.graph.replay()
         self.logits = self.forward(self.token, self.position, self.mask)
         self.warm_steps += 1
-        if self.capturable and self.warm_steps >= WARM_UP and self.used < self.room:
+        if self.capturable and self.verdict.runs and self.warm_steps >= WARM_UP and self.used < self.room:
             self.capture()
 
     def grow(self) -> None:
@@ -141,28 +145,37 @@ class Decoder:
         if self.mask is not None:
             self.mask = pad(self.mask, (0, CACHE_STEP), value=True)
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows of the batch alone. The graph is of no use any more."""
+        self.graph, self.warm_steps = None, 0
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.token, self.position, self.logits = self.token[rows], self.position[rows], self.logits[rows]
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
     def capture(self) -> None:
         """Record one step, and run the last one again by it, which has to give the same. Where either fails,
         say why and go on step by step."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            # Other threads, a page's say, may go on with what cannot be recorded.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self.forward(self.token, self.position, self.mask)
             # Recording runs nothing: token and position are still the last step's. One token back, the replay
             # writes its keys and values over those that the step itself wrote.
             for layer in self.cache.layers:
                 layer.cumulative_length -= 1
             graph.replay()
-            self.verdict = compare([self.logits], [logits])
+            Decoder.verdict = compare([self.logits], [logits])
             if not self.verdict.runs:
                 raise RuntimeError(self.verdict.why)
             self.graph, self.logits = graph, logits
         except RuntimeError as error:
-            self.capturable, self.verdict = False, Verdict(False, first_line(error))
+            Decoder.verdict = Verdict(False, first_line(error))
             torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream set
-            print(
-                f"（无法使用 CUDA graph，改为逐步计算，速度会慢一些：{first_line(error)}）", file=sys.stderr
-            )
+            slower = f"（无法使用 CUDA graph，改为逐步计算，速度会慢一些：{first_line(error)}"
+            print(f"{slower}；加 --fast_kernels false 就不再尝试）", file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -170,11 +183,33 @@ def try_graph(model) -> Verdict:
     """Tell whether a step can be recorded here, and then gives what it gives by itself."""
     if model.device.type != "cuda":
         return missing("需要 GPU")
-    ids = torch.arange(100, 120, device=model.device)[None]  # [1, 20]
-    decoder = Decoder(model, ids, torch.arange(20, device=model.device)[None])
-    for token in ids[0, :WARM_UP]:
-        decoder.advance(token[None])
-    return decoder.verdict
+    take_steps(model)
+    return Decoder.verdict
+
+
+@torch.inference_mode()
+def fuse(model) -> None:
+    """Give `model`, which is to be asked, norms of one kernel, and Liger's rotary embedding and SwiGLU where
+    they were seen to run on a model of one layer, in a graph too, and to give the same."""
+    fused.fuse_norms(model)
+    if not (verdict := fused.layers_missing(model)):
+        probe = fused.shrink(model).eval()
+        run = partial(take_steps, probe)
+        verdict = fused.try_layers(probe, attempt(run), run, norms=False)
+    if verdict.runs:
+        fused.fuse_layers(model, norms=False)
+    elif verdict.expected:
+        print(f"（生成时没有用 Liger 的融合算子：{verdict.why}）", file=sys.stderr)
+
+
+def take_steps(model) -> list[torch.Tensor]:
+    """Return the logits [2, vocabulary] after two prompts, at other positions, and WARM_UP tokens more; where
+    there are graphs the last step is one."""
+    ids = torch.arange(40, device=model.device).view(2, 20)
+    decoder = Decoder(model, ids, ids % 20 + ids // 20 * 5)  # the second row's as after padding
+    for token in ids.T[:WARM_UP]:
+        decoder.advance(token)
+    return [decoder.logits]
 
 
 def decode(
@@ -183,24 +218,28 @@ def decode(
     """The loop that `model.generate` runs as its `custom_generate`, with arguments that it has prepared.
 
     `input_ids` [batch, prompt] are left-padded. It returns prompts and replies as [batch, prompt + new],
-    padded on the right; the last tokens may all be padding.
+    padded on the right; the last tokens may all be padding. Rows that are finished leave the batch when they
+    are half of it; the others' replies are as if they had stayed.
     """
-    prompt, longest = input_ids.shape[1], generation_config.max_length
+    (batch, prompt), longest = input_ids.shape, generation_config.max_length
     padding = generation_config.pad_token_id
-    sequence = pad(input_ids, (0, longest - prompt), value=padding)  # [batch, longest]
-    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # [batch]
+    replies = pad(input_ids, (0, longest - prompt), value=padding)  # [batch, longest]
+    # Of the rows that are left, [rows]: their numbers, what is written so far, and whether they are finished
+    rows, sequence = torch.arange(batch, device=input_ids.device), replies.clone()
+    finished = torch.zeros_like(rows, dtype=torch.bool)
     # A generator of its own: in torch 2.11 a capture that fails leaves the default one unusable.
     generator = torch.Generator(input_ids.device).manual_seed(int(torch.randint(2**62, ())))
     # From model_kwargs, not by name: what the loop names itself, generate would not prepare for it.
     decoder = Decoder(model, input_ids, model_kwargs["position_ids"], model_kwargs.get("attention_mask"))
     shown = prompt
     for length in range(prompt + 1, longest + 1):
-        scores = logits_processor(sequence[:, : length - 1], decoder.logits.float())  # [batch, vocabulary]
+        scores = logits_processor(sequence[:, : length - 1], decoder.logits.float())  # [rows, vocabulary]
         if generation_config.do_sample:
             # The largest of p / Exponential(1) is a sample of p. torch.multinomial would check p first, and
-            # so wait for the GPU at each token.
-            scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
-        token = scores.argmax(-1).masked_fill(finished, padding)  # [batch]
+            # so wait for the GPU at each token. Drawn for all rows, so that each has numbers of its own.
+            drawn = scores.new_empty(batch, scores.shape[1]).exponential_(generator=generator)
+            scores = scores.softmax(-1) / drawn[rows]
+        token = scores.argmax(-1).masked_fill(finished, padding)  # [rows]
         sequence[:, length - 1] = token
         finished |= stopping_criteria(sequence[:, :length], None)
         if (length - prompt) % READ_EVERY == 0 or length == longest:
@@ -209,12 +248,18 @@ def decode(
                     if new != padding:
                         streamer.put(new[None])
             shown = length
-            if finished.all():
+            left = (~finished).nonzero().squeeze(1)
+            if not len(left):
                 break
+            if 2 * len(left) <= len(finished):
+                replies[rows] = sequence
+                rows, sequence, finished, token = rows[left], sequence[left], finished[left], token[left]
+                decoder.keep(left)
         decoder.advance(token)
     if streamer:
         streamer.end()
-    return sequence[:, :length]
+    replies[rows] = sequence
+    return replies[:, :length]
 
 
 def fast_loop(model, max_new_tokens: int, streamer=None):

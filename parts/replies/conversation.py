@@ -2,7 +2,7 @@
 reply as it is written. Knows a console, not where the model comes from."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
@@ -11,7 +11,8 @@ from threading import Event
 import transformers
 from rich.console import Console
 
-from parts.model import fused, generate
+from parts import terminal
+from parts.model import generate
 from parts.model.encoding import Reply, encode_messages, opens_thinking, split_reply
 
 TOKEN_LENGTH = 16  # characters: on average no text has tokens as long, but for runs of spaces
@@ -35,7 +36,7 @@ def print_stream(replies: Iterator[Reply], console: Console) -> Reply:
         for part, heading in HEADINGS.items():
             style = "dim" if part == "thinking" else None
             # A character of several tokens decodes to this sign until its last token is there.
-            text = getattr(reply, part).rstrip("\ufffd")
+            text = terminal.name_unseen(getattr(reply, part).rstrip("\ufffd\r"))
             new = text.removeprefix(printed[part])
             printed[part] = text
             if new and part != last:
@@ -69,15 +70,13 @@ class Conversation:
         self.closed = Event()
         # One reply at a time: all draw from the same random numbers, and a CUDA graph is captured alone.
         self.worker = ThreadPoolExecutor(1)
-        transformers.set_seed(seed)
         if fast_kernels and model.device.type == "cuda":
-            fused.fuse_norms(model)
+            generate.fuse(model)
+        transformers.set_seed(seed)
 
     def stream(self, messages: generate.Messages) -> Iterator[Reply]:
         """Yield the reply as far as it is written, again and again, and as the last the whole one. It ends
-        early where the iterator is closed. One is written at a time: others wait. It raises SystemExit,
-        before the first one, for a prompt that is too long."""
-        self.check_lengths([messages], ["这个问题"])
+        early where the iterator is closed. One is written at a time: others wait."""
         tokens, left = TokenQueue(), Event()
 
         def stopped() -> bool:
@@ -103,31 +102,43 @@ class Conversation:
             left.set()
         yield writing.result()[0]  # raises what failed in the other thread
 
-    def check_lengths(self, conversations: list[generate.Messages], names: list[str]) -> list[int]:
-        """Return the tokens of each prompt. It raises SystemExit, with the name of the conversation, for one
-        that does not fit into the model's context together with its reply."""
+    def fit(self, question: str, history: list[list[str]]) -> tuple[generate.Messages, str]:
+        """Return the messages of a question after its history, of which the oldest exchanges go until both
+        fit into the context, and a sentence on how many went, or "". It raises SystemExit for a question that
+        is too long by itself."""
+        self.check_length(self.to_messages(question, history=[]), "这个问题")
+        for dropped in range(len(history) + 1):
+            messages = self.to_messages(question, history=history[dropped:])
+            with contextlib.suppress(SystemExit):
+                self.check_length(messages, "")
+                break
+        del history[:dropped]
+        return messages, f"对话超过了模型的上下文，最早的 {dropped} 轮不再计入。" if dropped else ""
+
+    def check_length(self, messages: generate.Messages, name: str) -> int:
+        """Return the tokens of a prompt. It raises SystemExit, with the prompt's `name`, where it does not
+        fit into the model's context together with its reply."""
         # What a model writes beyond its context cannot be relied on.
         most = self.model.config.max_position_embeddings
-        lengths = []
-        for name, messages in zip(names, conversations):
-            length, unit = sum(len(message["content"]) for message in messages), "个字"
-            # 10 MB would take 14 s to be cut into tokens: what is far too long is told by its characters.
-            if length <= most * TOKEN_LENGTH:
-                length, unit = len(encode_messages(self.tokenizer, messages, True, self.thinking)), "个 token"
-            if length + self.max_new_tokens > most:
-                total = f"{length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
-                limit = f"超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
-                raise SystemExit(f"错误：{name}连同之前的对话有 {total} {limit}")
-            lengths.append(length)
-        return lengths
+        length, unit = sum(len(message["content"]) for message in messages), "个字"
+        # 10 MB would take 14 s to be cut into tokens: what is far too long is told by its characters.
+        if length <= most * TOKEN_LENGTH:
+            length, unit = len(encode_messages(self.tokenizer, messages, True, self.thinking)), "个 token"
+        if length + self.max_new_tokens > most:
+            total = f"{length} {unit}，加上 --max_new_tokens {self.max_new_tokens}"
+            limit = f"超过模型的上下文 {most} 个 token；请缩短，或减小 --max_new_tokens。"
+            raise SystemExit(f"错误：{name}有 {total} {limit}")
+        return length
 
     def warn(self, text: str) -> None:
         """Show a remark that is not the model's."""
         self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def ask(self, question: str, history: list[list[str]] | None = None) -> Reply:
-        """Stream one reply, and say so when it was cut off. It raises SystemExit for a prompt too long."""
-        messages = self.to_messages(question, history=history)
+        """Stream one reply, and say so when it was cut off; the rest is as of `fit`."""
+        messages, hint = self.fit(question, history or [])
+        if hint:
+            self.warn(f"（{hint}）")
         # Closed also after Ctrl-C: the model would write on, and the next question wait for it.
         with contextlib.closing(self.stream(messages)) as replies:
             reply = print_stream(replies, self.console)
@@ -135,13 +146,13 @@ class Conversation:
             self.warn(f"（{self.unfinished}）")
         return reply
 
-    def chat(self) -> None:
-        """Ask until an empty line or the end of input. Earlier thinking is not fed back, nor an exchange
-        without an answer."""
+    def chat(self, read_line: Callable[[], str]) -> None:
+        """Ask what `read_line` returns until an empty line or the end of input. Earlier thinking is not fed
+        back, nor an exchange without an answer."""
         self.console.print("输入问题后回车；空行结束。")
         history: list[list[str]] = []
         with contextlib.suppress(EOFError, KeyboardInterrupt):
-            while question := self.console.input("\n[bold]问：[/bold]").strip():
+            while question := read_line().strip():
                 try:
                     reply = self.ask(question, history)
                 except KeyboardInterrupt:

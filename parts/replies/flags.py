@@ -44,7 +44,7 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     # argparse takes one of these at most; without any the published question is asked.
     ways = parser.add_argument_group("提问的方式，选一种").add_mutually_exclusive_group()
     flag = ways.add_argument
-    flag("question", nargs="?", type=terminal.some_text, help="一个问题（不写：公开方案的那一个）")
+    flag("question", nargs="?", type=terminal.some_text, help="一个问题，- 读标准输入（不写：公开方案的）")
     flag("--chat", action="store_true", help="在终端里多轮对话，空行结束")
     flag("--web", action="store_true", help="在浏览器里对话")
     questions = "回答一个文件里的所有问题，并评分：.txt，或 data.py 能读的"

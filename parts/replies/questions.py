@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import re
+import select
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from operator import itemgetter
@@ -15,7 +17,7 @@ from pathlib import Path
 from parts import terminal
 from parts.model.encoding import Reply
 from parts.rows import files, shapes
-from parts.rows.row import Row, check
+from parts.rows.row import Row, check, clean
 from parts.run import checkpoints
 
 BATCH_ROWS = 64  # questions that are answered together, at most
@@ -23,6 +25,8 @@ SETTINGS = ("no_thinking", "max_new_tokens", "seed")  # flags that decide what i
 LABELS = {"weights": "权重", "model": "模型"}  # of what makes a reply; SETTINGS are called by their flags
 # Of a line: the fields of a Reply, in its order.
 FIELDS = ("think", "answer", "complete", "form", "tokens", "seconds")
+# Of a question's row: what is not kept in its line, as it says what stands there, or would, in other words.
+READ = {"question", "history", *FIELDS, "by", *shapes.TURNS, *shapes.TOLD_UNUSED}
 # By this a line that was cut off is told from a file of anything else, which is never written over.
 LINE_START = b'{"question": "'
 EARLIER = ".jsonl"  # what is compared with is a file of replies if its name ends so, else a model
@@ -101,44 +105,63 @@ class Candidate:
             files.write({self.path: "".join(lines)})
 
 
+def read_piped(wait: bool) -> str:
+    """Return the text that standard input brings, whole. Without `wait` it is "" where nothing has come yet:
+    nobody can tell whether a pipe that is open will ever bring anything."""
+    # Where it is closed there is none, and nohup's cannot be read. On Windows select takes no pipe.
+    with contextlib.suppress(OSError):
+        if sys.stdin and (wait or not sys.stdin.isatty() and select.select([sys.stdin], [], [], 0)[0]):
+            # `yes` has no end.
+            return clean(files.decode_all(Path("标准输入"), sys.stdin.buffer.read(1 << 24)))
+    return ""
+
+
 def read(path: str) -> list[Row]:
-    """Return rows with `question` and `history`, with `answer` where there is one, and `seen`, which is True
-    where data.py saw a near duplicate in the training part: one for each line of a .txt file, or for each row
-    of a file that data.py reads. It raises SystemExit for a file that cannot be read, has no question, or a
-    row without one."""
+    """Return rows with `question` and `history`, with `answer` where there is one, with `seen`, which is True
+    where data.py saw a near duplicate in the training part, and with `rest`, the fields that are not read:
+    one for each line of a .txt file, or for each row of a file that data.py reads, which has any text. It
+    raises SystemExit for a file that cannot be read, has no question, or a row without one."""
     suffix = Path(path).suffix.lower()
     # Scores end in .json too, and would be written over the questions.
     if suffix not in (".txt", *files.SUFFIXES) or path.endswith(RESULTS):
         kinds = f".txt（一行一个问题）或 {'、'.join(files.SUFFIXES)}（每行有 question 字段）"
         raise SystemExit(f"错误：--questions {path} 应是 {kinds}，不能是 {'、'.join(RESULTS)}。")
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise SystemExit(f"错误：无法读取 --questions {path}（{error.strerror}）；请检查路径。") from None
+    content = files.read_bytes(Path(path))
     loaded = load_lines(path, content) if suffix == ".txt" else files.parse(Path(path), content)
+    loaded = [(number, raw) for number, raw in loaded if has_text(raw)]
     if not loaded:
         raise SystemExit(f"错误：--questions {path} 里没有问题；请每行写一个问题。")
     rows = []
     for (_, raw), (number, fields) in zip(loaded, shapes.to_fields(loaded, path, answered=False)[0]):
         try:
-            if isinstance(fields, dict):
-                # JSON can hold half a character, which no file of text can.
-                text = json.dumps(fields, ensure_ascii=False, default=str)
-                fields = json.loads(text.encode("utf-8", "replace"))
+            fields = to_json(fields) if isinstance(fields, dict) else fields
             row = {"history": []} | check(fields, ("question",)) | {"seen": raw.get("seen") is True}
         except ValueError as problem:
             raise SystemExit(f"错误：{path} 第 {number} 行：{problem}；请改正这一行。") from None
         # A reference that is no text is none; a question can be asked without one.
         if isinstance(fields.get("answer"), str) and fields["answer"].strip():
             row["answer"] = fields["answer"]
+        row["rest"] = to_json({name: raw[name] for name in raw if name.lower() not in READ})
         rows.append(row)
     return rows
 
 
 def load_lines(path: str, content: bytes) -> list[tuple[int, dict]]:
-    """Return (line number, row) for each line of text that is not empty."""
+    """Return (line number, row) for each line of text."""
     lines = enumerate(files.decode_all(Path(path), content).split("\n"), 1)
-    return [(number, {"question": line}) for number, line in lines if line.strip()]
+    return [(number, {"question": line}) for number, line in lines]
+
+
+def has_text(raw: object) -> bool:
+    """Tell whether anything stands in a row, as nothing does in those that Excel leaves at the end."""
+    return not isinstance(raw, dict) or any(clean(str(value)) for value in raw.values() if value is not None)
+
+
+def to_json(fields: dict) -> dict:
+    """Return fields of a row as JSON keeps them."""
+    text = json.dumps(fields, ensure_ascii=False, default=str)
+    # JSON can hold half a character, which no file of text can.
+    return json.loads(text.encode("utf-8", "replace"))
 
 
 def list_candidates(name: str, revision: str | None, replies: str, others: list[str]) -> list[Candidate]:
@@ -181,7 +204,7 @@ def to_line(row: Row, reply: Reply, by: dict) -> str:
     """Return one line of a file of replies."""
     history = {"history": row["history"]} if row.get("history") else {}
     line = {"question": row["question"], **history, **dict(zip(FIELDS, reply)), "by": by}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json.dumps(line | row.get("rest", {}), ensure_ascii=False) + "\n"
 
 
 def identify(row: Row) -> str:
@@ -244,11 +267,10 @@ def ask_missing(rows: list[Row], candidate: Candidate, conversation) -> None:
 
     missing = candidate.missing()
     answered = len(rows) - len(missing)
-    prompts, names = [], []
+    prompts, lengths = [], []
     for number, row in enumerate(rows, 1):
         prompts.append(conversation.to_messages(row["question"], history=row.get("history")))
-        names.append(f"第 {number} 个问题")
-    lengths = conversation.check_lengths(prompts, names)
+        lengths.append(conversation.check_length(prompts[-1], f"第 {number} 个问题连同之前的对话"))
     new_tokens = conversation.max_new_tokens + CACHE_STEP  # the cache grows in steps
     batches = make_batches(missing, lengths, new_tokens, room_in_memory(conversation.model))
     if answered:

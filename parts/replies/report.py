@@ -3,7 +3,6 @@ a person reads them side by side. The page needs no other file, no network and n
 model wrote is text on it. Knows replies, not the models that wrote them."""
 
 import json
-import re
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from parts import terminal
 from parts.replies import judge, questions, scores
 from parts.rows import files, traces
 from parts.rows.row import Row, all_questions
+from parts.terminal import name_unseen
 
 DIGITS = {"%": 1, "字": 0, "0–1": 3, "token/秒": 1}  # of each unit, behind the point
 NOTES = {  # below a table with these scores
@@ -24,10 +24,6 @@ NOTES = {  # below a table with these scores
 DIFFERS = "差：前减后。不同：差的 95% 区间（成对自助法）不含 0，且至少六题不一样。"
 JUDGED = "两种先后各问一次，都选同一个才算较好；区间含 50 就是差异不显著。评审也是模型，不是医生。"
 VERDICTS = {judge.WIN: "前者较好", judge.TIE: "平", judge.LOSS: "后者较好", judge.FAILED: "没有裁决"}
-# What would not be seen, would turn the order of the letters around it, or cannot be written at all: control
-# characters but for line ends and tabs, marks of direction, halves of surrogate pairs.
-CONTROLS = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"
-UNSEEN = re.compile(CONTROLS + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|[\ud800-\udfff]")
 
 
 # Of texts: the first cell of each row is its name, and the notes are lines below the table.
@@ -112,8 +108,8 @@ class Comparison:
 
         # The template has no other author than this project; what it shows may come from anybody.
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
-        # Autoescape and `name_unseen` hold for all that the template shows, wherever it stands.
-        page = jinja2.Environment(autoescape=True, finalize=name_unseen, trim_blocks=True, loader=loader)
+        # Autoescape and name_unseen hold for all that the template shows, wherever it stands.
+        page = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader, finalize=name_unseen)
         page.filters["shorten"] = terminal.shorten
         texts = {"title": title, "notice": notice, "kinds": traces.KINDS.values()}
         return page.get_template("report.html").render(texts, tables=self.tables(), cases=self.cases())
@@ -215,10 +211,3 @@ def cut(thinking: str, marks: list[traces.Trace]) -> list[tuple[str, str]]:
         pieces.append((thinking[trace.start : trace.end], traces.KINDS[trace.kind]))
         end = trace.end
     return [*pieces, (thinking[end:], "")]
-
-
-def name_unseen(value: object) -> object:
-    """Put into a text, for what is not seen of it, its name: [U+202E]."""
-    if not isinstance(value, str):
-        return value
-    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)

@@ -4,16 +4,43 @@ import json
 import re
 import statistics
 
-from parts.terminal import shorten
+from parts.terminal import progress, shorten
 
 FIELDS = ("question", "think", "answer")
 THINKLESS = ("缺少字段 think", "think 为 null", "think 为空")  # what check says of a row without thinking
-TAG = re.compile(r"</?think(?:ing)?>")
-SURROGATE = re.compile("[\ud800-\udfff]")
+# Half a character, which neither UTF-8 nor a tokenizer takes, private use, U+FFFD for what could not be
+# decoded, and what Unicode keeps from texts: something is lost there, and nobody can tell what.
+DAMAGED = re.compile("[\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffd-\uffff\U000f0000-\U0010ffff]")
+# Characters that no text has, and whole sequences that colour a terminal or move its cursor.
+CONTROL = re.compile(r"[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f](?:(?<=\x1b)\[[0-?]*[ -/]*[@-~])?")
 # White space, controls, marks of width 0 and fillers: nothing is seen of them, and str.strip leaves most.
 INVISIBLE = (
     r"[\s\0-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f"
     r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0]"
+)
+# ## Thinking, **思考**：, 【思考】
+HEADING = r"(?:^[#*]+ *(?:{0})(?:[：:]?\*\*[：:]?|[：:]|[ \t]*$)|【(?:{0})】[：:]?)"
+THINK_HEADING = HEADING.format("thinking|reasoning|(?:思考|推理|思维)(?:过程)?")
+THINK_TAGS = "think|thinking|thoughts?|reasoning|reflection|seed:think"
+# What opens a thinking and what closes it, in published sets and in what models write for those who ask.
+BLOCKS = (
+    (f"<(?P<tag>{THINK_TAGS})>", "</(?P=tag)>"),
+    # OpenThoughts, Cohere
+    (r"<\|(?:begin_of_thought|start_thinking)\|>", r"<\|end_(?:of_thought|thinking)\|>"),
+    # gpt-oss
+    (r"<\|channel\|>analysis<\|message\|>", r"<\|end\|>(?:<\|start\|>assistant<\|channel\|>final)?"),
+    # MedGemma
+    ("<unused94>(?:thought)?", "<unused95>"),
+    # Mistral, Kimi
+    (r"[\[◁]think[\]▷]", r"[\[◁]/think[\]▷]"),
+    # HuatuoGPT-o1
+    (THINK_HEADING, HEADING.format("(?:final )?(?:response|answer)|(?:最终)?(?:回答|回复|答案)")),
+)
+# Marks of a thinking, an answer or a chat template: in a reply that is learnt they would be text. Each begins
+# with a plain character, as re.search then passes quickly over all others.
+MARK = re.compile(
+    rf"(?i:</?(?:{THINK_TAGS}|answer|output|response|solution|tool_call|tool_response|unused\d+|s|\w+_of_turn)>"
+    r"|<\|\w{2,40}\|>|<｜[^｜<>]{1,40}｜>|◁/?think▷|\[/?(?:INST|THINK|TOOL_CALLS)\]|<</?SYS>>)"
 )
 # FIELDS are texts; after earlier turns there is history, [[question, answer], …]; instruction is a text that
 # the row's writer was told, and seen a bool of validation rows.
@@ -38,12 +65,13 @@ def strip_invisible(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Strip white space, make line ends `\\n`, Excel's _x000D_ too, and turn a literal backslash-n into the
-    line break it stands for. A text of which nothing can be seen is empty.
+    """Strip white space, make line ends `\\n`, Excel's _x000D_ and a page's end too, and turn a literal
+    backslash-n into the line break it stands for. Control characters go. A text of which nothing can be seen
+    is empty.
 
     Before a letter the two characters stay: there they begin a LaTeX command (\\nu) or a path.
     """
-    text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?", "\n", text)
+    text = re.sub(r"_x000[dD]_(\r?\n)?|\r\n?|\v|\f|\x85", "\n", CONTROL.sub("", text))
     # 8 of 241 published answers have the two characters where a line break was meant.
     text = re.sub(r"\\n(?![A-Za-z])", "\n", text).strip()
     return "" if re.fullmatch(f"{INVISIBLE}*", text) else text
@@ -55,8 +83,9 @@ def check(row: object, fields: tuple[str, ...] = FIELDS, thinkless: bool = False
     it calls do."""
     if not isinstance(row, dict):
         raise ValueError(row if isinstance(row, Unusable) else "不是对象")
-    cleaned = {}
-    for field in fields:
+    cleaned = dict.fromkeys(fields)
+    # The thinking comes last: a mark in the answer says why there is none.
+    for field in sorted(fields):
         try:
             if field not in row:
                 raise ValueError(f"缺少字段 {field}")
@@ -100,11 +129,11 @@ def clean_field(field: str, text: object, by_model: bool) -> str:
     if not text:
         raise ValueError(f"{field} 为空")
     # The chat template writes the tags around the thinking; further ones would be learnt as text.
-    if by_model and TAG.search(text):
-        raise ValueError(f"{field} 含 <think> 或 </think> 标签")
-    # JSON can hold half a character; neither a file in UTF-8 nor a tokenizer can.
-    if SURROGATE.search(text):
-        raise ValueError(f"{field} 含无效字符（不成对的代理码点）")
+    mark = MARK.search(text) or field != "think" and re.match(THINK_HEADING, text, re.I | re.M)
+    if by_model and mark:
+        raise ValueError(f"{field} 含思考或对话模板的标记 {shorten(mark[0])}")
+    if DAMAGED.search(text):
+        raise ValueError(f"{field} 含损坏的字符（乱码、私用区或半个字符）")
     return text
 
 
@@ -123,7 +152,7 @@ def keep_usable(rows: LocatedRows, problems: Problems, seen: set[str], thinkless
     """Return the clean, distinct rows, in order, with the `instruction` that their writer had beside the
     question. `problems` gathers what is left out, `seen` the rows that there were."""
     usable = []
-    for location, raw in rows:
+    for location, raw in progress(rows, "检查"):
         try:
             row = check(raw, thinkless=thinkless)
             # The clean row: white space makes no other one.

@@ -1,18 +1,20 @@
 """The shapes in which sets of questions, thinking and answers are published, to our fields: by the names of a
 row's columns, then by what is in them. Reads no file; what a row's texts must be is row.py's."""
 
+import ast
 import contextlib
 import itertools
 import json
+import re
 
-from parts.rows.row import FIELDS, TAG, LocatedRows, Unusable, are_pairs, clean, strip_invisible
+from parts.rows.row import BLOCKS, FIELDS, MARK, LocatedRows, Unusable, are_pairs, clean, strip_invisible
 from parts.terminal import shorten
 
 ALIASES = {  # lower-case names of a field in leading sets; the field's own name goes before all of them
-    "question": "问题,instruction,input,prompt,query,problem",
+    "question": "问题,questions,instruction,input,prompt,query,problem",
     "think": "思考,思考过程,complex_cot,reasoning_content,reasoning (reasoning_content),"
     "reasoning,thinking,cot",
-    "answer": "回答,答案,response,response (content),output,content,completion",
+    "answer": "回答,答案,answers,response,response (content),output,content,completion",
 }
 # Columns of which one is told when they are not used. An instruction is: traces.py wants to know it.
 TOLD_UNUSED = {"system", *",".join(ALIASES.values()).split(",")} - {"instruction"}
@@ -24,6 +26,9 @@ CONVERT = (
     "  python -c \"from parts.rows.files import *; write({'new.jsonl': to_jsonl([{'question': r['列名'],"
     " 'think': r['列名'], 'answer': r['列名']} for _, r in read('文件')])})\""
 )
+SPLIT = [re.compile(rf"\s*{start}(?P<think>.*?){end}", re.I | re.M | re.S) for start, end in BLOCKS]
+# Marks at the ends of an answer.
+EDGES = re.compile(rf"\A(?:\s*{MARK.pattern})+|(?:{MARK.pattern}\s*)+\Z")
 Fields = dict[str, list[str]]  # each of FIELDS: the columns that it is made of, perhaps none
 
 
@@ -54,7 +59,7 @@ def to_fields(loaded: LocatedRows, source: str, answered: bool = True) -> tuple[
             fields = {field: choose(field, columns, source, answered) for field in FIELDS}
             chosen[columns] = fields
             if fields["question"] and (fields["answer"] or not answered):
-                mappings[describe_fields(fields, columns)] = True
+                mappings[describe_fields(fields, row)] = True
         converted.append((location, from_columns(row, chosen[columns], answered)))
     if chosen and not mappings:
         columns = quote(dict.fromkeys(itertools.chain.from_iterable(chosen)))
@@ -80,8 +85,9 @@ def choose(field: str, columns: tuple[str, ...], source: str, answered: bool) ->
     return names
 
 
-def describe_fields(fields: Fields, columns: tuple[str, ...]) -> str:
-    """Return, for people, which column is taken for which field, and which could have been and is not."""
+def describe_fields(fields: Fields, row: dict) -> str:
+    """Return, for people, which column is taken for which field, and which could have been and is not, by the
+    first row that has these columns."""
     parts, used, unused = [], [], []
     for field, names in fields.items():
         used += names
@@ -89,8 +95,10 @@ def describe_fields(fields: Fields, columns: tuple[str, ...]) -> str:
             parts.append(f"{' + '.join(names)} -> {field}")
     if not fields["think"]:
         parts.append(f"{'、'.join(fields['answer']) or '回答'} 开头的 <think>…</think> -> think")
-    for name in columns:
-        if name.lower() == "history":
+    for name, value in row.items():
+        if name in used and first_text(value) is not value:
+            parts.append(f"{name} 是列表，取第一个文本")
+        elif name.lower() == "history":
             parts.append(f"{name} -> 前几轮")
         elif name.lower() in TOLD_UNUSED and name not in used:
             unused.append(name)
@@ -101,12 +109,21 @@ def describe_fields(fields: Fields, columns: tuple[str, ...]) -> str:
 
 def quote(names) -> str:
     """Return the first twelve names, for people."""
-    return "、".join(f"“{name}”" for name in list(names)[:12]) or "无"
+    return "、".join(f"“{shorten(name, 40)}”" for name in list(names)[:12]) or "无"
+
+
+def first_text(value: object) -> object:
+    """Return the first text of [text, …] or [[text, …], …], whose texts say the same in other words; any
+    other value as it is."""
+    first = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    return first if isinstance(first, str) else value
 
 
 def from_columns(row: dict, fields: Fields, answered: bool) -> object:
     """Return one row of columns with our fields. Values that are no text stay: the check names them."""
-    values = {field: row[names[0]] for field, names in fields.items() if names}
+    values = {field: first_text(row[names[0]]) for field, names in fields.items() if names}
     question, answer = values.get("question"), values.get("answer")
     if isinstance(question, list) or isinstance(answer, list):
         # TRL's prompt and completion: either may be a list of messages.
@@ -121,9 +138,6 @@ def from_columns(row: dict, fields: Fields, answered: bool) -> object:
         texts = [row[name] for name in fields["question"] if row[name] not in (None, "")]
         values["question"] = "\n".join(texts) if set(map(type, texts)) <= {str} else texts
     values = split_thinking(values)
-    answer = values.get("answer")
-    if isinstance(answer, str) and not values.get("think") and TAG.match(answer.lstrip()):
-        return Unusable("answer 开头的 <think> 没有闭合")
 
     lowered = dict(zip(map(str.lower, row), row.values()))
     if "instruction" in lowered and "instruction" not in map(str.lower, fields["question"]):
@@ -137,11 +151,12 @@ def from_columns(row: dict, fields: Fields, answered: bool) -> object:
 
 
 def decode_cell(value: object) -> object:
-    """Return what a cell of a table holds as JSON text; of a struct of lists, as datasets stores a list of
-    structs, that list."""
+    """Return what a cell of a table holds as the text of JSON or, as pandas writes lists, of Python; of a
+    struct of lists, as datasets stores a list of structs, that list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(value.strip())
     if isinstance(value, dict) and set(map(type, value.values())) == {list}:
         return [dict(zip(value, turn)) for turn in zip(*value.values())]
     return value
@@ -165,13 +180,17 @@ def split_thinking(values: dict) -> dict:
 
 
 def split_block(text: object) -> tuple[str | None, object]:
-    """Return (thinking, rest) of a text that begins with a block of thinking, else (None, text)."""
-    if not isinstance(text, str) or "</think>" not in text:
+    """Return (thinking, rest) of a text that begins with a block of thinking, else (None, text). Marks of the
+    answer around the rest go."""
+    if not isinstance(text, str):
         return None, text
-    before, _, after = text.partition("</think>")
-    # A template may itself open what a reply closes: then there is only the closing tag.
-    before = strip_invisible(before).removeprefix("<think>")
-    return (None, text) if TAG.search(before) else (before, after)
+    if "</think>" in text:
+        # A template may itself open what a reply closes: then there is only the closing tag.
+        text = "<think>" + strip_invisible(text).removeprefix("<think>")
+    for pattern in SPLIT:
+        if match := pattern.match(text):
+            return match["think"], EDGES.sub("", text[match.end() :])
+    return None, text
 
 
 def from_turns(turns: object, answered: bool) -> object:

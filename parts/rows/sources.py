@@ -10,14 +10,14 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from parts import hub
 from parts.rows import files, shapes
 from parts.rows.row import LocatedRows, Problems, Rows, check, drop_overlap, keep_usable, topic
-from parts.terminal import shorten
+from parts.terminal import progress, shorten
 
 SPLITS = {  # words of a file's path, by which hubs tell what a file is for
     "train": {"train", "training", "trainset"},
@@ -147,6 +147,9 @@ def read_contents(dataset: str, revision: str | None, published: bool) -> tuple[
     if os.path.exists(dataset) or "://" not in dataset and files.has_known_suffix(dataset):
         if revision:
             raise SystemExit(f"错误：{dataset} 是本地文件，--revision {revision} 只能用于 hub 上的数据集。")
+        if inside := sorted(Path(dataset).rglob("data*.arrow")):  # datasets' save_to_disk wrote it
+            contents = {path.relative_to(dataset).as_posix(): path.read_bytes() for path in inside}
+            return contents, {name: split_of(name) for name in contents}
         return {"": files.read_bytes(Path(dataset))}, {"": "train"}
     if not hub.split(dataset):
         forms = hub.forms(dataset)
@@ -199,13 +202,12 @@ def load(dataset: str, revision, sha256, name_files: bool, published: bool, seed
     rows, mapping = read(names["train"])
     own_val, used = read_own_val(read, names)
     shown = source = f"{dataset}（{'、'.join(contents)}）"
-    if "" in contents:
+    if os.path.exists(dataset):
         # Only the name goes into the model card: the folder of a local file may name people.
         shown, source = dataset, Path(dataset).name
     lines = [f"数据来源  {shown}：共 {len(rows) + len(own_val)} 行", f"SHA-256   {checksum}"]
     for name, content in contents.items():
-        encoding = "utf-8" if (name or dataset).lower().endswith(files.BINARY) else files.encoding_of(content)
-        if encoding != "utf-8":
+        if (encoding := files.encoding_of(content)) != "utf-8":
             lines.append(f"编码      {name or dataset} 不是 UTF-8，按 {encoding.upper()} 读取")
     if mapping:
         lines.append(f"读作      {mapping}")
@@ -302,7 +304,7 @@ def near_duplicates(answers: list[str]) -> list[tuple[int, int]]:
     every = -(-sum(map(len, answers)) // MAX_PASSAGES)
     counts, first_copy, duplicates = [], {}, set()
     holders = defaultdict(list)  # passage -> numbers of the answers that have it
-    for i, text in enumerate(answers):
+    for i, text in enumerate(progress(answers, "近似重复")):
         passages = {text[start : start + PASSAGE_LENGTH] for start in range(len(text) - PASSAGE_LENGTH + 1)}
         if every > 1:
             # By a checksum, so that it is the same passages in all answers; hash() differs from run to run.
@@ -315,10 +317,8 @@ def near_duplicates(answers: list[str]) -> list[tuple[int, int]]:
         for passage in passages:
             holders[passage].append(i)
     most = min(max(COMMON_AT_LEAST, COMMON_SHARE * len(answers)), COMMON_AT_MOST)
-    shared = Counter()  # (i, j) -> passages that both have
-    for numbers in holders.values():
-        if len(numbers) <= most:
-            shared.update(combinations(numbers, 2))
+    pairs = (combinations(numbers, 2) for numbers in holders.values() if len(numbers) <= most)
+    shared = Counter(chain.from_iterable(pairs))  # (i, j) -> passages that both have
     for (i, j), count in shared.items():
         if count >= DUPLICATE_SHARE * min(counts[i], counts[j]):
             duplicates.add((i, j))

@@ -7,10 +7,12 @@ import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from parts.rows.row import LocatedRows, Problems, all_questions
+from parts.terminal import progress
 
 KINDS = {  # kind -> for people
     "answer": "提到给定的答案",
@@ -41,7 +43,8 @@ SAYS = (
 # Words for an answer, which is a trace or the reply that is planned: is_planned tells.
 ANSWER = re.compile(
     "答案|(?:提供|给出|给定|参考|标准)的?(?:回答|回复)"
-    "|(?<!的)回答(?=[里中]?(?:已经|已)?(?:提到|指出|列出|给出|涵盖)[了的])"
+    # What stands in front is looked at last, so that re.search passes quickly over what begins none of these.
+    "|回答(?<!的回答)(?=[里中]?(?:已经|已)?(?:提到|指出|列出|给出|涵盖)[了的])"
 )
 # "根据提供的答案", "答案里已经提到": who writes so was shown one, and every ANSWER is looked at.
 SHOWN = re.compile(
@@ -73,6 +76,7 @@ JUDGED = re.compile(
 )
 # 思考过程 is what the writer had been told to write; that of others, 诊断的思考过程, is medicine.
 PROCESS = re.compile(
+    "(?=[思推内])"  # what all of it begins with: the rest is tried at few characters
     "(?<![^我己整细晰贯然个们谨理体确能]的)(?<!临床)(?<!分析)"
     "(?:(?:思考|推理|思维|思路)的?(?:过程|步骤|链条?)(?!障碍|紊乱|异常)|(?:思考|推理)(?:部分|内容|流程|路径)"
     "|内心独白|(?<=在)(?:思考|推理)(?=[中时里])|(?<=展开)思考|(?:思考|推理)(?=时(?:要|可以|需要)))"
@@ -107,6 +111,7 @@ PREDICATE = re.compile("(?<=..)(?:可能|应该|确实|属于|符合|对应|提�
 PATTERNS = {"two": (TWO, SEVERAL), "process": (PROCESS, PROCESS), "doctor": (DOCTOR, ASKS_AS_DOCTOR)}
 
 
+@lru_cache(maxsize=8)  # a row's question and answer are asked for at each match
 def bigrams(text: str) -> set[tuple[str, str]]:
     """Return the pairs of neighbouring characters, punctuation left out."""
     # NFKC makes H2 of H₂ and half-width letters of full-width ones: texts have either.
@@ -152,8 +157,9 @@ def find(think: str, question: str, answer: str = "", instruction: str = "") -> 
             for match in pattern.finditer(think):
                 traces.append(Trace(kind, *match.span()))
     # Who was told more than the question was shown an answer. An exam's question speaks of 答案 itself.
-    if "答案" not in question and (instruction or SHOWN.search(think)):
-        for match in ANSWER.finditer(think):
+    answers = [] if "答案" in question else list(ANSWER.finditer(think))
+    if answers and (instruction or SHOWN.search(think)):
+        for match in answers:
             if not is_planned(think, match):
                 traces.append(Trace("answer", *match.span()))
     for match in MENTIONED.finditer(think):
@@ -172,7 +178,7 @@ MIN_REMAINING = 0.6  # share of a thinking's characters below which its row is n
 TOO_LITTLE = f"清理答案泄露后，剩下的思考不到 {MIN_REMAINING:.0%}"
 # A line number, "1. ", ends no sentence; ". " and ", " of English do what 。 and ， do.
 SENTENCE = re.compile(
-    r"((?:“[^”\n]{0,120}”|（[^）\n]{0,160}）|(?!(?<!\d)[.!?]\s)[^。！？；\n])*"
+    r"((?:[^。！？；\n.!?“（]+|“[^”\n]{0,120}”|（[^）\n]{0,160}）|(?!(?<!\d)[.!?]\s)[^。！？；\n])*"
     r"(?:[。！？；]+[”’）]*|[.!?](?:[^\S\n]+|(?=\n)))?)(\n*)"
 )
 CLAUSE = re.compile(r"(?:“[^”]{0,120}”|（[^）]{0,160}）|(?!, )[^，：])+(?:[，：]|, |$)|[，：]|, ")
@@ -274,7 +280,7 @@ def clean_rows(rows: LocatedRows, problems: Problems, counts: Counter) -> Locate
     """Return the rows with what is left of their thinking. `problems` gathers those of which too little is
     left, `counts` what was done. A row's `instruction` is what its writer was told beside the question."""
     cleaned = []
-    for location, row in rows:
+    for location, row in progress(rows, "清理"):
         before, instruction = row["think"], row.get("instruction", "")
         # What was said in earlier turns was said: a thinking that speaks of it cites no hidden answer.
         think, kinds = remove_traces(all_questions(row), before, row["answer"], instruction)

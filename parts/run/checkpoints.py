@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 from parts.terminal import first_line, sha256
@@ -148,38 +150,51 @@ def check_space(folder: str | Path, count: int, size: float, weights: float) -> 
         raise SystemExit(f"错误：{folder} 所在的磁盘{space}；请腾出空间，或用 --output_dir 换到别的磁盘。")
 
 
+def seconds_to_write(folder: str | Path, size: float) -> float:
+    """Return how long it takes to bring `size` bytes to the disk of `folder`. At most 200 MB are tried."""
+    tried = os.urandom(1 << 20) * int(min(size, 200e6) / (1 << 20) + 1)  # which no disk compresses
+    begun = time.perf_counter()
+    with tempfile.NamedTemporaryFile(prefix=".write_test", dir=folder) as file:
+        file.write(tried)
+        file.flush()
+        os.fsync(file.fileno())
+    return (time.perf_counter() - begun) * size / len(tried)
+
+
 class Sealer(threading.Thread):
-    """Brings a checkpoint that was just written to the disk, writes its manifest, and only then deletes older
-    ones: however this ends, an undamaged checkpoint is there.
+    """Brings checkpoints that were just written to the disk, writes their manifests in this order, and only
+    then deletes older ones: however this ends, an undamaged checkpoint is there.
 
     It is a thread of its own, as hashing 10 GB takes 6 s, in which the GPU trains on. The next save and the
     end of training wait for it. `best` is never deleted: training ends with its weights. `limit` says how
     many stay, the newest and the best included; None and 0 stand for all.
     """
 
-    def __init__(self, checkpoint: Path, best: str | None, limit: int | None):
+    def __init__(self, written: list[Path], best: str | None, limit: int | None):
         # A daemon: at its end Python waits for other threads, and a second Ctrl-C is to end all at once.
         super().__init__(daemon=True)
-        self.checkpoint, self.error = checkpoint, None
-        self.protected = {checkpoint, checkpoint.with_name(Path(best or checkpoint).name)}
+        self.written, self.checkpoint, self.error = written, written[-1], None
+        self.protected = {self.checkpoint, self.checkpoint.with_name(Path(best or self.checkpoint).name)}
         self.limit = limit if limit and limit > 0 else sys.maxsize
         self.start()
 
     def run(self) -> None:
         try:
-            manifest = {}
-            for path in files_in(self.checkpoint):
-                # Trainer syncs nothing. Older checkpoints are deleted soon, and the power may end after that.
-                flush_to_disk(path, like=self.checkpoint / FINISHED_MARK)
-                manifest[path.relative_to(self.checkpoint).as_posix()] = path.stat().st_size, sha256(path)
-            # The manifest vouches for all other files, so it is the last one. Its folder is not synced: until
-            # the rename is on the disk the checkpoint does not count, and file systems with a journal store
-            # it before the deletions that follow.
-            write_atomically(self.checkpoint / MANIFEST, json.dumps(manifest, indent=1))
+            for folder in self.written:
+                manifest = {}
+                for path in files_in(folder):
+                    # Trainer syncs nothing. Older ones are deleted soon, and the power may end after that.
+                    flush_to_disk(path, like=folder / FINISHED_MARK)
+                    manifest[path.relative_to(folder).as_posix()] = path.stat().st_size, sha256(path)
+                # The manifest vouches for all other files, so it is the last one. Its folder is not synced:
+                # until the rename is on the disk the checkpoint does not count, and file systems with a
+                # journal store it before the deletions that follow.
+                write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
             self.sweep()
         # An error would end this thread alone: the main one raises it when it waits for the manifest.
         except Exception as error:
             self.error = error
+        self.ended = time.perf_counter()
 
     def sweep(self) -> None:
         """Delete what an interrupted save left, and the oldest checkpoints beyond the limit."""

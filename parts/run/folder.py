@@ -159,9 +159,7 @@ def refuse_folder(folder: Path, overwrite: bool, model_name: str, adapter: str |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Tried out, as permissions do not tell of a disk that is mounted read-only.
-        probe = folder / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        checkpoints.seconds_to_write(folder, 1)
     except OSError as error:
         remedy = "请检查权限，或用 --output_dir 换位置"
         raise SystemExit(f"错误：无法写入 {folder}（{error.strerror}）；{remedy}。") from None
@@ -304,6 +302,8 @@ def find_fault(checkpoint: Path) -> str | None:
     damage = checkpoints.find_damage(checkpoint, hashes=True)
     if damage:
         return damage
+    if not (checkpoint / "optimizer.pt").is_file():  # nor in the manifest: the best weights are as good alone
+        return "只有权重，不能从它继续"
     # Training ends with the weights of the best checkpoint, which may be an older one.
     state = json.loads((checkpoint / FINISHED_MARK).read_text(encoding="utf-8"))
     best = Path(state["best_model_checkpoint"] or checkpoint)

@@ -58,8 +58,7 @@ class Arguments(TrainingArguments):
 
     # Trainer's own settings, as the parts rely on them
     eval_strategy: str = "steps"
-    save_steps: float | None = None  # as eval_steps: an evaluated state is kept until a better one comes
-    load_best_model_at_end: bool = True
+    save_steps: float = 0  # as often as its share of the time allows: training/safe_trainer.py
     metric_for_best_model: str | None = "eval_loss"  # as earlier versions noted it among a run's settings
     restore_callback_states_from_checkpoint: bool = True  # the early-stopping count
     logging_nan_inf_filter: bool = False  # it would log 0 for a loss that is no number
@@ -70,7 +69,6 @@ class Arguments(TrainingArguments):
     def __post_init__(self):
         flags.check(vars(self))
         self.refuse_unread()
-        self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         self.run_name = self.run_name or Path(self.output_dir).name
         has_gpu = torch.accelerator.is_available()
         if not (self.use_cpu or has_gpu) and (reason := environment.unused_card()):

@@ -69,7 +69,7 @@ TABLE = (  # under the headings of --help
     Flag("checkpoint_every", int, "每几层重算一层，0 不重算，1 全部重算（默认按显存规划）", FROM_0),
     Flag("offload_activations", bool, "重算的层的输入放到内存（默认按显存规划）"),
     Flag("optimizer", OPTIMIZERS, "bfloat16 权重的优化器（默认按显存规划）"),
-    Flag("fast_kernels", bool, "使用本机可用的快速算子（默认 true）"),
+    Flag("fast_kernels", bool, "使用本机可用的快速算子和 CUDA graph（默认 true）"),
     Flag("full_logits", bool, "用 transformers 自带的损失，仅供对比（默认 false）"),
     Flag("check", bool, "只检查这台机器能否训练、速度如何，不训练"),
     Flag("rehearse", bool, "训练前先预演最大的一步（默认有 GPU 时预演）"),
@@ -78,7 +78,7 @@ TABLE = (  # under the headings of --help
     Flag("output_dir", str, "模型和检查点所在的文件夹；再次运行同一命令就会继续"),
     Flag("overwrite_output_dir", bool, "删除该文件夹里训练完的模型，重新训练"),
     Flag("resume_from_checkpoint", str, "从这个检查点继续（默认最近的完整检查点）"),
-    Flag("save_steps", int, "每多少步保存一次（默认每次评估都保存）", ABOVE_0),
+    Flag("save_steps", int, "每多少步保存一次；0（默认）为评估时看时间，保存最多占训练的 1/20", FROM_0),
     Flag("save_total_limit", int, "最多保留几个检查点，最好的和最新的始终保留", ABOVE_0),
     "记录",
     Flag("eval_steps", int, "每多少步评估一次；不超过 100 步的训练默认评估 5 次", ABOVE_0),
@@ -161,11 +161,9 @@ def check(values: Mapping[str, object]) -> None:
             continue
         if not flag.limit.allows(value):
             refuse(f"--{name} {value}：要一个{flag.limit.words}")
-    optimizer, eval_steps = values.get("optimizer"), values.get("eval_steps") or 1
+    optimizer = values.get("optimizer")
     if not values.get("output_dir", True):
         refuse("--output_dir 是空的")
-    if (values.get("save_steps") or eval_steps) % eval_steps:
-        refuse(f"--save_steps {values['save_steps']}：要是 --eval_steps {eval_steps} 的倍数")
     if values.get("warmup_steps") and values.get("lr_scheduler_type") == "constant":
         refuse("--warmup_steps：constant 不预热，constant_with_warmup 才预热")
     # 1 is Trainer's default, which no user need have asked for.

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from parts.model import generate
 from parts.run import tracking
-from parts.terminal import is_out_of_memory
+from parts.terminal import is_out_of_memory, name_unseen
 from parts.training.safe_trainer import same_random_states
 
 
-def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=None) -> list[str]:
+def answer(trainer, rows: list[dict], to_messages, tokens: int, stop=None) -> list[str]:
     """Return one text for each of `rows`: its question, and a reply of at most `tokens` tokens. A question
     comes after its history, as `to_messages(question, history=…)` puts it. All are asked in one batch,
     without thinking where no row has any; `stop()` is asked at each token, and cuts them off."""
@@ -23,7 +23,8 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        replies = generate.generate(model, tokenizer, conversations, tokens, thinking, stop=stop)
+        asked = (trainer.model, trainer.processing_class, conversations, tokens, thinking)
+        replies = generate.generate(*asked, stop=stop, fast_kernels=trainer.args.fast_kernels)
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
@@ -31,7 +32,7 @@ def answer(model, tokenizer, rows: list[dict], to_messages, tokens: int, stop=No
     for row, reply in zip(rows, replies):
         end = "" if reply.complete else "……（没有写完）"
         texts.append(f"【问题】{row['question']}\n【思考】{reply.thinking}\n【回答】{reply.answer}{end}")
-    return texts
+    return list(map(name_unseen, texts))
 
 
 class Samples(transformers.TrainerCallback):
@@ -73,7 +74,7 @@ class Samples(transformers.TrainerCallback):
         try:
             with same_random_states(device):
                 torch.manual_seed(args.seed)
-                asked = (model, self.trainer.processing_class, self.rows, self.to_messages, self.tokens)
+                asked = (self.trainer, self.rows, self.to_messages, self.tokens)
                 return answer(*asked, stop=lambda: self.stop_requested() or time.monotonic() > end)
         finally:
             self.trainer.last_hidden = None  # the hook has kept what the replies passed through

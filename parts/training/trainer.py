@@ -2,6 +2,8 @@
 split into passes, and a line on the screen for each log. It knows the plan and the kernels that were chosen,
 not how they were."""
 
+import math
+import statistics
 import time
 
 import psutil
@@ -14,6 +16,7 @@ from parts.training import optimizers, packing
 from parts.training.safe_trainer import SafeTrainer
 
 EVAL_TOKENS = 8192  # the most in one evaluation batch, which keeps neither activations nor logits
+SLOW = "提示：速度只有预演的 {:.0%}；请看看是否有别的程序占着显卡、显卡限功率或过热、内存不够用了交换区。"
 LOG_PARTS = {  # the numbers of a log that are shown, in the order of its line
     "loss": "loss {:.4f}",
     "eval_loss": "评估 eval_loss {:.4f}",
@@ -37,10 +40,12 @@ class PackedTrainer(SafeTrainer):
     window_tokens = 0
     last_hidden: torch.Tensor | None = None  # [B, T, H] of the forward pass under way
     step_hooks = ()  # that step in the backward pass
+    promised = 0.0  # tokens/s of all devices, as rehearsed
     plan = None  # that is followed: tokens in a pass, recomputed layers, optimizer, and their bytes
 
     def __init__(self, *args, kernels, **kwargs):
         super().__init__(*args, data_collator=packing.PackedCollator(), **kwargs)
+        self.speeds: list[float] = []  # tokens/s of each log
         self.kernels = kernels  # the fast paths that run here, and agree with the plain ones
         # Rows that are drawn at random come without a tokenizer, and have no thinking.
         self.end_of_thinking = think_tokens(self.processing_class)[1] if self.processing_class else -1
@@ -187,11 +192,17 @@ class PackedTrainer(SafeTrainer):
         if self.step_hooks:
             logs.pop("grad_norm", None)  # Trainer's, of the gradients that are left: none
         if "loss" in logs and self.window_start is not None:
-            window_tokens = torch.tensor(self.window_tokens, device=self.args.device)
-            tokens = self.accelerator.reduce(window_tokens).item()
+            tokens = self.accelerator.reduce(torch.tensor(self.window_tokens, device=self.args.device)).item()
             logs["tokens_per_second"] = round(tokens / (time.perf_counter() - self.window_start), 1)
             logs["peak_memory_gb"] = round(peak(self.args.device) / 1e9, 2)
             self.window_start, self.window_tokens = None, 0
+            self.speeds.append(logs["tokens_per_second"])
+            # The first steps load kernels, and a single one may be of short examples.
+            speed = statistics.median(self.speeds[1:] or self.speeds)
+            if speed < 0.6 * self.promised and len(self.speeds) == 1 + math.ceil(
+                20 / self.args.logging_steps
+            ):
+                print(SLOW.format(speed / self.promised))
         super().log(logs, *args, **kwargs)
 
 

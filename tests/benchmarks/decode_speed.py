@@ -25,10 +25,10 @@ WEIGHT_GB = 3.44  # of Qwen3-1.7B in bfloat16, all of it read at each step
 BANDWIDTH = 4300  # GB/s of an H200, measured
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}  # Qwen3's while thinking
 
-ARMS = {  # name -> (rows, our loop, torch's norms)
+ARMS = {  # name -> (rows, our loop, fused layers)
     "generate, 1 question": (1, False, False),
-    "generate, 1 question, fused norms": (1, False, True),
-    "ours without fused norms, 1 question": (1, True, False),
+    "generate, 1 question, fused layers": (1, False, True),
+    "ours without fused layers, 1 question": (1, True, False),
     "ours, 1 question": (1, True, True),
     "generate, 64 questions": (64, False, False),
     "ours, 64 questions": (64, True, True),
@@ -39,13 +39,13 @@ def run_arm(name: str, small: bool, tokens: int) -> dict[str, float]:
     """Seconds of the first and the timed run, steps a second, seconds of a capture, peak GB of one arm."""
     import torch
 
-    from parts.model import fused, generate
+    from parts.model import generate
 
     rows, ours, fuse = ARMS[name]
     model = build_model(small).eval()
     device = model.device
     if fuse:
-        fused.fuse_norms(model)
+        generate.fuse(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 150_000, (rows, PROMPT_TOKENS), generator=generator).to(device)
 

@@ -15,6 +15,7 @@ def test_it_tries_what_is_here(workspace, tiny_model):
     checked = run_script("train.py", "--check", "--model_name", tiny_model, cwd=workspace)
     assert checked.returncode == 0, checked.stdout
     parts = ["显卡：没有 GPU", "版本：torch ", f"模型：{tiny_model}", "合计（估算）", "预演：最大的一步", "通过  损失"]
+    parts.append("保存：一个检查点 0.00 GB")
     assert not [part for part in parts if part not in checked.stdout], checked.stdout
     assert checked.stdout.endswith("结论：可以训练\n")
     assert contents(workspace) == before

@@ -16,6 +16,7 @@ import train
 from parts.machine import kernels, plan, rehearsal
 from parts.model import fused
 from parts.training.packing import lengths_of
+from parts.training.trainer import PackedTrainer
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -35,10 +36,16 @@ def test_it_says_what_fits_and_how_long_it_takes(workspace, tiny_model, tokenize
 
 @pytest.mark.parametrize("length", [{"max_steps": 54}, {"max_steps": -1, "num_train_epochs": 2}])
 def test_the_time_is_that_of_all_steps_and_evaluations(workspace, tiny_model, tokenizer, length):
-    trainer = build_trainer(tiny_model, tokenizer, eval_steps=27, **length)
-    tokens = [sum(lengths_of(rows)) for rows in (trainer.train_dataset, trainer.eval_dataset)]
-    expected = 2 * tokens[0] / 50 + 2 * tokens[1] / 200  # 27 steps of 4 are all 108 rows
-    assert rehearsal.seconds_of_run(trainer, 50.0, 200.0) == pytest.approx(expected)
+    """And of saving, a twentieth."""
+    trainer = build_trainer(tiny_model, tokenizer, eval_steps=27, **length)  # 27 steps of 4 are all 108 rows
+    assert rehearsal.seconds_of_run(trainer, 5.0, 30.0) == pytest.approx(1.05 * (54 * 5 + 2 * 30))
+
+
+@pytest.mark.parametrize("promised", [1e12, 1.0])
+def test_after_20_steps_it_is_said_where_they_are_much_slower(workspace, tiny_model, monkeypatch, capsys, promised):
+    monkeypatch.setattr(PackedTrainer, "promised", promised)
+    run_steps(tiny_model, max_steps=40, logging_steps=10)
+    assert capsys.readouterr().out.count("提示：速度只有预演的 0%；") == (promised > 1)
 
 
 class Card(TorchDispatchMode):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import data
 from parts.model import encoding
 from parts.model.weights import load_tokenizer
-from parts.rows.row import FIELDS, TAG, clean
+from parts.rows.row import DAMAGED, FIELDS, MARK, clean
 
 
 @pytest.fixture(scope="session")
@@ -183,8 +183,9 @@ def test_thinking_is_told_from_the_answer_wherever_it_ends(any_tokenizer, text, 
 
 
 TEXTS = st.text(min_size=1, max_size=60).map(clean).filter(bool)  # any Unicode text but lone surrogates
-UNTAGGED = TEXTS.filter(lambda text: not TAG.search(text))  # in thinking and answer tags are refused
-ROWS = st.lists(st.tuples(TEXTS, UNTAGGED, UNTAGGED), min_size=12, max_size=24, unique_by=lambda row: row[0])
+WHOLE = TEXTS.filter(lambda text: not DAMAGED.search(text))
+UNTAGGED = WHOLE.filter(lambda text: not MARK.search(text))  # in thinking and answer tags are refused
+ROWS = st.lists(st.tuples(WHOLE, UNTAGGED, UNTAGGED), min_size=12, max_size=24, unique_by=lambda row: row[0])
 ANY_ROW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

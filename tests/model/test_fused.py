@@ -1,7 +1,10 @@
 """What is fast gives what its plain form gives, or it is found out."""
 
 import importlib.util
+import subprocess
 import sys
+import sysconfig
+from functools import partial
 
 import pytest
 import torch
@@ -20,42 +23,52 @@ def test_a_difference_anywhere_is_found_out(factor, reason):
     for i in range(4):
         fast = plain.clone()
         fast[i] *= factor
-        assert fused.compare(plain, fast) == (False, reason, True)
+        assert fused.compare(plain, fast) == fused.Verdict(False, reason)
     # What rounding explains is none, and two tensors of zeros would give 0/0.
-    assert fused.compare(plain, plain * (1 + 1e-3)) == (True, "与普通算子相差 0.1%", True)
+    assert fused.compare(plain, plain * (1 + 1e-3)) == fused.Verdict(True, "与普通算子相差 0.1%")
     assert fused.compare(plain * 0, plain * 0).runs
-    error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-    assert fused.compare(plain, error) == (False, fused.COMPILER, True)
+
+
+def test_what_a_compiler_lacks_is_said(monkeypatch, folder):
+    missing = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    failed = subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])  # which does not tell why
+    assert fused.reason(missing) == fused.COMPILER and "gcc" in fused.reason(failed)
+    monkeypatch.setattr(sysconfig, "get_config_var", {"INCLUDEPY": str(folder)}.get)  # an image without python3-dev
+    assert fused.reason(failed) == fused.HEADERS and fused.reason(RuntimeError("CUDA error")) == "CUDA error"
 
 
 # ---- Liger's layers, on a small model of one layer ----------------------------------------------------------------
 
 
-def test_the_layer_is_tried_with_its_heads_and_all_its_gradients():
+def test_the_layer_is_tried_with_its_heads_its_width_and_all_its_gradients():
     """Qwen2's configuration does not tell the size of a head."""
     shape = SMALL | {"hidden_size": 512}
     del shape["head_dim"]
     probe = fused.shrink(build_model(torch.float32, 2, shape, "Qwen2"))
     attention = probe.get_decoder().layers[0].self_attn
-    assert attention.head_dim == 128 and attention.q_proj.weight.shape == (512, 256)
+    assert attention.head_dim == 128 and attention.q_proj.weight.shape == (512, 512)
+    assert probe.get_decoder().layers[0].mlp.up_proj.weight.shape == (SMALL["intermediate_size"], 512)
     results = fused.outcome(probe, SIZES, lengths=SIZES)
-    assert results[0].shape == (1, sum(SIZES), 256) and len(results) == 1 + len([*probe.get_decoder().parameters()])
+    assert results[0].shape == (1, sum(SIZES), 512) and len(results) == 1 + len([*probe.get_decoder().parameters()])
 
 
 @needs_liger
 @pytest.mark.parametrize("kind", ["Qwen3", "Qwen2", "Llama"])
-def test_only_the_model_that_is_given_gets_ligers_layers(monkeypatch, kind):
+def test_only_the_model_that_is_given_gets_ligers_layers(kind):
     def forwards(model) -> list:
         layer = model.get_decoder().layers[0]
         return [module.forward.__func__ for module in (layer.input_layernorm, layer.mlp)]
 
     model = build_model(torch.float32, 1, SMALL, kind)
     module = sys.modules[type(model).__module__]
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)  # put back behind
+    rotary = module.apply_rotary_pos_emb
     plain = forwards(model)
     fused.fuse_layers(model)
     assert all(forward not in plain for forward in forwards(model))
     assert forwards(build_model(torch.float32, 1, SMALL, kind)) == plain
+    assert module.apply_rotary_pos_emb is not rotary
+    fused.shrink(model)  # what the next trial compares with is plain
+    assert module.apply_rotary_pos_emb is rotary
 
 
 @needs_liger
@@ -64,8 +77,8 @@ def test_layers_that_fail_leave_the_plain_ones():
     probe = fused.shrink(build_model(torch.float32, 1, SMALL))
     module = vars(sys.modules[type(probe).__module__])
     before = dict(module)
-    plain = fused.outcome(probe, SIZES, lengths=SIZES)
-    assert not fused.try_layers(probe, plain, SIZES, lengths=SIZES).runs and module == before
+    run = partial(fused.outcome, probe, SIZES, lengths=SIZES)
+    assert not fused.try_layers(probe, run(), run).runs and module == before
 
 
 def test_a_model_for_which_liger_has_nothing_is_said(monkeypatch):

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import resource
 import signal
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -247,17 +249,48 @@ def test_places_and_batches():
 def test_a_file_of_questions_is_read_or_refused_in_one_sentence(folder):
     rows = [{"question": "甲？", "answer": "答\udcff", "seen": True}, {"question": "乙？", "answer": " ", "seen": 1}]
     Path("q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    expected = [{"question": "甲？", "history": [], "seen": True, "answer": "答?"}]
-    assert questions.read("q.jsonl") == [*expected, {"question": "乙？", "history": [], "seen": False}]
-    for name, head in (("q.csv", "question\n"), ("q.txt", "")):  # as Excel in China saves it
-        Path(name).write_text(f"{head}甲？\n乙？\n", encoding="gb18030")
-    for name in ("q.csv", "q.txt", save([{"question": "甲？"}, {"question": "乙？"}], "q.xlsx")):
-        assert [row["question"] for row in questions.read(name)] == ["甲？", "乙？"]
-    refused("无法读取 --questions missing.jsonl~", questions.read, "missing.jsonl")
+    expected = {"question": "甲？", "history": [], "seen": True, "answer": "答?", "rest": {"seen": True}}
+    second = {"question": "乙？", "history": [], "seen": False, "rest": {"seen": 1}}
+    assert questions.read("q.jsonl") == [expected, second]
+    # As Excel in China saves it, with rows in which nothing stands.
+    for name, head, empty in (("q.csv", "question,id\n", ",\n , \n"), ("q.txt", "", "\n \u3000\n")):
+        Path(name).write_text(f"{head}甲？\n乙？\n{empty}", encoding="gb18030")
+    rows = [{"question": text, "id": None} for text in ("甲？", "乙？", None, "")]
+    for name in ("q.csv", "q.txt", save(rows, "q.xlsx"), save(rows, "q.jsonl"), save(rows, "q.parquet")):
+        assert [row["question"] for row in questions.read(name)] == ["甲？", "乙？"], name
+    refused("无法读取数据文件 missing.jsonl~", questions.read, "missing.jsonl")
     for name, content, message in (
         ("q.txt", b" \n\n", "--questions q.txt 里没有问题~"),
+        ("q.csv", b"question,id\n,7\n", "q.csv 第 2 行：question 为空；~"),
         ("q.jsonl", '{"question": "头痛？"}\n{"text": "头痛？"}'.encode(), "q.jsonl 第 2 行：缺少字段 question；~"),
         ("q.scores.json", b"[]", "--questions q.scores.json 应是 .txt~"),
     ):
         Path(name).write_bytes(content)
         refused(message, questions.read, name)
+
+
+def test_other_fields_of_a_question_are_kept_and_none_takes_the_place_of_ours(folder, answer):
+    """Also where replies are there from before they were kept; a file that is whole stays as it is."""
+    kept = {"id": 20240131123456789, "department": "神经内科"}
+    ours = {"question": "头痛？", "form": "片剂", "by": 1, "Response": "参考。"}
+    Path("q.jsonl").write_text(as_jsonl([kept | ours, {"question": "感冒？"}]), encoding="utf-8")
+    rows = questions.read("q.jsonl")
+    plain = answer([{"question": row["question"]} for row in rows])
+    Path("r.jsonl").write_text(as_jsonl(plain[:1]), encoding="utf-8")
+    written = answer(rows)
+    assert answer.asked == ["感冒？"] and written[0] == plain[0] | kept
+    Path("r.jsonl").write_text(as_jsonl(plain), encoding="utf-8")
+    assert answer(rows) == plain and not answer.asked
+
+
+def test_what_a_pipe_brings_is_read_whole_and_one_that_brings_nothing_is_not_waited_for(monkeypatch):
+    output, pipe = os.pipe()
+    with open(output, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert questions.read_piped(wait=False) == ""
+        os.write(pipe, "头痛，\r\n\r\n怎么办？\n".encode("gb18030"))
+        os.close(pipe)
+        assert questions.read_piped(wait=False) == "头痛，\n\n怎么办？"
+        assert questions.read_piped(wait=True) == ""
+    monkeypatch.setattr(sys, "stdin", None)  # as where it is closed
+    assert questions.read_piped(wait=False) == ""

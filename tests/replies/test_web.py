@@ -23,6 +23,18 @@ THINKING, ANSWER = "要点是多休息、多喝水。", "多休息，**多喝水
 REPLY = f"<think>\n{THINKING}\n</think>\n\n{ANSWER}"
 LONG = "<think>\n" + "想一想。" * 500
 HOSTILE = '![x](http://127.0.0.2:9/x.png) <img src="http://127.0.0.2:9/y.png" onerror="document.title=1"> </think>'
+# What Markdown, HTML, LaTeX and gradio itself would take out of a text, or make something else of.
+SIGNS = r"""每次 1~2 片，每天 2~3 次；~~删~~ **粗** *斜* _下_ __下__ ==亮== H^2^ x_1 `码` 70 / 1.7*1.7 \* \\ \n :smile:
+# 标题
+> 引  两个空格 <37℃ a<b x</b >5 <头痛> <b>粗</b> <think>想</think> <br> <!-- 注 --> <?php ?> <![CDATA[1]]>
+   1. 甲
+   - [ ] 乙 [链](http://127.0.0.2:9/) ![图](x.png) [^1] http://127.0.0.2:9/ a@b.cn | 甲 | 乙 |
+|-|-|
+$x$ $$y$$ \(z\) \[w\] %%%LATEX_BLOCK_0%%% &lt; &nbsp; &#65; &copy R&D & --- === + "引" '引'
+```
+码
+```
+[^1]: 注"""
 TEXTS = {"title": "问答", "notice": inference.NOT_A_DOCTOR, "example": "头痛？", "out_of_memory": "错误：显存不足。"}
 
 
@@ -62,13 +74,13 @@ def visit(browser, tiny_model, tokenizer):
     """visit(*replies) is a Visitor of a page whose model recites them slowly; its prompts are in `.prompts`."""
     opened = []
 
-    def start(*replies: str, max_new_tokens: int = 2048) -> Visitor:
+    def start(*replies: str, max_new_tokens: int = 2048, pause: float = 0.03) -> Visitor:
         model = weights.load_weights(str(tiny_model), torch.device("cpu"))
         conversation = Conversation(model, tokenizer, data.to_messages, True, max_new_tokens, seed=42)
-        prompts = recite(model, tokenizer, [*replies], pause=0.03)
+        prompts = recite(model, tokenizer, [*replies], pause)
         interface, url = web.open_page(conversation, "127.0.0.1", free_port(), None, **TEXTS)
         visitor = Visitor(browser, url)
-        visitor.prompts = prompts
+        visitor.prompts, visitor.conversation = prompts, conversation
         opened.append((visitor, conversation, interface))
         return visitor
 
@@ -90,11 +102,10 @@ def test_thinking_is_seen_then_folded_and_not_read_back(visit, tokenizer):
     person.ask("感冒了怎么办？", sees=THINKING)
     person.sees("多喝水")
     thinking.wait_for(state="hidden")
-    assert person.page.locator("strong", has_text="多喝水").count() == 1
     person.page.get_by_text("思考", exact=True).click()
     thinking.wait_for()
     person.ask("还有呢？")
-    person.page.wait_for_function("document.querySelectorAll('strong').length == 2")
+    person.page.wait_for_function("[...document.querySelectorAll('.bot')].at(-1).innerText.includes('**多喝水**')")
     assert person.prompts == prompts(tokenizer, ("感冒了怎么办？", []), ("还有呢？", [["感冒了怎么办？", ANSWER]]))
     person.sees(inference.NOT_A_DOCTOR)
     assert all(url.startswith((person.url, "data:", "blob:")) for url in person.requests)
@@ -127,10 +138,44 @@ def test_who_leaves_stops_the_reply(visit, browser):
 
 def test_what_is_too_long_is_refused_and_what_is_cut_off_says_so(visit, tokenizer):
     person = visit("头晕", max_new_tokens=1)
-    person.ask("头" * 200_000, sees="错误：这个问题连同之前的对话有 ")
+    person.ask("头" * 200_000, sees="错误：这个问题有 ")
     person.ask("  ", sees="问题是空的")
     person.ask("头痛？", sees="到 1 个 token 为止，回复未完")
     assert person.prompts == prompts(tokenizer, ("头痛？", []))
+
+
+def test_each_character_is_seen_of_replies_and_questions_and_read_back(visit, tokenizer):
+    said = SIGNS.replace("think>", "reply>")
+    person = visit(f"<think>\n{said}\n</think>\n\n{said}", "答", "改答", pause=0)
+
+    def seen(speaker: str) -> list[str]:
+        texts = person.page.locator(f"[data-testid={speaker}] .md").all_inner_texts()
+        return [text.replace(web.JOINER, "") for text in texts]
+
+    person.ask(SIGNS, sees="注")
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_text("思考", exact=True).click()
+    person.page.wait_for_timeout(500)
+    assert seen("user") == [SIGNS] and seen("bot")[-2:] == [said, said]
+    person.ask("还有呢？", sees="答")
+    person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_label("编辑").first.click()
+    person.page.get_by_label("发送").click()
+    person.sees("改答")
+    assert seen("user") == [SIGNS]
+    asked = (SIGNS, []), ("还有呢？", [[SIGNS, said]]), (SIGNS, [])
+    assert person.prompts == prompts(tokenizer, *asked)
+
+
+def test_a_conversation_that_is_longer_than_the_context_goes_on(visit, tokenizer):
+    person = visit("好" * 30, max_new_tokens=100)
+    person.conversation.model.config.max_position_embeddings = 200
+    for i in range(4):
+        person.ask(f"第 {i} 问" + "头" * 20)
+        person.page.get_by_test_id("submit-button").wait_for()
+    person.page.get_by_text("提示", exact=True).last.click()
+    person.sees("最早的 ")
+    assert len(person.prompts) == 4 and max(map(len, person.prompts)) <= 100
 
 
 def test_nothing_is_fetched_from_elsewhere_and_tags_are_text(visit):

@@ -16,10 +16,13 @@ BAD = {
     '{"question": "问", "think": "思", "answer": %s}' % ("1" * 5000): "answer 不是文本",  # more than int() takes
     '{"question": "问", "think": "\\\\n", "answer": "答"}': "think 为空",  # a literal backslash-n alone
     '{"question": "问", "think": "\u200b\ufeff\u2060\u3164", "answer": "答"}': "think 为空",  # nothing to be seen
-    '{"question": "问", "think": "思", "answer": "\\ud83d"}': "answer 含无效字符（不成对的代理码点）",
+    '{"question": "问", "think": "思", "answer": "\\ud83d"}': "answer 含损坏的字符（乱码、私用区或半个字符）",
+    '{"question": "问\ufffd", "think": "思", "answer": "答"}': "question 含损坏的字符（乱码、私用区或半个字符）",
     '["问", "思", "答"]': "不是对象",
     '{"question": "问", "question": "另问", "think": "思", "answer": "答"}': "同一字段出现多次",
-    '{"question": "问", "think": "思", "answer": "别的</think>答"}': "answer 含 <think> 或 </think> 标签",
+    '{"question": "问", "think": "思", "answer": "别的</think>答"}': "answer 含思考或对话模板的标记 </think>",
+    '{"question": "问", "answer": "<|thought|>思<|said|>答"}': "answer 含思考或对话模板的标记 <|thought|>",
+    '{"question": "问", "answer": "## Thinking\\n思"}': "answer 含思考或对话模板的标记 ## Thinking",
     '{"question": "问", "think": "思", "answer": "答", "history": [["问", ""]]}': "history 为空",
 }
 
@@ -58,7 +61,7 @@ def test_summary_tells_counts_lengths_problems_and_an_example(capsys):
     assert out.startswith(f"数据来源  rows.csv：共 10 行\nSHA-256   {terminal.sha256('rows.csv')}\n没有思考  7 行，")
     assert "行，未采用；其余可用的 3 行。加 --without_thinking keep，" in out and "\n清理      0/3 行的" in out
     assert "\n已写入    new/a.jsonl：2 行\n已写入    b.jsonl：1 行\n" in out
-    assert "\n未采用    think 为空：7 行（第 4 行、第 5 行、第 6 行、第 7 行、第 8 行 等）\n" in out
+    assert "\n未采用    think 为空：7 行（第 5 行、第 6 行、第 7 行、第 8 行、第 9 行 等）\n" in out
     assert "\n字符数    think：平均 52，中位数 4，最长 150\n" in out
     first = data.read_examples("new/a.jsonl")[0]
     assert f"思考：{first['think'][:120]}" in out and out.endswith(f"\n  回答：{first['answer']}\n")
@@ -68,6 +71,8 @@ CLEANED = {
     "如下：\\n1. 休息": "如下：\n1. 休息",
     "一\r\n二\n三\r四_x000D_\n五": "一\n二\n三\n四\n五",  # Excel's line ends too
     r"频率 $\nu$ 与 C:\new": r"频率 $\nu$ 与 C:\new",
+    "红\x1b[1;31m色\x1b[0m，响\x07铃，空\0字": "红色，响铃，空字",
+    "一页\f又一页": "一页\n又一页",
     "里面  的 空格\t不动": "里面  的 空格\t不动",
 }
 

@@ -29,8 +29,28 @@ FORMS = {
     "both": lambda r: {"question": r["question"], "reasoning": r["think"], "answer": block(r)},
     "empty block": lambda r: r | {"answer": f"<think>\n\n</think>\n\n{r['answer']}"},
     "turns as text": lambda r: {"messages": json.dumps(turns(r))},
+    "turns as pandas' text": lambda r: {"messages": str(turns(r))},
+    "lists of one text": lambda r: {"questions": [[r["question"], "x"]], "cot": r["think"], "answers": [r["answer"]]},
     "turns as columns": lambda r: {"conversations": {"from": ["human", "gpt"], "value": [r["question"], block(r)]}},
     "sharegpt": lambda r: {"conversations": turns(r, "from", "value", (" Human ", "gpt"))},
+}
+
+
+MARKS = {  # of thinking and answer, in leading sets and models
+    "r1-zero": "<think>{think}</think>\n<answer>{answer}</answer>",
+    "reflection": "<thinking>\n{think}</thinking>\n\n<output>\n{answer}\n</output>",
+    "openthoughts": "<|begin_of_thought|>{think}<|end_of_thought|>\n<|begin_of_solution|>{answer}<|end_of_solution|>",
+    "cohere": "<|START_THINKING|>{think}<|END_THINKING|><|START_RESPONSE|>{answer}<|END_RESPONSE|>",
+    "gpt-oss": "<|channel|>analysis<|message|>{think}<|end|><|start|>assistant<|channel|>final<|message|>{answer}",
+    "medgemma": "<unused94>thought\n{think}<unused95>{answer}",
+    "mistral": "[THINK]{think}[/THINK]{answer}</s>",
+    "kimi": "◁think▷{think}◁/think▷{answer}",
+    "huatuo": "## Thinking\n\n{think}\n\n## Final Response\n\n{answer}",
+    "bold": "**思考过程**：{think}\n\n**最终回答**：{answer}",
+    "brackets": "【思考】{think}【回答】{answer}",
+}
+FORMS |= {
+    name: lambda r, text=text: {"question": r["question"], "answer": text.format(**r)} for name, text in MARKS.items()
 }
 
 
@@ -79,8 +99,8 @@ def test_what_is_not_used_is_said():
 
 
 ODD = [  # what is wrong with a row, and the row
-    ("answer 开头的 <think> 没有闭合", {"question": "问", "answer": "<think>想"}),
-    ("answer 含 <think> 或 </think> 标签", {"question": "问", "think": "想", "answer": "<thinking>想</thinking>答"}),
+    ("answer 含思考或对话模板的标记 <think>", {"question": "问", "answer": "<think>想"}),
+    ("answer 含思考或对话模板的标记 <think>", {"question": "问", "think": "想", "answer": "<think>别的</think>答"}),
     ("question 不是文本", {"instruction": "算剂量", "input": ["50kg"], "output": "<think>想</think>答"}),
     ("对话不是消息列表", {"messages": "x"}),
     ("对话不是消息列表", {"messages": [3]}),

@@ -4,6 +4,7 @@ none, and of it no character changes."""
 import itertools
 import json
 import random
+import re
 import time
 from collections import Counter
 
@@ -113,6 +114,16 @@ def test_characters_are_only_left_out_and_once_is_enough():
         text = "".join(drawn.choices(pieces, k=6))
         left = remove(text)
         assert is_part_of(left, text) and remove(left) == left and not kinds(left), text
+
+
+def test_what_all_of_a_pattern_begins_with_hides_none_of_it():
+    pieces, drawn = (
+        [*FOUND, *NONE, "内心独白", "在思考中，", "展开思考", "推理时需要", "的推理过程", "临床思维"],
+        random.Random(0),
+    )
+    plain = re.sub(r"^\(\?=.*?\)", "", traces.PROCESS.pattern)
+    for text in ["".join(drawn.choices(pieces, k=9)) for _ in range(300)]:
+        assert re.findall(plain, text) == traces.PROCESS.findall(text)
 
 
 def test_a_megabyte_takes_seconds():

@@ -87,7 +87,7 @@ def test_a_checkpoint_whose_best_is_damaged_does_not_decide_the_weights(interrup
     state = json.loads(path.read_text(encoding="utf-8")) | {"best_model_checkpoint": "elsewhere/checkpoint-5"}
     path.write_text(json.dumps(state), encoding="utf-8")
     path.with_name(checkpoints.MANIFEST).unlink()
-    checkpoints.Sealer(path.parent, None, None).join()
+    checkpoints.Sealer([path.parent], None, None).join()
     args = arguments(tiny_model, output_dir="full", **STEPS)
     assert continues_from(args) == "full/checkpoint-10"
     flip(Path("full/checkpoint-5/model.safetensors"))

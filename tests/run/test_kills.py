@@ -20,8 +20,9 @@ from parts.run import checkpoints
 KILLS = int(os.environ.get("KILLS", "8"))  # each of full and LoRA
 WRITING = ("w", "wb", "rb+")
 ROWS = 60  # 15 steps an epoch: the second one begins behind the third of six checkpoints
-RUN = {"max_steps": 24, "eval_steps": 4, "logging_steps": 4, "sample_tokens": 2, "learning_rate": 1e-3}
-RUN |= {"report_to": "none", "model_name": "base"}
+RUN = {"max_steps": 24, "eval_steps": 4, "logging_steps": 4, "sample_tokens": 2, "learning_rate": 0.3}
+# The rate grows until the loss rises: weights alone are written beside the last checkpoints.
+RUN |= {"save_steps": 8, "warmup_steps": 24, "report_to": "none", "model_name": "base", "early_stopping_patience": 0}
 
 
 def kill_while_saving(number: int, delay: float) -> None:

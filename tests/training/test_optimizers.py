@@ -65,7 +65,8 @@ def test_states_of_few_bits_and_steps_in_the_backward_pass_follow_the_kahan_curv
 
 @pytest.mark.parametrize("optimizer", ["kahan", *(pytest.param(name, marks=needs_torchao) for name in FEW_BITS)])
 def test_bfloat16_training_resumes_to_the_same_weights(workspace, tiny_model, tokenizer, optimizer):
-    changes = {"dtype": torch.bfloat16, "output_dir": "run", "optimizer": optimizer, "max_steps": 4, "eval_steps": 2}
+    changes = {"dtype": torch.bfloat16, "output_dir": "run", "optimizer": optimizer, "max_steps": 4}
+    changes |= {"eval_steps": 2, "save_steps": 2}
     straight, resumed = (build_trainer(tiny_model, tokenizer, **changes) for _ in range(2))
     straight.train()
     shutil.rmtree("run/checkpoint-4")

@@ -20,7 +20,8 @@ from parts import terminal
 from parts.run import checkpoints, processes
 
 HERE = "tests/training/test_processes.py"
-STEPS = dict(max_steps=36, eval_steps=6, logging_steps=1, sample_tokens=2, learning_rate=1e-3, report_to="none")
+STEPS = dict(max_steps=36, eval_steps=6, save_steps=6, logging_steps=1, sample_tokens=2, learning_rate=1e-3)
+STEPS |= {"report_to": "none"}
 TORCHRUN = ("torchrun", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint")
 ACCELERATE = ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
 ACCELERATE += ("--dynamo_backend=no", "--main_process_port")

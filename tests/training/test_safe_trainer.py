@@ -1,12 +1,17 @@
 """Whatever ends a training, the same command continues it to the same weights, bit for bit; what is saved is
-whole."""
+whole, and saving takes a twentieth of the time at most."""
 
+import os
 import resource
 import shutil
 import signal
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -14,7 +19,13 @@ from helpers import At, build_trainer, crash, run_steps, same, terminate, weight
 
 import data
 from parts.model import weights as loading
-from parts.run import checkpoints
+from parts.run import checkpoints, model_card
+from parts.run.folder import choose_checkpoint
+from parts.training import safe_trainer
+
+WRITING = ("w", "wb", "rb+")
+# The loss falls, then it rises: the best weights are older than most checkpoints.
+RISING = {"learning_rate": 0.3, "warmup_steps": 16, "max_steps": 16, "eval_steps": 2, "early_stopping_patience": 0}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,94 @@ def test_signal_saves_at_the_end_of_the_step_and_the_command_continues(
     assert f"resumed from step {step}" in capfd.readouterr().out.splitlines()
     assert same(weights("resumed"), expected)
     assert len(checkpoints.folders("resumed")) <= changes.get("save_total_limit", 2)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_best_weights_are_kept_and_written_with_the_next_checkpoint(
+    workspace, tiny_model, straight, lora, capsys, monkeypatch
+):
+    """Asked to stop, and killed before anything was saved. A run that goes on and finds its best weights damaged at the
+    end says that it saves the last ones."""
+    monkeypatch.setattr(safe_trainer, "SAVING", 1e-9)
+    changes = RISING | {"save_steps": 0, "learning_rate": 100 if lora else 0.3}
+    expected = straight(lora, **changes)
+    with pytest.raises(SystemExit, match="143"):
+        run_steps(tiny_model, lora, [At(13, terminate)], output_dir="out", **changes)
+    best, newest = checkpoints.find_intact("out")
+    assert newest.name == "checkpoint-13" and not (best / "optimizer.pt").exists()
+    assert checkpoints.find_trained("out") == best and same(weights(best), expected)
+    with pytest.raises(SystemExit, match="只有权重"):
+        choose_checkpoint(Path("new"), str(best))
+    shutil.copytree("out", "damaged")
+    run_steps(tiny_model, lora, output_dir="out", **changes)
+    assert same(weights("out"), expected) and checkpoints.folders("out") == [best, newest]
+
+    [file] = Path("damaged", best.name).glob("*.safetensors")
+    capsys.readouterr()
+    trainer = run_steps(tiny_model, lora, [At(15, file.unlink)], output_dir="damaged", **changes)
+    assert f"{best.name} 缺少 {file.name}：改为保存最后一步的权重。" in capsys.readouterr().out
+    assert "（第 16 步），最后一步" in model_card.describe_saved(trainer.state)
+    assert "（第 16 步），最后一步" in Path("damaged/README.md").read_text(encoding="utf-8")
+    assert not same(weights("damaged"), expected)
+
+    with pytest.raises(EOFError):
+        run_steps(tiny_model, lora, [At(15, crash)], output_dir="killed", **changes)
+    assert checkpoints.folders("killed") == []
+    run_steps(tiny_model, lora, output_dir="killed", **changes)
+    assert same(weights("killed"), expected) and checkpoints.folders("killed") == []
+
+
+def test_without_room_in_memory_the_best_are_saved_whole(workspace, tiny_model, straight, monkeypatch):
+    fill = At(1, lambda: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0)))
+    trainer = run_steps(tiny_model, callbacks=[fill], output_dir="out", save_steps=0, **RISING)
+    best = Path(trainer.state.best_model_checkpoint)
+    assert trainer.kept is None and (best / "optimizer.pt").exists() and same(weights("out"), weights(best))
+    assert same(weights("out"), straight(save_steps=0, **RISING))
+
+
+@pytest.mark.parametrize("save_steps", [0, 3])
+def test_saving_takes_a_twentieth_of_the_time_on_a_slow_disk(workspace, tiny_model, monkeypatch, save_steps, capsys):
+    """It sleeps by the byte. --save_steps is obeyed as it stands, between evaluations too."""
+    sync, rate, saves, begun = os.fsync, 120e6, [], []
+
+    def slow(file):
+        time.sleep(os.fstat(file).st_size / rate)
+        sync(file)
+
+    class Watch(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saves.append((state.global_step, time.perf_counter() - begun[0]))
+
+    monkeypatch.setattr(os, "fsync", slow)
+    callbacks = [At(1, lambda: begun.append(time.perf_counter())), Watch()]
+    run_steps(tiny_model, callbacks=callbacks, output_dir="out", max_steps=100, save_steps=save_steps)
+    said = capsys.readouterr().out
+    if save_steps:
+        assert [step for step, _ in saves] == [*range(3, 100, 3), 100] and "最多损失 3 步的训练" in said
+        return
+    size = sum(path.stat().st_size for path in checkpoints.files_in(checkpoints.find_intact("out")[-1]))
+    assert 1 <= len(saves) < 20 and "最多损失约 1 分钟再加 5 步的训练" in said
+    assert len(saves) * size / rate < 0.055 * saves[-1][1] and saves[-1][0] < 100
+
+
+def test_a_kill_at_any_file_event_leaves_a_checkpoint_and_its_best_weights(workspace, tiny_model):
+    """At each of them what is on the disk is copied. Each copy can be gone on from, and none from an older checkpoint
+    than the copy before."""
+    copies, watching = [], [True]
+
+    def watch(event, args):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or event == "open" and args[1] in WRITING
+        if changes and watching and "out/checkpoint-" in str(args[0]):
+            watching.clear()  # copying is no event
+            copies.append(shutil.copytree("out", f"copy-{len(copies)}"))
+            watching.append(True)
+
+    sys.addaudithook(watch)
+    run_steps(tiny_model, output_dir="out", **RISING | {"save_steps": 5, "eval_steps": 1})
+    watching.clear()
+    chosen = [choose_checkpoint(Path(copy), None) or "checkpoint-0" for copy in copies]
+    steps = [checkpoints.step_of(Path(path)) for path in chosen]
+    assert steps == sorted(steps) and {*steps} == {0, 5, 10, 15, 16} and len(steps) > 60
 
 
 def test_a_run_outside_the_main_thread_trains_without_the_signals(workspace, tiny_model):
