@@ -63,7 +63,7 @@ def test_inference_asks_the_trained_model_the_published_question_and_any_model_w
     first, again, other = (run_script("inference.py", *flags, seed, cwd=trained).stdout for seed in (1, 1, 2))
     assert first == again != other and "【问题】头痛？" in first
     piped = run_script("inference.py", "--max_new_tokens", 2, cwd=trained, stdin="咳嗽\x1b[2J？\n\n多久？\n")
-    assert "【问题】咳嗽[U+001B][2J？\n\n多久？\n" in piped.stdout
+    assert "【问题】咳嗽？\n\n多久？\n" in piped.stdout
 
 
 def test_adapter_is_merged_and_asked(trained):
