@@ -28,3 +28,9 @@ def test_fused_layers_and_one_pass_launch_less_and_move_less():
     assert step_model.total(fused, "kernels") < 0.6 * step_model.total(plain, "kernels")
     assert step_model.total(fused, "bytes") < step_model.total(plain, "bytes")
     assert products(fused) == products(plain)
+
+
+def test_a_decoding_step_of_ours_reads_the_weights_once_and_launches_next_to_nothing():
+    ops = step_model.decoding(True, 1, our_own=True)
+    assert products(ops) == pytest.approx(2 * (2 * LAYER + EMBEDDING), rel=0.2)
+    assert step_model.launching(ops, 1) < 60 < step_model.total(ops, "kernels")

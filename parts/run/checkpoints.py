@@ -150,15 +150,16 @@ def check_space(folder: str | Path, count: int, size: float, weights: float) -> 
         raise SystemExit(f"错误：{folder} 所在的磁盘{space}；请腾出空间，或用 --output_dir 换到别的磁盘。")
 
 
-def seconds_to_write(folder: str | Path, size: float) -> float:
-    """Return how long it takes to bring `size` bytes to the disk of `folder`. At most 200 MB are tried."""
+def seconds_to_save(folder: str | Path, size: float) -> float:
+    """Estimate how long it takes to save `size` bytes on the disk of `folder`, of which at most 200 MB are
+    tried: twice as long as writing them, as they are also copied and hashed."""
     tried = os.urandom(1 << 20) * int(min(size, 200e6) / (1 << 20) + 1)  # which no disk compresses
     begun = time.perf_counter()
     with tempfile.NamedTemporaryFile(prefix=".write_test", dir=folder) as file:
         file.write(tried)
         file.flush()
         os.fsync(file.fileno())
-    return (time.perf_counter() - begun) * size / len(tried)
+    return 2 * (time.perf_counter() - begun) * size / len(tried)
 
 
 class Sealer(threading.Thread):

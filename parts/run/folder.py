@@ -159,7 +159,7 @@ def refuse_folder(folder: Path, overwrite: bool, model_name: str, adapter: str |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Tried out, as permissions do not tell of a disk that is mounted read-only.
-        checkpoints.seconds_to_write(folder, 1)
+        checkpoints.seconds_to_save(folder, 1)
     except OSError as error:
         remedy = "请检查权限，或用 --output_dir 换位置"
         raise SystemExit(f"错误：无法写入 {folder}（{error.strerror}）；{remedy}。") from None

@@ -87,7 +87,7 @@ class SafeTrainer(transformers.Trainer):
         """Try what a checkpoint takes on the disk of `folder`, and say it, and what a kill costs at most."""
         size, lost = self.trained_bytes() + self.state_bytes, f" {self.args.save_steps:.0f} 步"
         with explain_failed_write(folder):
-            self.save_seconds = checkpoints.seconds_to_write(folder, size)
+            self.save_seconds = checkpoints.seconds_to_save(folder, size)
         if not self.args.save_steps:
             lost = f"约 {math.ceil(self.save_seconds / SAVING / 60)} 分钟再加 {eval_steps:.0f} 步"
         takes = f"一个检查点 {size / 1e9:.2f} GB，约 {self.save_seconds:.1f} 秒"
@@ -95,9 +95,9 @@ class SafeTrainer(transformers.Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Trainer asks this after each evaluation of a training, and then looks whether it should save.
-        better, control = super()._determine_best_metric(metrics, trial), self.control
+        better, state = super()._determine_best_metric(metrics, trial), self.state
         # At the end a checkpoint would be for nothing, and one that is still written would be waited for.
-        due = not (control.should_training_stop or (self.sealing and self.sealing.is_alive()))
+        due = not (self.control.should_training_stop or (self.sealing and self.sealing.is_alive()))
         if due:
             self.finish_checkpoint()
             due = self.save_seconds <= SAVING * (time.perf_counter() - self.rested_since)
@@ -105,11 +105,11 @@ class SafeTrainer(transformers.Trainer):
         # The first process decides for all, by its clock and its memory.
         due, room = accelerate.utils.broadcast_object_list([due, room])
         if not self.args.save_steps:
-            control.should_save = due
+            self.control.should_save = due
         if better:
-            best = f"checkpoint-{self.state.global_step}"  # is there, or will be once it is written
-            self.state.best_model_checkpoint = str(Path(self.args.output_dir, best))
-            control.should_save |= not room
+            # Where the weights are, or will be once they are written
+            state.best_model_checkpoint = str(Path(self.args.output_dir, f"checkpoint-{state.global_step}"))
+            self.control.should_save |= not room
             if room:
                 self.keep()
         return better

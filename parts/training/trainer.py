@@ -2,7 +2,6 @@
 split into passes, and a line on the screen for each log. It knows the plan and the kernels that were chosen,
 not how they were."""
 
-import math
 import statistics
 import time
 
@@ -199,9 +198,8 @@ class PackedTrainer(SafeTrainer):
             self.speeds.append(logs["tokens_per_second"])
             # The first steps load kernels, and a single one may be of short examples.
             speed = statistics.median(self.speeds[1:] or self.speeds)
-            if speed < 0.6 * self.promised and len(self.speeds) == 1 + math.ceil(
-                20 / self.args.logging_steps
-            ):
+            enough = len(self.speeds) == 1 + max(1, 20 // self.args.logging_steps)
+            if enough and speed < 0.6 * self.promised:
                 print(SLOW.format(speed / self.promised))
         super().log(logs, *args, **kwargs)
 

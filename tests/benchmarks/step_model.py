@@ -343,7 +343,7 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
 
     from parts.model import fused, generate
 
-    trace, counts = Tracer(), []
+    trace, counts = Tracer(true=rows), []  # none is finished before the last token
     plain_forward = generate.Decoder.forward
 
     def forward(decoder, *args):
@@ -357,6 +357,7 @@ def decoding(small, rows: int, our_own: bool) -> Counter:
         model = build_model(small, "meta").eval()
         if our_own:
             fused.fuse_norms(model)
+            fused.fuse_layers(model, norms=False)
         ids = torch.zeros(rows, CACHE - 2 * STEPS, dtype=torch.long, device="meta")
         for tokens in (STEPS, 2 * STEPS):
             trace.ops.clear()
