@@ -47,6 +47,10 @@ SAMPLES = 3  # validation questions answered at the end
 # One public run of the published recipe, and its eval_loss: (step, loss)
 PUBLISHED = {"dataset": data.DATASET_NAME, "steps": 1082, "examples_per_step": 4}
 PUBLISHED |= {"best": (500, 1.146), "end": (1000, 1.163)}
+# Of the published set, by its 241 validation rows: of 33 that ask whether a premise is true 31 are affirmed.
+FAULTS = (
+    "数据里的回答几乎总是同意提问者的前提，常以医院医生的口吻说话，很少让人拨打 120；从它学的模型也会这样。"
+)
 PROJECT = "qwen3-sft-medical"  # in SwanLab
 
 OUT_OF_MEMORY = (
@@ -179,7 +183,9 @@ def save(trainer, tokenizer, run) -> None:
         export.translate(run.folder)
         if not args.trains_adapter:  # Ollama takes no adapter: inference_lora.py merges it first
             export.write_modelfile(run.folder, tokenizer, model.generation_config)
-        model_card.write(trainer, run.settings, data.read_origin(args.train_file), environment.versions())
+        origin = data.read_origin(args.train_file)
+        faults = FAULTS if data.DATASET_NAME in str(origin) else ""
+        model_card.write(trainer, run.settings, origin, environment.versions(), faults)
 
 
 def show_samples(trainer, rows) -> list[str]:

@@ -23,7 +23,11 @@ pipeline_tag: text-generation
 
 由 {base} 微调的中文医学对话模型：{way}。
 
-**它不是医生。** 回复可能有错，不能用于诊断和治疗；身体不适请就医，紧急情况请拨打 120。
+**它不是医生。** 回复可能有错；没有医生检查过训练数据和回复。不要用它诊断、开药、定剂量、停药、判断急症，\
+或代替医生；身体不适请就医，紧急情况请拨打 120。{faults}
+
+许可：基础模型 {base} 和训练数据各有自己的许可，公开或商用之前请自行确认（Qwen3 是 Apache-2.0；\
+delicate_medical_r1_data 没有写明）。
 
 | 训练 | |
 | --- | --- |
@@ -37,15 +41,17 @@ pipeline_tag: text-generation
 """
 
 
-def write(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> None:
+def write(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str], faults: str) -> None:
     """Write both into the trainer's output folder. `settings` are a Run's, `origin` is that of the training
-    file, `versions` are those of the libraries."""
+    file, `versions` are those of the libraries; `faults` is what is known to be wrong with the data, or
+    ""."""
     folder = Path(trainer.args.output_dir)
     # Not by pyplot, which would keep it in memory and show it in a notebook.
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     plot_losses(figure.subplots(), trainer.state.log_history, saved_step(trainer.state))
     figure.savefig(folder / "loss.png", dpi=120)
-    (folder / "README.md").write_text(describe(trainer, settings, origin, versions), encoding="utf-8")
+    card = describe(trainer, settings, origin, versions, faults)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def saved_step(state) -> int:
@@ -131,7 +137,7 @@ def plot_losses(axes, log_history: list[dict], saved: int | None = None) -> None
         axes.legend()
 
 
-def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[str, str]) -> str:
+def describe(trainer, settings: dict, origin: dict, versions: dict[str, str], faults: str) -> str:
     """Return the card's text."""
     args, state = trainer.args, trainer.state
     # A local folder by its name alone: its path means nothing on another machine.
@@ -166,7 +172,9 @@ def describe(trainer, settings: dict[str, object], origin: dict, versions: dict[
         way = "训练数据没有思考，直接回答"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     prompt = settings["system_prompt"].replace("\n", "\n> ")
-    return CARD.format(base=base, name=args.run_name, way=way, rows=table, system_prompt=prompt)
+    faults = f"\n\n已知的问题：{faults}" if faults else ""
+    texts = {"base": base, "name": args.run_name, "way": way, "faults": faults}
+    return CARD.format(rows=table, system_prompt=prompt, **texts)
 
 
 def describe_origin(origin: dict) -> str:

@@ -29,13 +29,9 @@ DEMO = Path("output/demo")
 CHAT = "python inference.py --chat --model_path full"
 QUESTION = "夜里老是睡不好觉，有什么调理的办法？"
 WEB_PORT = 5093
-FIGURES = ["完整的回复", "正常结束", "重复循环", "回答 ROUGE-1", "回答 ROUGE-2", "回答 ROUGE-L"]
-KEEP_LITTLE = """([figures, question]) => {
+KEEP_LITTLE = """question => {
   const remove = (names, unless) => document.querySelectorAll(names).forEach(part => unless(part) || part.remove());
-  const last = document.querySelector('#scores .wide:last-of-type'), heading = last.previousElementSibling;
-  remove('nav, header, #list, #cases > :not(.case)', () => false);
-  remove('#scores > *', part => part === last || part === heading);
-  remove('tbody tr', row => figures.some(name => row.cells[0].textContent.trim().startsWith(name)));
+  remove('nav, header, #list, #scores, #cases > :not(.case)', () => false);
   remove('.case', part => part.textContent.includes(question));
   document.querySelectorAll('.reply details').forEach(part => part.open = true);
 }"""
@@ -165,7 +161,7 @@ def photograph(chromium: str | None) -> None:
 
 
 def photograph_comparison(browser) -> None:
-    """Of the page of replies one question, with those of full training and of LoRA, and six lines of their figures.
+    """Of the page of replies the summary, and one question with those of full training and of LoRA.
     An untrained model writes halves of characters, which no picture should show."""
     asked = ["--questions", "val.jsonl", "--max_new_tokens", "160", "--replies", "pair.jsonl"]
     for command in (
@@ -175,7 +171,7 @@ def photograph_comparison(browser) -> None:
         subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=DEMO, check=True)
     page = browser.new_page(viewport={"width": 1000, "height": 900}, locale="zh-CN")
     page.goto((DEMO / "pair.scores.html").resolve().as_uri())
-    page.evaluate(KEEP_LITTLE, [FIGURES, QUESTION])
+    page.evaluate(KEEP_LITTLE, QUESTION)
     page.locator("body").screenshot(path=IMAGES / "compare.png")
     make_small(IMAGES / "compare.png")
 
