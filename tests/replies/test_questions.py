@@ -164,7 +164,8 @@ def test_models_are_loaded_one_after_another(finished):
     candidates = questions.list_candidates("full", None, "a.jsonl", ["lora"])
     loaded = []
 
-    def begin(model, tokenizer):
+    def begin(candidate):
+        model, tokenizer = weights.load(candidate.trained)
         assert [reference() for reference in loaded] == [None] * len(loaded)
         model.itself = [model]  # as models are, here and there: only the collector frees them
         loaded.append(weakref.ref(model))

@@ -44,7 +44,7 @@ FAULTS = {
     18: (said(thought=f"想一想。{PUBLISHED}"), "思考照抄了原来的回答"),
     19: (said(thought="根据提供的答案，要休息。"), "思考有答案泄露"),
 }
-VERDICTS = {20: (text("裁决：不一致"), "回答和原来的不一致"), 21: (text("都好"), "没有裁决（最后一行不是唯一的裁决）")}
+VERDICTS = {20: (text("裁决：不一致"), "回答和原来的不一致"), 21: (text("都好"), "没有裁决（没有唯一的一行裁决）")}
 # What gets no reply is asked again: three times at once where its trouble may pass, else by the next command.
 UNANSWERED = Counter({(10, False): 100, (11, False): 100, (21, True): 100})
 FINE = {
@@ -171,7 +171,7 @@ def test_what_can_be_known_at_once_is_said_at_once(server, folder, monkeypatch):
     server.models = b'{"data": [{"id": "a"}, {"id": "b"}]}'
     refused("~有 2 个模型（a、b），请用 --think_model 指定一个。", data.prepare, "rows.jsonl", think_with=server.url)
     monkeypatch.setattr(endpoint, "RETRIES", 0)
-    refused("教师模型 ~ 用不了：连不上。", data.prepare, "rows.jsonl", think_with="http://127.0.0.1:9/v1")
+    refused("~的模型用不了：连不上。", data.prepare, "rows.jsonl", think_with="http://127.0.0.1:9/v1")
     refused(
         "写 no/where/t~已有的回复都还在~", full_disk, 0, train_file="no/where/t", think_with=server.url, think_model="x"
     )
