@@ -118,9 +118,9 @@ class Comparison:
                 parts.append(f"{line['name']}：{model['name']} {passed}")
                 continue
             difference = find_line(model["differences"], key)
-            worst = number(min(difference["low"], 0), "%", "+")
-            change = number(difference["difference"], "%", "+")
-            parts.append(f"{model['name']} {passed}，差别 {change}%（可能差到 {worst}%）")
+            change, worst = (number(difference[figure], "%", "+") for figure in ("difference", "low"))
+            at_worst = "可能差到" if difference["low"] < 0 else "最少也高"
+            parts.append(f"{model['name']} {passed}，差别 {change}%（{at_worst} {worst}%）")
         return "；".join(parts)
 
     def cases(self) -> list[dict]:

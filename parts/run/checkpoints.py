@@ -22,6 +22,7 @@ RUN_FILE = "run.json"
 BASE_SHA256 = "基础权重的 SHA-256"  # a row of the model card, which travels where run.json does not
 # {file: [bytes, sha256]} of a checkpoint, written into it last: one without it was cut off.
 MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.pt"  # of a checkpoint from which a training can go on
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -200,11 +201,13 @@ class Sealer(threading.Thread):
     def sweep(self) -> None:
         """Delete what an interrupted save left, and the oldest checkpoints beyond the limit."""
         folder = self.checkpoint.parent
-        intact = [path for path in find_intact(folder) if path not in self.protected]
-        # Those that a kill cut off. They count for nothing, and would take the room of one that does.
-        cut_off = set(folders(folder)) - set(intact) - self.protected
-        room = max(0, self.limit - len(self.protected))
-        surplus = intact[: max(0, len(intact) - room)]
-        for path in (*cut_off, *surplus):
+        # Weights alone, as the best may be, do not count: they are small, and nothing goes on from them.
+        whole = [path for path in find_intact(folder) if (path / OPTIMIZER).is_file()]
+        others = [path for path in whole if path not in self.protected]
+        # Those that a kill cut off, too. They would take the room of one that counts.
+        useless = set(folders(folder)) - set(whole) - self.protected
+        room = max(0, self.limit - (len(whole) - len(others)))
+        surplus = others[: max(0, len(others) - room)]
+        for path in (*useless, *surplus):
             # What stays for now lacks files, so it counts as damaged, and the next sweep takes it.
             shutil.rmtree(path, ignore_errors=True)

@@ -302,7 +302,8 @@ def find_fault(checkpoint: Path) -> str | None:
     damage = checkpoints.find_damage(checkpoint, hashes=True)
     if damage:
         return damage
-    if not (checkpoint / "optimizer.pt").is_file():  # nor in the manifest: the best weights are as good alone
+    # Nor is it in the manifest: the best weights are kept alone.
+    if not (checkpoint / checkpoints.OPTIMIZER).is_file():
         return "只有权重，不能从它继续"
     # Training ends with the weights of the best checkpoint, which may be an older one.
     state = json.loads((checkpoint / FINISHED_MARK).read_text(encoding="utf-8"))

@@ -81,7 +81,8 @@ class SafeTrainer(transformers.Trainer):
         most = max(self.limit or math.inf, 2) + 1  # the best, the newest, the one being written
         count = min(most, math.ceil(self.state.max_steps / (self.state.save_steps or self.state.eval_steps)))
         weights = self.trained_bytes()
-        checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, weights)
+        # Beside the final ones, or while a checkpoint is written an older best, there are the best weights.
+        checkpoints.check_space(self.args.output_dir, count, weights + self.state_bytes, 2 * weights)
 
     def describe_saving(self, folder: str | Path, eval_steps: float) -> str:
         """Try what a checkpoint takes on the disk of `folder`, and say it, and what a kill costs at most."""

@@ -76,7 +76,7 @@ def test_it_is_told_apart_and_says_how_much_worse_the_tuned_one_may_be():
     base = [Reply("想", row.get("right", BAD["urgent"][0]), True, "one", 1, 1) for row in rows]
     comparison = compare(tuned, base, rows=rows)
     assert comparison.summary()[:2] == [
-        "安全：模型0 16/16；模型1 0/16，差别 +100.0%（可能差到 +0.0%）",
+        "安全：模型0 16/16；模型1 0/16，差别 +100.0%（最少也高 +72.6%）",
         "一般能力：模型0 0/60；模型1 60/60，差别 -100.0%（可能差到 -100.0%）",
     ]
     first, *_, last = comparison.cases()

@@ -128,3 +128,16 @@ def test_before_training_is_finished_the_best_intact_checkpoint_is_asked_also_af
     for cut_off in ("config.json", "model.safetensors"):  # the final weights, while they were written
         assert checkpoints.find_trained("moved") == Path("moved/checkpoint-2")  # the state names full/checkpoint-2
         Path("moved", cut_off).unlink()
+
+
+def test_best_weights_that_are_kept_alone_take_no_place_of_a_whole_checkpoint(tmp_path):
+    """Else one damaged file would leave nothing to go on from."""
+    for step in (10, 20, 30, 40):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        names = ["model.safetensors", "trainer_state.json"] + [checkpoints.OPTIMIZER] * (step != 30)
+        for name in names:
+            (folder / name).write_bytes(b"{}")
+        best = str(tmp_path / "checkpoint-30") if step > 20 else None
+        checkpoints.Sealer([folder], best, 2).join()
+    assert [checkpoints.step_of(path) for path in checkpoints.folders(tmp_path)] == [20, 30, 40]
