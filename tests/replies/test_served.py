@@ -44,7 +44,7 @@ def test_a_server_answers_a_file_and_what_is_answered_is_not_asked_again(folder,
     with ChatServer(speak) as server:
         command = ["inference.py", "--questions", "q.txt", "--endpoint", server.url, "--replies", "r.jsonl"]
         command += ["--no_thinking", "--max_new_tokens", "50"]
-        first = run_script(*command, cwd=Path())
+        first = run_script(*command, cwd=folder)
         assert first.returncode == 1 and f"错误：{server.url} 没有回复（HTTP 400）" in first.stdout
         assert "已答的 4 条在 r.jsonl" in first.stdout and "Traceback" not in first.stdout
         sent = [body for method, _, _, body in server.requests if method == "POST"]
@@ -53,12 +53,12 @@ def test_a_server_answers_a_file_and_what_is_answered_is_not_asked_again(folder,
         assert [message["role"] for message in sent[0]["messages"]] == ["system", "user"]
         fails["now"] = False
         server.requests.clear()
-        assert run_script(*command, cwd=Path()).returncode == 0
+        assert run_script(*command, cwd=folder).returncode == 0
         asked = [body["messages"][-1]["content"] for method, _, _, body in server.requests if method == "POST"]
     assert asked == ["咳嗽？"]
     lines = [json.loads(line) for line in Path("r.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["answer"] for line in lines] == [f"答{question}" for question in QUESTIONS]
     assert lines[0]["by"]["model"] == "judge" and lines[0]["by"]["weights"] is None
-    down = run_script(*command[:-3], "--replies", "other.jsonl", cwd=Path())
+    down = run_script(*command[:-3], "--replies", "other.jsonl", cwd=folder)
     assert down.returncode == 1 and f"错误：{server.url} 的模型用不了：连不上" in down.stdout
-    assert run_script("inference.py", "--endpoint", server.url, cwd=Path()).returncode == 2
+    assert run_script("inference.py", "--endpoint", server.url, cwd=folder).returncode == 2
