@@ -51,7 +51,10 @@ LORA_OUTPUT_DIR = "output/qwen3-medical-lora"
 # NVIDIA's data sheet. Tokens: 120 published rows take 433,200 bytes in such a file and are 95,155 of Qwen3's
 # with the template, 0.22 for each byte; very short rows have 0.28, and so has English.
 SECONDS_PER_BYTE = 0.22 * 6 * 1.72e9 / (0.4 * 165.2e12)
-KEEP_THINKLESS = "加 --without_thinking keep，可以学习不思考、直接回答（提问时加 --no_thinking）"
+KEEP_THINKLESS = (
+    "加 --without_thinking keep，可以学习不思考、直接回答（提问时加 --no_thinking）；"
+    "要它会思考，用 --think_with 请另一个模型思考，或换有思考的数据"
+)
 SOURCE_SUFFIX = ".source.json"  # of a file beside the training file: what it was made from
 TEACHER_SUFFIX = ".teacher.jsonl"  # of another one: what the teacher replied
 # A reply is known again by these texts too: whoever changes a word of them asks, and pays, anew.
@@ -78,7 +81,7 @@ def refuse_empty(train: row.LocatedRows, val: row.LocatedRows, problems: row.Pro
     remedy = "，或加 --raw 保留原文" if traces.TOO_LITTLE in problems else ""
     error = f"错误：划分后{empty}为空，可用的只有 {usable} 行；请按下面的原因修改，或补充不重复的行{remedy}。"
     if (thinkless := row.count_thinkless(problems)) > usable:
-        error = f"错误：数据没有思考（{thinkless} 行）。{KEEP_THINKLESS}；要它会思考，请换有思考的数据。"
+        error = f"错误：数据没有思考（{thinkless} 行）。{KEEP_THINKLESS}。"
     raise SystemExit("\n  ".join([error, *row.describe_problems(problems)]))
 
 
