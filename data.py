@@ -32,7 +32,7 @@ from pathlib import Path
 
 from parts import endpoint, terminal
 from parts.model import encoding
-from parts.rows import files, row, sources, teacher, traces
+from parts.rows import files, row, sources, traces
 
 MODEL_NAME = "Qwen/Qwen3-1.7B"  # ModelScope id; Qwen/Qwen3-0.6B for small cards
 DATASET_NAME = "krisfu/delicate_medical_r1_data"  # ModelScope id, 2,407 rows
@@ -111,6 +111,8 @@ def prepare(
     refuse_overwriting(train_file, val_file, list(counts))
 
     if think_with:
+        from parts.rows import teacher  # here, as training imports data.py and wants none
+
         begin, record = partial(to_messages, system=THINK_PROMPT), train_file + TEACHER_SUFFIX
         tutor = teacher.Teacher(think_with, think_model, begin, AGREE_PROMPT, MAX_LENGTH, record)
 

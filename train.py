@@ -127,7 +127,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, callbacks
     plans = plan.choose(args, model, lengths, fast.layers.runs, free, **resumed_plan)
     if fast.layers.slower:  # they are worth it where a faster plan needs the memory that they save
         plain = plan.choose(args, model, lengths, False, free, **resumed_plan)
-        if (plain[0][:4], plain[0].fits) == (plans[0][:4], plans[0].fits):
+        if (plain[0].rung, plain[0].fits) == (plans[0].rung, plans[0].fits):
             plans, fast = plain, fast._replace(layers=fused.missing(fast.layers.why))
     if fast.layers.runs:
         fused.fuse_layers(model)
@@ -184,7 +184,7 @@ def save(trainer, tokenizer, run) -> None:
         if not args.trains_adapter:  # Ollama takes no adapter: inference_lora.py merges it first
             export.write_modelfile(run.folder, tokenizer, model.generation_config)
         origin = data.read_origin(args.train_file)
-        faults = FAULTS if data.DATASET_NAME in str(origin) else ""
+        faults = FAULTS if data.DATASET_NAME in model_card.datasets_of(origin) else ""
         model_card.write(trainer, run.settings, origin, environment.versions(), faults)
 
 

@@ -3,7 +3,6 @@ bounded time, and the key kept to itself; many requests at once, of which a file
 verdict on texts. Knows nothing of what is asked."""
 
 import argparse
-import asyncio
 import contextlib
 import hashlib
 import importlib.util
@@ -61,6 +60,8 @@ class Endpoint:
 
     def ask(self, request):
         """Return what the coroutine `request(client)` returns. Raises Failed."""
+        import asyncio  # here, as what only wants `address` for its flags does not wait for it
+
         import openai
 
         async def answer():
@@ -166,12 +167,12 @@ class Record:
         """Ask for what has no reply of `requests`, {id: request}, AT_ONCE at a time under a bar. Return (what
         failed or "", how many were given up unasked).
 
-        `ask(request, row)` adds what came to the row of the file, and raises Failed where that is not what is
-        `wanted`, a word for people. It raises OSError where the file cannot be written.
+        `recall` comes before it. `ask(request, row)` adds what came to the row of the file, and raises Failed
+        where that is not what is `wanted`, a word for people. It raises OSError where the file cannot be
+        written.
         """
         from rich.progress import track
 
-        self.recall()
         missing = [identity for identity in requests if not self.is_answered(identity)]
         problems = []  # of the requests as they come back, None of one with a reply
         with ThreadPoolExecutor(AT_ONCE) as pool:

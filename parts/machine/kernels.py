@@ -46,11 +46,11 @@ def choose(model) -> Kernels:
         if not attention:
             attention = compare(plain, attempt(run, starts=packing.starts_of(LENGTHS, probe.device)))
         # Last, as the probe's layers are exchanged for good.
-        layers = layers or try_layers(probe, plain, run)
+        layers = layers or time_layers(probe, plain, run)
     return Kernels(attention, layers, try_step("kahan", model.device, triton=True))
 
 
-def try_layers(probe, plain, run) -> Verdict:
+def time_layers(probe, plain, run) -> Verdict:
     """Tell whether Liger's layers in `probe` leave the outcome of `run()` as it is, `plain`, and how long it
     then takes: by the first process's clock, as all wait for each other at each step."""
     plain_seconds = attempt(seconds_of, run)

@@ -71,6 +71,10 @@ class Plan(NamedTuple):
     free: float
 
     @property
+    def rung(self) -> Rung:
+        return Rung(*self[:4])
+
+    @property
     def total(self) -> float:
         return sum(self.parts.values())
 

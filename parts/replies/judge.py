@@ -58,6 +58,7 @@ class Judge:
             console.print(
                 f"评审：至多 {len(requests)} 次请求，送出约 {sent:,.0f} 个 token（估算），回复另计。"
             )
+            self.record.recall()
             problem, _ = self.record.ask_all(requests, self.choose, "评审", "裁决", console)
         except (Failed, OSError) as error:
             problem = f"用不了：{error}"

@@ -55,7 +55,11 @@ class Score:
         # both.
         self.counts = numpy.stack([numpy.array(values, dtype=float), weights], axis=1)  # [replies, 2]
         self.value = ratios(self.counts.sum(axis=0)[None])[0]  # nan where nothing counts
-        self.draws = ratios(draw_counts(len(values), seed) @ self.counts)  # [DRAWS]: the value in each draw
+        self.seed = seed
+
+    def draws(self) -> numpy.ndarray:
+        """Return the value in each draw, [DRAWS]; nobody asks for those of a share."""
+        return ratios(draw_counts(len(self.counts), self.seed) @ self.counts)
 
     def as_json(self) -> dict:
         """Return the figures, None where there is none; `n` is how many replies count."""
@@ -63,7 +67,7 @@ class Score:
         if self.names["unit"] == "%":
             interval = wilson(*self.counts.sum(axis=0))
         else:
-            interval = bounds(self.draws)
+            interval = bounds(self.draws())
         return self.names | figures | {"floor": self.floor} | interval
 
     def compare(self, other: "Score") -> dict:
@@ -73,7 +77,7 @@ class Score:
         if self.names["unit"] == "%":
             interval = newcombe(self.counts, other.counts)
         else:
-            interval = bounds(self.draws - other.draws)
+            interval = bounds(self.draws() - other.draws())
         unlike = (self.counts != other.counts).any(axis=1).sum()
         leaves_zero = interval["low"] is not None and not interval["low"] <= 0 <= interval["high"]
         figures = {"n": len(self.counts), "value": none_if_nan(self.value), "other": none_if_nan(other.value)}

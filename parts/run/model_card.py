@@ -79,15 +79,20 @@ def describe_saved(state) -> str:
     return f"{loss}（第 {saved_step(state)} 步），{reason}"
 
 
+def datasets_of(origin: dict) -> list[str]:
+    """Return the names of the data sets that a training file was made from."""
+    names = []
+    for source in origin.get("sources", []):
+        # "ms://owner/name（files）": the hub and the files of it do not make it another set.
+        names.append(source["source"].removeprefix("ms://").partition("（")[0])
+    return names
+
+
 def against_published(args, state, origin: dict, published: dict, changed: list[str]) -> str:
     """Compare the saved weights' eval_loss with the curve of one public run where the two were measured
     alike; else say why not. `origin` is that of the training file, `published` has dataset, steps,
     examples_per_step, best and end, `changed` are the flags that are not the recipe's."""
-    losses = saved_losses(state)
-    datasets = []
-    for source in origin.get("sources", []):
-        # "ms://owner/name（files）": the hub and the files of it do not make it another set.
-        datasets.append(source["source"].removeprefix("ms://").partition("（")[0])
+    losses, datasets = saved_losses(state), datasets_of(origin)
     others = "、".join(f"--{name}" for name in changed if name in DECISIVE)
     examples, theirs = args.examples_per_step, published["examples_per_step"]
     # Within 2 %, as some rows of the set may be left out.
